@@ -1,0 +1,1 @@
+"""es2fast: Embedding Space Separation (arXiv 2603.20206) for safer open LLMs."""
