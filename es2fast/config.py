@@ -1,0 +1,318 @@
+"""One pydantic model = one YAML file = one run.
+
+Every quantity that arXiv 2603.20206 leaves open is a field here. Unknown keys are refused with a
+did-you-mean, `key=value` overrides use dotted paths (`train.lr=1e-4`), and the resolved
+configuration is saved with every run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from es2fast.errors import UserError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class DataSource(_Section):
+    """A place prompts come from. A plain string in YAML is short for `{source: ...}`."""
+
+    source: str = Field(
+        description="Hugging Face dataset id, folder of a saved dataset, or a .jsonl/.json/.csv/"
+        ".parquet file, or any other text file with one prompt per line"
+    )
+    split: str = Field("train", description="split, for dataset ids and saved dataset dicts")
+    column: str | None = Field(None, description="prompt column; recognised when not named")
+    limit: int | None = Field(None, ge=1, description="keep the first N rows")
+
+
+def _source_list(value: Any) -> Any:
+    """A single source, or a bare string, stands for a list of one."""
+    items = value if isinstance(value, list) else [] if value is None else [value]
+    return [{"source": item} if isinstance(item, str) else item for item in items]
+
+
+Sources = Annotated[list[DataSource], BeforeValidator(_source_list)]
+
+
+class ModelConfig(_Section):
+    name: str = Field(description="folder or Hugging Face id of an aligned chat model")
+    revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
+    dtype: Literal["bf16", "fp32", "auto"] = Field(
+        "auto", description="training precision; auto: bf16 on a GPU, fp32 on a CPU"
+    )
+    attn_implementation: str | None = Field(None, description="sdpa, flash_attention_2, eager ...")
+    trust_remote_code: bool = Field(False, description="run model code that ships with the weights")
+
+
+class DataConfig(_Section):
+    harmful: Sources = Field(default_factory=list, description="prompts to move away (group A)")
+    harmless: Sources = Field(default_factory=list, description="prompts to preserve (group B)")
+    labelled: Sources = Field(
+        default_factory=list, description="files whose `label` column tells the two groups apart"
+    )
+    eval_harmful: Sources = Field(default_factory=list, description="held-out harmful prompts")
+    eval_harmless: Sources = Field(default_factory=list, description="held-out harmless prompts")
+    system_prompt: str | None = Field(None, description="system message put before every prompt")
+    chat_template: str | None = Field(
+        None, description="a Jinja file to use in place of the tokenizer's own chat template"
+    )
+    max_length: int = Field(512, ge=8, description="tokens of prompt + response; longer rows are cut")
+    max_response_tokens: int = Field(
+        128, ge=1, description="tokens of the response, given or written by the base model"
+    )
+    response_batch_size: int = Field(16, ge=1, description="rows per generate() call, per rank")
+    cache_dir: str | None = Field(
+        None, description="where written responses are kept; default: the user's cache folder"
+    )
+
+
+class LayersConfig(_Section):
+    """How `layers: auto` chooses (METHOD: probes on the base model's last-prompt-token states)."""
+
+    accuracy: float = Field(0.95, gt=0.5, le=1, description="first block whose probe reaches this")
+    depth: float = Field(0.6, gt=0, lt=1, description="second block, as a fraction of the depth")
+    prompts: int = Field(256, ge=4, description="prompts per group for the probes and for d0")
+
+
+class SeparationConfig(_Section):
+    loss: Literal["hinge", "l2", "log", "squared", "centroid"] = Field(
+        "hinge", description="hinge stops at margin x d0; l2 is the paper's unbounded distance"
+    )
+    margin: float = Field(4.0, gt=0, description="hinge: target distance in units of d0")
+    weights: list[float] | None = Field(None, description="one weight per layer; default: 1 each")
+
+
+class KLConfig(_Section):
+    direction: Literal["forward", "reverse"] = Field(
+        "forward", description="forward: KL(base || tuned); reverse: KL(tuned || base)"
+    )
+    temperature: float = Field(1.0, gt=0)
+    positions: Literal["all", "response", "last"] = Field(
+        "all", description="harmless tokens on which next-token distributions are compared"
+    )
+    weight: float = Field(10.0, ge=0, description="lambda; its start value when a budget is given")
+    budget: float | None = Field(
+        None, gt=0, description="nats per token; lambda then adapts so that the KL stays below"
+    )
+    budget_lr: float = Field(0.1, gt=0, description="step of the dual ascent on log lambda")
+    max_weight: float = Field(1e4, gt=0, description="upper bound of the adaptive lambda")
+
+
+class LoraSection(_Section):
+    r: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: str | list[str] = Field("all-linear", description="as peft's target_modules")
+
+
+class TrainConfig(_Section):
+    steps: int = Field(150, ge=1, description="optimizer steps")
+    micro_batch_size: int = Field(4, ge=1, description="harmful + harmless pairs per rank and pass")
+    gradient_accumulation: int = Field(1, ge=1)
+    global_batch_size: int | None = Field(
+        None, ge=1, description="pairs per optimizer step; checked against the product when given"
+    )
+    lr: float = Field(5e-5, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: str = Field("cosine", description="a transformers scheduler name")
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    trainable: Literal["blocks", "lora", "all"] = Field(
+        "blocks", description="blocks: those up to the deepest separated layer"
+    )
+    lora: LoraSection = Field(default_factory=LoraSection)
+    teacher: Literal["auto", "adapters_off", "twin"] = Field(
+        "auto", description="auto: adapters_off with LoRA, a frozen twin otherwise"
+    )
+    gradient_checkpointing: bool = False
+    early_stop: bool = Field(
+        False, description="stop when the hinge target is met on every layer (hinge only)"
+    )
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    log_every: int = Field(1, ge=1)
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+
+
+class EvaluateConfig(_Section):
+    enabled: bool = Field(False, description="attack base and tuned model after training")
+    attacks: list[str] = Field(default_factory=lambda: ["direct", "scav", "mean_difference"])
+    limit: int = Field(100, ge=2, description="held-out prompts per group")
+    fit_limit: int = Field(140, ge=2, description="training prompts per group for probes and means")
+    max_new_tokens: int = Field(48, ge=1)
+    batch_size: int = Field(32, ge=1)
+    scav_steps: Literal["all", "prompt"] = Field(
+        "all", description="push at every decoding step, or only while the prompt is read"
+    )
+    scav_p0: float = Field(1e-4, gt=0, lt=0.5, description="probability the push aims at")
+    scav_p1: float = Field(0.9, gt=0.5, lt=1, description="probe accuracy a layer must exceed")
+
+
+class Config(_Section):
+    """A whole run."""
+
+    model: ModelConfig
+    data: DataConfig = Field(default_factory=DataConfig)
+    layers: Literal["auto"] | list[int] = Field(
+        "auto", description="decoder blocks (0-based) whose outputs are separated; two by default"
+    )
+    layer_choice: LayersConfig = Field(default_factory=LayersConfig)
+    separation: SeparationConfig = Field(default_factory=SeparationConfig)
+    kl: KLConfig = Field(default_factory=KLConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    deepspeed: str | dict[str, Any] = Field(
+        "zero3", description="preset (zero2, zero3, zero3_offload), a JSON file, or a mapping"
+    )
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    output_dir: str = Field("runs/es2", description="where model, metrics and report are written")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if isinstance(self.layers, list):
+            if not self.layers:
+                raise ValueError("layers: [] is empty; give block numbers or 'auto'")
+            if len(set(self.layers)) != len(self.layers):
+                raise ValueError(f"layers: {self.layers} names a block twice")
+            weights = self.separation.weights
+            if weights is not None and len(weights) != len(self.layers):
+                raise ValueError(
+                    f"separation.weights: {len(weights)} weights for {len(self.layers)} layers; "
+                    "give one per layer"
+                )
+        if self.train.teacher == "adapters_off" and self.train.trainable != "lora":
+            raise ValueError(
+                f"train.teacher: adapters_off needs train.trainable=lora, which is "
+                f"{self.train.trainable!r}; use teacher=twin"
+            )
+        if self.train.early_stop and self.separation.loss != "hinge":
+            raise ValueError(
+                f"train.early_stop: separation.loss={self.separation.loss!r} has no target to "
+                "reach; use separation.loss=hinge"
+            )
+        return self
+
+
+def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
+    """Reads a YAML file, applies `key=value` overrides and validates.
+
+    Args:
+        path: YAML file; None starts from an empty mapping (overrides must then name the model).
+        overrides: dotted `key=value` strings; values are parsed as YAML.
+
+    Raises:
+        UserError: missing file, malformed YAML or override, unknown key, value out of range.
+    """
+    raw: Any = {}
+    if path is not None:
+        try:
+            raw = yaml.safe_load(Path(path).read_text())
+        except OSError as error:
+            raise UserError(f"config {path}: cannot be read ({error.strerror})") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"config {path}: not valid YAML ({reason})") from None
+    raw = {} if raw is None else raw
+    if not isinstance(raw, dict):
+        raise UserError(f"config {path}: expected a mapping of keys, found {type(raw).__name__}")
+    for item in overrides:
+        _apply_override(raw, item)
+    return parse_config(raw)
+
+
+def parse_config(raw: dict[str, Any]) -> Config:
+    """Validates a mapping; the first mistake becomes a one-line UserError."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Writes the resolved configuration, every default included."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    Path(path).write_text(text)
+
+
+def _apply_override(raw: dict[str, Any], item: str) -> None:
+    key, equals, text = item.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"override {item!r}: expected key=value, for example train.lr=1e-4")
+    value = _yaml_value(key, text)
+    *parents, last = key.strip().split(".")
+    node = raw
+    for part in parents:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise UserError(f"override {item!r}: {part} is not a section")
+        node = child
+    node[last] = value
+
+
+def _yaml_value(key: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {key}: {text!r} is not a valid value") from None
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    path = ".".join(str(part) for part in first["loc"] if not _is_variant(part))
+    if first["type"] == "extra_forbidden":
+        return _unknown_key(path, first["loc"])
+    if first["type"] == "missing":
+        return f"{path}: required and not given; set it in the YAML file or as {path}=..."
+    message = first["msg"].removeprefix("Value error, ")
+    if not path:
+        return message
+    if first["type"] == "value_error":
+        return f"{path}: {message}"
+    return f"{path}: {message[0].lower()}{message[1:]}, found {first['input']!r}"
+
+
+def _is_variant(part: Any) -> bool:
+    """pydantic names the union's branch in the location (`list[int]`, `literal['auto']`)."""
+    return isinstance(part, str) and ("[" in part or part in {"str"})
+
+
+def _unknown_key(path: str, loc: tuple[Any, ...]) -> str:
+    names = list(_section_at(loc[:-1]).model_fields)
+    close = difflib.get_close_matches(str(loc[-1]), names, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(names)}"
+    return f"{path}: unknown key; {hint}"
+
+
+def _section_at(loc: tuple[Any, ...]) -> type[BaseModel]:
+    section: type[BaseModel] = Config
+    for part in loc:
+        if isinstance(part, str) and part in section.model_fields:
+            section = _section_type(section.model_fields[part].annotation) or section
+    return section
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (list, Annotated, typing.Union, types.UnionType):
+        for argument in typing.get_args(annotation):
+            found = _section_type(argument)
+            if found is not None:
+                return found
+    return None

@@ -1,0 +1,9 @@
+"""The one exception a user is meant to see: one line that names the field, the value and the remedy."""
+
+
+class UserError(ValueError):
+    """A mistake in the input (configuration, data, paths, devices), not a bug in es2fast.
+
+    The command line prints the message as a single line and exits with code 2; library users
+    catch it like any ValueError.
+    """

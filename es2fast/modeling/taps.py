@@ -1,0 +1,197 @@
+"""Looking into a Hugging Face causal language model: its decoder blocks, and their outputs.
+
+Legend: B rows, T tokens, H hidden size, L decoder blocks, n selected rows.
+
+A *tap* is a forward hook on a decoder block that keeps the residual-stream state of one position
+per row. Hooks see what the block returns, a tensor or a tuple whose first entry is that tensor
+(both occur in supported transformers releases), cost no memory beyond the (B, H) slice, and are
+removed when their context ends. `output_hidden_states` is not used: it keeps every layer, and its
+last entry comes after the final norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from es2fast.errors import UserError
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """The transformers `...ForCausalLM` inside `model`, which may be wrapped by peft."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The module that maps tokens to final hidden states (embeddings, blocks, final norm).
+
+    Raises:
+        UserError: the model has no decoder that this library can find.
+    """
+    inner = causal_lm(model)
+    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
+    if decoder is None or decoder is inner:
+        decoder = getattr(inner, getattr(inner, "base_model_prefix", "model"), None)
+    if decoder is None:
+        raise UserError(
+            f"model: {type(inner).__name__} has no decoder that can be found; "
+            "use a decoder-only AutoModelForCausalLM"
+        )
+    return decoder
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    """The decoder blocks in order: the `ModuleList` with one entry per hidden layer."""
+    decoder = backbone(model)
+    for name in ("layers", "h", "blocks", "block"):
+        found = getattr(decoder, name, None)
+        if isinstance(found, nn.ModuleList) and len(found) > 0:
+            return found
+    count = getattr(getattr(decoder, "config", None), "num_hidden_layers", None)
+    for module in decoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise UserError(f"model: no list of decoder blocks found in {type(decoder).__name__}")
+
+
+def check_layers(layers: Sequence[int], depth: int) -> list[int]:
+    """Sorted block numbers; a UserError names the first that the model does not have."""
+    for layer in layers:
+        if not 0 <= layer < depth:
+            raise UserError(
+                f"layers: block {layer} is out of range; the model has blocks 0..{depth - 1}"
+            )
+    return sorted(layers)
+
+
+def hidden_of(output: Any) -> Tensor:
+    """(B, T, H) hidden states from a block's output, tensor or tuple."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def with_hidden(output: Any, hidden: Tensor) -> Any:
+    """`output` with its hidden states replaced, in the form the block returned them."""
+    return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+
+@contextmanager
+def hooks(handles: Sequence[torch.utils.hooks.RemovableHandle]) -> Iterator[None]:
+    """Removes hooks when the context ends, however it ends."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def tapped(
+    model: nn.Module, layers: Sequence[int], select: Callable[[Tensor], Tensor]
+) -> Iterator[dict[int, Tensor]]:
+    """Keeps `select(hidden)` of each listed block while the context lasts.
+
+    Args:
+        model: a causal language model, possibly wrapped by peft.
+        layers: block numbers, 0-based.
+        select: maps (B, T, H) to what is kept, usually (n, H).
+
+    Yields:
+        a dict, layer -> kept tensor of the latest forward pass.
+    """
+    kept: dict[int, Tensor] = {}
+    all_blocks = blocks(model)
+
+    def keep(layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            kept[layer] = select(hidden_of(output))
+
+        return hook
+
+    handles = [all_blocks[i].register_forward_hook(keep(i)) for i in layers]
+    with hooks(handles):
+        yield kept
+
+
+def at_positions(positions: Tensor) -> Callable[[Tensor], Tensor]:
+    """Selector of one position per row: positions (B,) int64; hidden (B, T, H) -> (B, H)."""
+
+    def select(hidden: Tensor) -> Tensor:
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
+        return hidden[rows, positions.to(hidden.device)]
+
+    return select
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """(B, T) token positions that start at 0 on each row's first real token."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+@contextmanager
+def rows_dropped_after(model: nn.Module, layer: int, rows: int, keep: slice) -> Iterator[None]:
+    """Rows outside `keep` end at block `layer`: later blocks compute on `keep` alone.
+
+    Every later block gets a pre-hook that cuts the hidden states and each per-row argument
+    (attention mask, position ids, rotary embeddings) from `rows` rows to those of `keep`. The
+    sequence of modules called does not change, so ZeRO-3's prefetch trace stays valid, and the
+    hooks run again, identically, when activation checkpointing recomputes a block.
+    """
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[keep] if value.dim() >= 2 and value.shape[0] == rows else value
+        if isinstance(value, tuple):
+            return tuple(cut(item) for item in value)
+        if isinstance(value, list):
+            return [cut(item) for item in value]
+        if isinstance(value, dict):
+            return {key: cut(item) for key, item in value.items()}
+        return value
+
+    def pre_hook(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return cut(args), cut(kwargs)
+
+    later = blocks(model)[layer + 1 :]
+    with hooks([b.register_forward_pre_hook(pre_hook, with_kwargs=True) for b in later]):
+        yield
+
+
+@torch.no_grad()
+def last_token_states(
+    model: nn.Module,
+    batches: Sequence[dict[str, Tensor]],
+    layers: Sequence[int],
+    forward: Callable[..., Any] | None = None,
+) -> dict[int, Tensor]:
+    """Residual-stream states at the last prompt token, for whole sets of prompts.
+
+    Args:
+        model: a causal language model.
+        batches: left-padded `input_ids`, `attention_mask` (B, T); the last column is the last
+            prompt token of every row.
+        layers: block numbers.
+        forward: what to call for a pass; default: the model's backbone (no logits are made).
+
+    Returns:
+        layer -> (sum of B, H) fp32 tensor on the CPU.
+    """
+    run = forward or backbone(model)
+    kept: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    device = next(model.parameters()).device
+    with ExitStack() as stack:
+        states = stack.enter_context(tapped(model, layers, lambda hidden: hidden[:, -1]))
+        for batch in batches:
+            mask = batch["attention_mask"].to(device)
+            run(
+                input_ids=batch["input_ids"].to(device),
+                attention_mask=mask,
+                position_ids=position_ids(mask),
+                use_cache=False,
+            )
+            for layer in layers:
+                kept[layer].append(states[layer].float().cpu())
+    return {layer: torch.cat(parts) for layer, parts in kept.items()}
