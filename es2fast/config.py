@@ -146,7 +146,6 @@ class TrainConfig(_Section):
 
 
 class EvaluateConfig(_Section):
-    enabled: bool = Field(False, description="attack base and tuned model after training")
     attacks: list[str] = Field(default_factory=lambda: ["direct", "scav", "mean_difference"])
     limit: int = Field(100, ge=2, description="held-out prompts per group")
     fit_limit: int = Field(140, ge=2, description="training prompts per group for probes and means")

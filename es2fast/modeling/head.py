@@ -1,0 +1,259 @@
+"""The fused KL inside `lm_head.forward`, and what each model family does to its logits.
+
+Legend: N tokens, H hidden size, V vocabulary.
+
+Under ZeRO-3 the LM head's weight exists only while its module runs, so the loss has to be computed
+inside that module's forward: ZeRO's own hooks then gather and release it at the right moments.
+`FusedHead` therefore replaces the *instance's* forward. Called with hidden states alone it still
+returns logits; called with a `KLTask` it returns the KL divergence instead. A teacher with a head
+of its own lends its weight by a nested call (`teacher_head(Borrow(...))`), so that both weights are
+gathered at once without reading a parameter outside its module.
+
+Transforms of the logits (soft-cap, scale) are read from the model's config and then *checked*:
+`parity_error` compares them with `model(...).logits`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from es2fast.errors import UserError
+from es2fast.modeling.taps import backbone, causal_lm
+from es2fast.ops.linear_kl import linear_kl_div
+
+_SOFTCAP_KEYS = ("final_logit_softcapping", "logits_soft_cap")
+_MULTIPLY_KEYS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+_MULTIPLIES_SCALING = ("hyperclovax",)  # multiplies by the key by which Granite divides
+
+
+@dataclass(frozen=True)
+class HeadTransform:
+    """logits = softcap(logit_scale * (W h + b)), softcap(z) = c tanh(z / c).
+
+    `keys` names the config entries the numbers came from.
+    """
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    keys: tuple[str, ...] = ()
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        logits = logits * self.logit_scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+
+def read_transform(config: Any) -> HeadTransform:
+    """The logit transform that a transformers config declares.
+
+    Known keys: `final_logit_softcapping` (Gemma 2, 3, 4 ...), `logits_soft_cap` (RecurrentGemma),
+    `logits_scaling` (Granite divides by it), `logit_scale` (Cohere multiplies), `output_multiplier`
+    and `lm_head_multiplier` (Falcon-H1).
+    """
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    scale, softcap, keys = 1.0, None, []
+    for key in _MULTIPLY_KEYS:
+        value = getattr(config, key, None)
+        if isinstance(value, (int, float)) and value != 1.0:
+            scale *= value
+            keys.append(key)
+    scaling = getattr(config, "logits_scaling", None)
+    if isinstance(scaling, (int, float)) and scaling != 1.0:
+        multiplies = str(getattr(config, "model_type", "")).startswith(_MULTIPLIES_SCALING)
+        scale *= scaling if multiplies else 1.0 / scaling
+        keys.append("logits_scaling")
+    for key in _SOFTCAP_KEYS:
+        value = getattr(config, key, None)
+        if isinstance(value, (int, float)) and value:
+            softcap = float(value)
+            keys.append(key)
+            break
+    return HeadTransform(scale, softcap, tuple(keys))
+
+
+@dataclass(frozen=True)
+class KLTask:
+    """What `FusedHead` computes in place of logits.
+
+    teacher_hidden: (N, H) final hidden states of the base model.
+    token_weights: (N,) fp32.
+    direction, temperature: as `es2fast.linear_kl_div`.
+    """
+
+    teacher_hidden: Tensor
+    token_weights: Tensor
+    direction: str
+    temperature: float
+
+
+@dataclass(frozen=True)
+class _Borrow:
+    """Runs `use(weight, bias)` inside the lending module's forward; nothing is returned."""
+
+    use: Callable[[Tensor, Tensor | None], None]
+
+
+class FusedHead:
+    """The forward of an LM head: logits for hidden states alone, the summed KL for a `KLTask`.
+
+    Args:
+        lm_head: the module that maps hidden states to logits.
+        transform: what the model does to its logits afterwards.
+        teacher_head: the base model's LM head when it is not this one.
+    """
+
+    def __init__(
+        self, lm_head: nn.Module, transform: HeadTransform, teacher_head: nn.Module | None = None
+    ):
+        self._module = lm_head
+        self._logits = lm_head.forward
+        self._transform = transform
+        self._teacher_head = teacher_head
+
+    def __call__(self, hidden: Tensor, task: KLTask | None = None) -> Tensor:
+        if task is None:
+            return self._logits(hidden)
+        if self._teacher_head is None:
+            return self._kl(hidden, task, None, None)
+        out: list[Tensor] = []
+        self._teacher_head(
+            _Borrow(lambda weight, bias: out.append(self._kl(hidden, task, weight, bias)))
+        )
+        return out[0]
+
+    def _kl(
+        self, hidden: Tensor, task: KLTask, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        return linear_kl_div(
+            hidden,
+            self._module.weight,
+            task.teacher_hidden,
+            weight,
+            bias=getattr(self._module, "bias", None),
+            teacher_bias=bias,
+            direction=task.direction,
+            temperature=task.temperature,
+            logit_scale=self._transform.logit_scale,
+            softcap=self._transform.softcap,
+            token_weights=task.token_weights,
+            reduction="sum",
+        )
+
+
+class LendingHead:
+    """The forward of a frozen teacher's LM head: logits as usual, or its weight lent to a call."""
+
+    def __init__(self, lm_head: nn.Module):
+        self._module = lm_head
+        self._logits = lm_head.forward
+
+    def __call__(self, hidden: Tensor | _Borrow) -> Tensor | None:
+        if not isinstance(hidden, _Borrow):
+            return self._logits(hidden)
+        bias = getattr(self._module, "bias", None)
+        hidden.use(self._module.weight.detach(), None if bias is None else bias.detach())
+        return None
+
+
+def lm_head_of(model: nn.Module) -> nn.Module:
+    """The linear layer that makes logits.
+
+    Raises:
+        UserError: the model has none, or peft has wrapped it.
+    """
+    head = causal_lm(model).get_output_embeddings()
+    if head is None:
+        raise UserError(
+            f"model: {type(causal_lm(model)).__name__} has no LM head; use an AutoModelForCausalLM"
+        )
+    if not isinstance(head, nn.Linear):
+        raise UserError(
+            f"model: the LM head is a {type(head).__name__}, not a plain linear layer; "
+            "leave lm_head out of train.lora.targets"
+        )
+    return head
+
+
+def install(
+    model: nn.Module, teacher: nn.Module | None, *, share_head: bool
+) -> tuple[nn.Module, HeadTransform]:
+    """Replaces `lm_head.forward` of the student (and of a teacher with its own head).
+
+    Args:
+        model: the student.
+        teacher: the frozen twin, or None when the student without its adapters is the teacher.
+        share_head: the two heads are equal and frozen, so the student's serves both.
+
+    Returns:
+        the student's LM head module and its transform.
+    """
+    head = lm_head_of(model)
+    transform = read_transform(causal_lm(model).config)
+    lender = None
+    if teacher is not None and not share_head:
+        lender = lm_head_of(teacher)
+        lender.forward = LendingHead(lender)
+    head.forward = FusedHead(head, transform, lender)
+    return head, transform
+
+
+@torch.no_grad()
+def parity_error(model: nn.Module, transform: HeadTransform, input_ids: Tensor) -> Tensor:
+    """Largest |difference| between `model(...).logits` and the transform of W h + b.
+
+    Args:
+        model: a causal language model.
+        transform: as read from its config.
+        input_ids: (B, T).
+
+    Returns:
+        scalar fp32, relative to the largest |logit|.
+    """
+    inner = causal_lm(model)
+    expected = inner(input_ids=input_ids, use_cache=False).logits.float()
+    hidden = backbone(model)(input_ids=input_ids, use_cache=False).last_hidden_state
+    found = transform(lm_head_of(model)(hidden).float())
+    return (found - expected).abs().max() / expected.abs().max().clamp_min(1e-20)
+
+
+def check_parity(error: float, dtype: torch.dtype, config: Any) -> None:
+    """Refuses to train on logits that are not the model's own.
+
+    Raises:
+        UserError: names the config keys that were read and those that look like a logit transform.
+    """
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    if error <= tolerance:
+        return
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    used = read_transform(config).keys
+    unread = [
+        key
+        for key, value in sorted(config.to_dict().items())
+        if isinstance(value, (int, float))
+        and key not in used
+        and any(part in key for part in ("logit", "softcap", "soft_cap", "multiplier", "scaling"))
+    ]
+    raise UserError(
+        f"model: logits of {config.model_type!r} differ from the fused head's by {error:.1e} "
+        f"relative (config keys read: {', '.join(used) or 'none'}; unread candidates: "
+        f"{', '.join(unread) or 'none'}); this model family is not supported yet"
+    )
+
+
+__all__ = [
+    "FusedHead",
+    "HeadTransform",
+    "KLTask",
+    "check_parity",
+    "install",
+    "lm_head_of",
+    "parity_error",
+    "read_transform",
+]

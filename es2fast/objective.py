@@ -1,0 +1,172 @@
+"""The ES2 objective: one forward pass of one module gives every loss and every metric.
+
+    L = sum_l alpha_l Sep_l(A, B) + lambda KL(base || tuned | harmless tokens)
+
+Legend: n harmful rows (A), m harmless rows (B), T tokens, H hidden size, D data-parallel ranks.
+
+Both groups run as one batch. The states at the last prompt token are tapped at the chosen blocks;
+after the deepest of them the harmful rows are dropped, so the blocks above, the final norm and the
+LM head see harmless rows alone. DeepSpeed receives this module and sees exactly one forward per
+backward. Pairs are global: every rank gathers all embeddings (without gradient for the others'),
+and computes the full gradient for its own rows, times D because DeepSpeed averages over ranks. The
+KL is divided by the number of harmless tokens of the whole optimizer step, not of the rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from es2fast.config import Config
+from es2fast.modeling import head as heads
+from es2fast.modeling.taps import at_positions, backbone, position_ids, rows_dropped_after, tapped
+from es2fast.modeling.teacher import freeze, teacher_hidden
+from es2fast.ops.reference import pairwise_distances, separation
+
+
+class ES2Objective(nn.Module):
+    """Student, teacher and losses in one module, made for `deepspeed.initialize`.
+
+    Args:
+        student: a causal language model with its trainable parameters chosen.
+        teacher: a frozen twin of the base model; None when the student without its LoRA adapters
+            is the base model.
+        layers: the separated blocks, ascending.
+        d0: mean harmful-harmless distance per layer under the base model.
+        norm0: mean norm of the states per layer under the base model.
+        config: separation and KL settings.
+        share_head: the LM head is frozen and equal to the teacher's.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        *,
+        layers: list[int],
+        d0: dict[int, float],
+        norm0: dict[int, float],
+        config: Config,
+        share_head: bool = True,
+    ):
+        super().__init__()
+        self.student = student
+        self.teacher = freeze(teacher) if teacher is not None else None
+        self.layers = list(layers)
+        self.d0 = d0
+        self.norm0 = norm0
+        self.config = config
+        self.alphas = dict(zip(layers, config.separation.weights or [1.0] * len(layers)))
+        self.lm_head, self.transform = heads.install(student, teacher, share_head=share_head)
+
+    def train(self, mode: bool = True) -> ES2Objective:
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        prompt_last: Tensor,
+        kl_index: Tensor,
+        kl_weights: Tensor,
+        num_harmful: int,
+        kl_weight: float,
+        kl_tokens: float,
+        accumulation: int = 1,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One micro-batch.
+
+        Args:
+            input_ids, attention_mask: (n + m, T) int64, harmful rows first.
+            prompt_last: (n + m,) column of the last prompt token.
+            kl_index: (N,) positions in the flattened (m, T) harmless block that enter the KL.
+            kl_weights: (N,) fp32 weights of these tokens.
+            num_harmful: n.
+            kl_weight: lambda.
+            kl_tokens: sum of all kl_weights of the optimizer step, over ranks and micro-batches.
+            accumulation: micro-batches per optimizer step.
+
+        Returns:
+            the loss to call backward on (scaled so that DeepSpeed's averages come out right), and
+            detached fp32 metrics: `kl_sum` (this rank's), `sep`, `sep/l`, `distance/l`, `norm/l`
+            (of all ranks' rows).
+        """
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        rows = input_ids.shape[0]
+        inputs = _backbone_inputs(input_ids, attention_mask)
+        harmless_inputs = {
+            key: value[num_harmful:] if isinstance(value, Tensor) else value
+            for key, value in inputs.items()
+        }
+        target = teacher_hidden(self.student, self.teacher, harmless_inputs)
+        with (
+            tapped(self.student, self.layers, at_positions(prompt_last)) as states,
+            rows_dropped_after(self.student, self.layers[-1], rows, slice(num_harmful, None)),
+        ):
+            final = backbone(self.student)(**inputs).last_hidden_state
+        sep, metrics = self._separation(states, num_harmful)
+        kl_sum = self._kl(final[num_harmful - rows :], target, kl_index, kl_weights)
+        loss = world * (sep + kl_weight * accumulation / kl_tokens * kl_sum)
+        return loss, metrics | {"sep": sep.detach(), "kl_sum": kl_sum.detach()}
+
+    def _kl(self, hidden: Tensor, target: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Weighted sum of token KLs in nats; hidden, target (m, T, H), index and weights (N,)."""
+        task = heads.KLTask(
+            target.flatten(0, 1)[index],
+            weights,
+            self.config.kl.direction,
+            self.config.kl.temperature,
+        )
+        return self.lm_head(hidden.flatten(0, 1)[index], task)
+
+    def _separation(
+        self, states: dict[int, Tensor], num_harmful: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        total: Tensor | float = 0.0
+        metrics: dict[str, Tensor] = {}
+        for layer in self.layers:
+            state = states[layer].float()
+            a, b = gather_rows(state[:num_harmful]), gather_rows(state[num_harmful:])
+            d0 = self.d0[layer]
+            loss = separation(
+                a,
+                b,
+                loss=self.config.separation.loss,
+                margin=self.config.separation.margin * d0,
+                scale=d0,
+            )
+            total = total + self.alphas[layer] * loss
+            metrics[f"sep/{layer}"] = loss.detach()
+            with torch.no_grad():
+                metrics[f"distance/{layer}"] = pairwise_distances(a, b).mean()
+                metrics[f"norm/{layer}"] = torch.cat([a, b]).norm(dim=-1).mean()
+        assert isinstance(total, Tensor)
+        return total, metrics
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """All ranks' rows, this rank's with gradient: (n, H) on each of D ranks -> (D n, H).
+
+    A loss on the result, times D, has under gradient averaging the gradient of the global loss.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.detach().contiguous())
+    parts[dist.get_rank()] = rows
+    return torch.cat(parts)
+
+
+def _backbone_inputs(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids(attention_mask),
+        "use_cache": False,
+    }
