@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from es2fast.config import Config
 from es2fast.modeling import head as heads
-from es2fast.modeling.taps import at_positions, backbone, position_ids, rows_dropped_after, tapped
+from es2fast.modeling.taps import SeparationTaps, backbone, position_ids
 from es2fast.modeling.teacher import freeze, teacher_hidden
 from es2fast.ops.reference import pairwise_distances, separation
 
@@ -60,6 +60,7 @@ class ES2Objective(nn.Module):
         self.norm0 = norm0
         self.config = config
         self.alphas = dict(zip(layers, config.separation.weights or [1.0] * len(layers)))
+        self.taps = SeparationTaps(student, self.layers)
         self.lm_head, self.transform = heads.install(student, teacher, share_head=share_head)
 
     def train(self, mode: bool = True) -> ES2Objective:
@@ -104,13 +105,11 @@ class ES2Objective(nn.Module):
             key: value[num_harmful:] if isinstance(value, Tensor) else value
             for key, value in inputs.items()
         }
+        self.taps.disarm()
         target = teacher_hidden(self.student, self.teacher, harmless_inputs)
-        with (
-            tapped(self.student, self.layers, at_positions(prompt_last)) as states,
-            rows_dropped_after(self.student, self.layers[-1], rows, slice(num_harmful, None)),
-        ):
-            final = backbone(self.student)(**inputs).last_hidden_state
-        sep, metrics = self._separation(states, num_harmful)
+        self.taps.arm(prompt_last, num_harmful)
+        final = backbone(self.student)(**inputs).last_hidden_state
+        sep, metrics = self._separation(self.taps.states, num_harmful)
         kl_sum = self._kl(final[num_harmful - rows :], target, kl_index, kl_weights)
         loss = world * (sep + kl_weight * accumulation / kl_tokens * kl_sum)
         return loss, metrics | {"sep": sep.detach(), "kl_sum": kl_sum.detach()}

@@ -131,33 +131,70 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
-@contextmanager
-def rows_dropped_after(model: nn.Module, layer: int, rows: int, keep: slice) -> Iterator[None]:
-    """Rows outside `keep` end at block `layer`: later blocks compute on `keep` alone.
+class SeparationTaps:
+    """The training forward's view into a model: tapped states, and rows that end early.
 
-    Every later block gets a pre-hook that cuts the hidden states and each per-row argument
-    (attention mask, position ids, rotary embeddings) from `rows` rows to those of `keep`. The
-    sequence of modules called does not change, so ZeRO-3's prefetch trace stays valid, and the
-    hooks run again, identically, when activation checkpointing recomputes a block.
+    Hooks are registered once. While *armed*, each chosen block keeps its state at one position per
+    row, and every block after the deepest one computes on the harmless rows alone: a pre-hook cuts
+    the hidden states and each per-row argument (attention mask, position ids, rotary embeddings).
+    The sequence of modules called does not change, so ZeRO-3's prefetch trace stays valid. Hooks
+    must still be there, and armed alike, when activation checkpointing recomputes a block during
+    backward; so they stay armed until the next pass says otherwise.
+
+    Args:
+        model: a causal language model, possibly wrapped by peft.
+        layers: tapped blocks, ascending.
     """
 
-    def cut(value: Any) -> Any:
+    def __init__(self, model: nn.Module, layers: Sequence[int]):
+        self.states: dict[int, Tensor] = {}
+        self._select: Callable[[Tensor], Tensor] | None = None
+        self._rows = 0
+        self._num_harmful = 0
+        every = blocks(model)
+        self._handles = [every[i].register_forward_hook(self._keep(i)) for i in layers]
+        self._handles += [
+            block.register_forward_pre_hook(self._cut, with_kwargs=True)
+            for block in every[layers[-1] + 1 :]
+        ]
+
+    def arm(self, positions: Tensor, num_harmful: int) -> None:
+        """Before the student's pass: positions (B,) of the tapped states, harmful rows first."""
+        self.states = {}
+        self._select = at_positions(positions)
+        self._rows = positions.shape[0]
+        self._num_harmful = num_harmful
+
+    def disarm(self) -> None:
+        """Before any other pass through the same blocks."""
+        self._select = None
+
+    def remove(self) -> None:
+        """Takes the hooks out of the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _keep(self, layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if self._select is not None:
+                self.states[layer] = self._select(hidden_of(output))
+
+        return hook
+
+    def _cut(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if self._select is None:
+            return None
+        return self._harmless(args), self._harmless(kwargs)
+
+    def _harmless(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value[keep] if value.dim() >= 2 and value.shape[0] == rows else value
-        if isinstance(value, tuple):
-            return tuple(cut(item) for item in value)
-        if isinstance(value, list):
-            return [cut(item) for item in value]
+            per_row = value.dim() >= 2 and value.shape[0] == self._rows
+            return value[self._num_harmful :] if per_row else value
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._harmless(item) for item in value)
         if isinstance(value, dict):
-            return {key: cut(item) for key, item in value.items()}
+            return {key: self._harmless(item) for key, item in value.items()}
         return value
-
-    def pre_hook(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        return cut(args), cut(kwargs)
-
-    later = blocks(model)[layer + 1 :]
-    with hooks([b.register_forward_pre_hook(pre_hook, with_kwargs=True) for b in later]):
-        yield
 
 
 @torch.no_grad()

@@ -1,0 +1,94 @@
+"""Loading models and tokenizers through transformers, with errors a user can act on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from es2fast.config import ModelConfig
+from es2fast.errors import UserError
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def load_tokenizer(model: ModelConfig) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        UserError: there is none at `model.name`.
+    """
+    from transformers import AutoTokenizer
+
+    _check_folder(model.name)
+    try:
+        return AutoTokenizer.from_pretrained(
+            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.name: no tokenizer at {model.name!r} ({_first(error)})") from None
+
+
+def load_model_config(model: ModelConfig) -> Any:
+    """The transformers config of `model.name`.
+
+    Raises:
+        UserError: neither a folder nor a Hugging Face id that can be loaded.
+    """
+    from transformers import AutoConfig
+
+    _check_folder(model.name)
+    try:
+        return AutoConfig.from_pretrained(
+            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.name: {model.name!r} is neither a model folder nor a Hugging Face id that can "
+            f"be loaded ({_first(error)})"
+        ) from None
+
+
+def load_causal_lm(model: ModelConfig, dtype: str) -> nn.Module:
+    """The causal language model at `model.name`, or the base model and adapter of a LoRA folder.
+
+    Args:
+        model: where it is.
+        dtype: "bf16" or "fp32".
+
+    Raises:
+        UserError: a folder without weights; a model that transformers cannot load.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(model.name)
+    if folder.is_dir() and not any(next(folder.glob(p), None) for p in _WEIGHTS):
+        raise UserError(
+            f"model.name: folder {model.name!r} has no weights (*.safetensors); "
+            "give the folder that save_pretrained wrote"
+        )
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            model.name,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            attn_implementation=model.attn_implementation,
+            dtype=DTYPES[dtype],
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"model.name: {model.name!r} cannot be loaded ({_first(error)})") from None
+
+
+def _check_folder(name: str) -> None:
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not Path(name).is_dir():
+        raise UserError(f"model.name: folder {name!r} does not exist")
+
+
+def _first(error: BaseException) -> str:
+    """The first line of a library's message."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

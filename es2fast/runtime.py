@@ -1,0 +1,113 @@
+"""Where a run executes: device, precision, ranks, and quiet ranks other than 0."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from es2fast.config import Config
+from es2fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """rank and world_size over all nodes; device of this process; dtype "bf16" or "fp32"."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: str
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks of a small tensor on this device."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, value)
+        return found
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def resolve_device(wanted: str) -> str:
+    """"cpu" or "cuda".
+
+    Raises:
+        UserError: cuda asked for and none there.
+    """
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise UserError("train.device: 'cuda' asked for, but torch sees no GPU; use cpu or auto")
+    return "cuda" if available and wanted != "cpu" else "cpu"
+
+
+def resolve_dtype(wanted: str, device: str) -> str:
+    """"bf16" or "fp32"; `auto` is bf16 on a GPU and fp32 on a CPU."""
+    if wanted != "auto":
+        return wanted
+    return "bf16" if device == "cuda" else "fp32"
+
+
+def start(config: Config) -> Runtime:
+    """Joins the process group that the launcher set up (or a group of one) and picks the device."""
+    device = resolve_device(config.train.device)
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    for name in ("RANK", "LOCAL_RANK"):
+        os.environ.setdefault(name, "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
+    _quiet(int(os.environ["RANK"]))
+    import deepspeed
+
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
+    index = int(os.environ["LOCAL_RANK"]) if device == "cuda" else None
+    return Runtime(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        device=torch.device(device, index) if index is not None else torch.device(device),
+        dtype=resolve_dtype(config.model.dtype, device),
+    )
+
+
+def stop() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _quiet(rank: int) -> None:
+    """Library chatter below warnings is dropped; ranks other than 0 say errors only."""
+    level = logging.WARNING if rank == 0 else logging.ERROR
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    from deepspeed.utils import logger
+    from transformers.utils import logging as hf_logging
+
+    logger.setLevel(level)
+    for handler in logger.handlers:
+        handler.setLevel(level)
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    if rank != 0:
+        warnings.filterwarnings("ignore")
