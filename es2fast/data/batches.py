@@ -1,0 +1,101 @@
+"""Paired micro-batches: harmful prompts and harmless conversations in one tensor.
+
+Legend: n harmful rows, m harmless rows, T columns. Every row is padded on the left and ends in
+column T - 1, so that one forward serves both terms: the separation reads `prompt_last`, the KL
+reads the harmless rows n..n+m-1 where `kl_weights` is 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from es2fast.data.format import Formatter
+from es2fast.data.prompts import Prompt
+from es2fast.data.sources import one_line
+from es2fast.errors import UserError
+
+POSITIONS = ("all", "response", "last")
+
+
+@dataclass
+class MicroBatch:
+    """What one rank computes on in one forward."""
+
+    input_ids: Tensor  # (n + m, T) int64, harmful rows first
+    attention_mask: Tensor  # (n + m, T) int64
+    prompt_last: Tensor  # (n + m,) int64, column of the last prompt token
+    kl_weights: Tensor  # (m, T) float32, 1 where next-token distributions are compared
+    num_harmful: int  # n
+    num_tokens: int  # non-padding tokens of all rows
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """The same batch with its tensors on `device`."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            prompt_last=self.prompt_last.to(device),
+            kl_weights=self.kl_weights.to(device),
+        )
+
+
+def collate(
+    formatter: Formatter,
+    harmful: Sequence[Prompt],
+    harmless: Sequence[Prompt],
+    positions: str,
+) -> MicroBatch:
+    """Builds a micro-batch: harmful rows are prompts, harmless rows prompt + response.
+
+    Args:
+        formatter: chat template and lengths.
+        harmful: at least one prompt.
+        harmless: at least one prompt, every one with its `response`.
+        positions: harmless positions with weight 1. `all`: every non-padding token; `response`:
+            those that predict a response token, that is the last prompt token up to the one before
+            the last response token; `last`: the last prompt token. A row without room for any
+            response keeps its last prompt token under `response`, so no row has weight 0.
+
+    Raises:
+        UserError: an empty group, a missing response, or unknown `positions`.
+    """
+    if positions not in POSITIONS:
+        raise UserError(f"kl.positions: {positions!r} is unknown; use {', '.join(POSITIONS)}")
+    if not harmful or not harmless:
+        raise UserError("micro-batch: needs at least one harmful and one harmless prompt")
+    pairs = [(formatter.prompt_ids(prompt), list[int]()) for prompt in harmful]
+    for prompt in harmless:
+        if prompt.response is None:
+            raise UserError(
+                f"data.harmless: the prompt {one_line(prompt.text, 40)!r} has no response; "
+                "have the base model write it first"
+            )
+        pairs.append(formatter.conversation_ids(prompt, prompt.response))
+    padded = formatter.pad([ids + answer for ids, answer in pairs])
+    width = padded["input_ids"].shape[1]
+    prompt_last = torch.tensor([width - 1 - len(answer) for _, answer in pairs])
+    n = len(harmful)
+    return MicroBatch(
+        input_ids=padded["input_ids"],
+        attention_mask=padded["attention_mask"],
+        prompt_last=prompt_last,
+        kl_weights=_kl_weights(padded["attention_mask"][n:], prompt_last[n:], positions),
+        num_harmful=n,
+        num_tokens=int(padded["attention_mask"].sum()),
+    )
+
+
+def _kl_weights(mask: Tensor, prompt_last: Tensor, positions: str) -> Tensor:
+    """(m, T) float32 from the harmless rows' mask (m, T) and last prompt columns (m,)."""
+    if positions == "all":
+        return mask.float()
+    column = torch.arange(mask.shape[1])
+    last = prompt_last[:, None]
+    if positions == "last":
+        return (column == last).float()
+    end = (last + 1).clamp_min(mask.shape[1] - 1)  # T - 1, and T for a row without response
+    return ((column >= last) & (column < end)).float()

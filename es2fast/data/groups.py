@@ -1,0 +1,176 @@
+"""The harmful and harmless groups of a run, checked against each other.
+
+Prompts are compared after `normalise`, over all turns but system messages.
+- Duplicates inside a group are removed, the first stays.
+- Training prompts that also occur in evaluation are removed from training and counted.
+- A prompt that is both harmful and harmless, in training or evaluation, is an error: the loss would
+  push it away from itself, and every rate measured on it would mean nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from es2fast.config import DataConfig, DataSource
+from es2fast.data.prompts import Prompt, read_source
+from es2fast.data.sources import one_line
+from es2fast.errors import UserError
+
+GROUPS = ("harmful", "harmless", "eval_harmful", "eval_harmless")
+
+
+@dataclass
+class SourceReport:
+    """What one source gave."""
+
+    field: str
+    source: str
+    rows: int
+    blank: int
+    column: str
+    response_column: str | None
+    responses: int
+    labels: dict[str, int]
+
+    def line(self) -> str:
+        """One line for the screen."""
+        parts = [f"{self.rows} rows", f"column {self.column!r}"]
+        if self.responses:
+            origin = f" in {self.response_column!r}" if self.response_column else ""
+            parts.append(f"{self.responses} responses{origin}")
+        if self.labels:
+            parts.append("labels " + ", ".join(f"{k}: {v}" for k, v in sorted(self.labels.items())))
+        if self.blank:
+            parts.append(f"{self.blank} blank rows skipped")
+        return f"{self.field} {self.source}: {'; '.join(parts)}"
+
+
+@dataclass
+class DataReport:
+    """What was read, kept and removed; counts are per group name."""
+
+    sources: list[SourceReport] = field(default_factory=list)
+    kept: dict[str, int] = field(default_factory=dict)
+    duplicates: dict[str, int] = field(default_factory=dict)
+    leakage: dict[str, int] = field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        """Text for the screen, one line per source and per group that is not empty."""
+        out = [source.line() for source in self.sources]
+        for group in GROUPS:
+            removed = []
+            if self.duplicates.get(group):
+                removed.append(f"{self.duplicates[group]} duplicates removed")
+            if self.leakage.get(group):
+                removed.append(f"{self.leakage[group]} removed that also occur in evaluation")
+            if self.kept.get(group) or removed:
+                notes = f" ({', '.join(removed)})" if removed else ""
+                out.append(f"{group}: {self.kept.get(group, 0)} prompts{notes}")
+        return out
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, dicts, strings and numbers, for JSON."""
+        return asdict(self)
+
+
+@dataclass
+class PromptGroups:
+    """Prompts in the order of their sources, duplicates and leaked training rows removed."""
+
+    harmful: list[Prompt]
+    harmless: list[Prompt]
+    eval_harmful: list[Prompt]
+    eval_harmless: list[Prompt]
+    report: DataReport
+
+
+def load_groups(config: DataConfig, *, need_train: bool = True) -> PromptGroups:
+    """Reads every source and builds the four groups.
+
+    Args:
+        config: the `data` section.
+        need_train: both training groups must have prompts; otherwise any group may be left out.
+
+    Raises:
+        UserError: an unreadable source (see `read_source`), no harmful or harmless prompts, or a
+            prompt that is in both.
+    """
+    report = DataReport()
+    groups: dict[str, list[Prompt]] = {name: [] for name in GROUPS}
+    for name in GROUPS:
+        for number, source in enumerate(getattr(config, name)):
+            groups[name] += _read(source, f"data.{name}[{number}]", report)[0]
+    for number, source in enumerate(config.labelled):
+        prompts, harmful = _read(source, f"data.labelled[{number}]", report, labelled=True)
+        for prompt, is_harmful in zip(prompts, harmful):
+            groups["harmful" if is_harmful else "harmless"].append(prompt)
+    if need_train:
+        _check_present(groups)
+    for name in GROUPS:
+        groups[name] = _without_duplicates(groups[name], name, report)
+    _check_overlap(groups)
+    _remove_leakage(groups, report)
+    report.kept = {name: len(groups[name]) for name in GROUPS}
+    return PromptGroups(**groups, report=report)
+
+
+def _read(
+    source: DataSource, path: str, report: DataReport, labelled: bool = False
+) -> tuple[list[Prompt], list[bool]]:
+    found = read_source(source, path, labelled)
+    report.sources.append(
+        SourceReport(
+            field=path,
+            source=source.source,
+            rows=found.rows,
+            blank=found.blank,
+            column=found.column,
+            response_column=found.response_column,
+            responses=sum(prompt.response is not None for prompt in found.prompts),
+            labels=found.labels,
+        )
+    )
+    return found.prompts, found.harmful
+
+
+def _check_present(groups: dict[str, list[Prompt]]) -> None:
+    for name in ("harmful", "harmless"):
+        if not groups[name]:
+            raise UserError(
+                f"data.{name}: no {name} prompts; give at least one source in data.{name}, "
+                f"or a file with {name} rows in data.labelled"
+            )
+
+
+def _without_duplicates(prompts: list[Prompt], name: str, report: DataReport) -> list[Prompt]:
+    first: dict[str, Prompt] = {}
+    for prompt in prompts:
+        first.setdefault(prompt.key, prompt)
+    report.duplicates[name] = len(prompts) - len(first)
+    return list(first.values())
+
+
+def _check_overlap(groups: dict[str, list[Prompt]]) -> None:
+    harmful = {p.key: p for p in (*groups["harmful"], *groups["eval_harmful"])}
+    harmless = {p.key for p in (*groups["harmless"], *groups["eval_harmless"])}
+    both = [prompt for key, prompt in harmful.items() if key in harmless]
+    if both:
+        raise UserError(
+            f"data: {len(both)} prompt{'s are' if len(both) > 1 else ' is'} both harmful and "
+            f"harmless, for example {one_line(both[0].text, 60)!r}; remove "
+            f"{'them' if len(both) > 1 else 'it'} from one of the two groups"
+        )
+
+
+def _remove_leakage(groups: dict[str, list[Prompt]], report: DataReport) -> None:
+    held_out = {p.key for p in (*groups["eval_harmful"], *groups["eval_harmless"])}
+    for name in ("harmful", "harmless"):
+        before = groups[name]
+        groups[name] = [prompt for prompt in before if prompt.key not in held_out]
+        report.leakage[name] = len(before) - len(groups[name])
+        if before and not groups[name]:
+            raise UserError(
+                f"data.{name}: all {len(before)} prompts also occur in evaluation; "
+                f"give data.eval_{name} other prompts"
+            )
