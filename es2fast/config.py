@@ -139,6 +139,7 @@ class TrainConfig(_Section):
     early_stop: bool = Field(
         False, description="stop when the hinge target is met on every layer (hinge only)"
     )
+    overwrite: bool = Field(False, description="replace a run that output_dir already holds")
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: int = Field(1, ge=1)

@@ -109,5 +109,6 @@ def _quiet(rank: int) -> None:
         handler.setLevel(level)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if rank != 0:
         warnings.filterwarnings("ignore")

@@ -1,0 +1,122 @@
+"""From a trained engine to a folder that `AutoModelForCausalLM.from_pretrained` loads.
+
+Weights are safetensors; ZeRO-3 partitions are gathered a few parameters at a time into rank 0's
+memory; the frozen twin is not part of the result. LoRA runs save the adapter; `merge` folds it in.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from es2fast.config import ModelConfig
+from es2fast.errors import UserError
+from es2fast.modeling.load import load_causal_lm, load_tokenizer
+
+_GATHER_ELEMENTS = 250_000_000
+
+
+def full_state_dict(model: nn.Module, *, main: bool) -> dict[str, Tensor]:
+    """All parameters and persistent buffers, whole, on the CPU of the main rank.
+
+    Args:
+        model: possibly partitioned by ZeRO-3; call on every rank.
+        main: this rank keeps the result; others return {}.
+    """
+    state: dict[str, Tensor] = {}
+    for chunk in _chunks(list(model.named_parameters())):
+        with _gathered([parameter for _, parameter in chunk]):
+            if main:
+                state.update({name: p.detach().cpu().clone() for name, p in chunk})
+    if main:
+        persistent = model.state_dict().keys()
+        for name, buffer in model.named_buffers():
+            if name in persistent:
+                state[name] = buffer.detach().cpu().clone()
+    return state
+
+
+def _chunks(named: list[tuple[str, nn.Parameter]]) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    chunk: list[tuple[str, nn.Parameter]] = []
+    size = 0
+    for name, parameter in named:
+        count = getattr(parameter, "ds_numel", parameter.numel())
+        if chunk and size + count > _GATHER_ELEMENTS:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append((name, parameter))
+        size += count
+    if chunk:
+        yield chunk
+
+
+def _gathered(parameters: list[nn.Parameter]) -> Any:
+    import deepspeed
+
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    return deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned))
+
+
+def save_model(model: nn.Module, tokenizer: Any, folder: Path, *, main: bool) -> None:
+    """Writes weights (or the adapter), config and tokenizer; complete or not at all.
+
+    Args:
+        model: the student, possibly wrapped by peft and partitioned; call on every rank.
+        folder: replaced when it exists.
+        main: this rank writes.
+    """
+    state = full_state_dict(model, main=main)
+    if not main:
+        return
+    partial = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial, state_dict=state)  # type: ignore[operator]
+    tokenizer.save_pretrained(partial)
+    (partial / "README.md").unlink(missing_ok=True)  # peft's generic card
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """The folder holds a LoRA adapter, not a whole model."""
+    return (Path(folder) / "adapter_config.json").is_file()
+
+
+def export_merged(source: str, out: Path, *, dtype: str) -> None:
+    """Folds a LoRA adapter into its base model and writes a plain model folder.
+
+    Args:
+        source: a folder with an adapter.
+        out: must not exist.
+        dtype: "bf16" or "fp32".
+
+    Raises:
+        UserError: no adapter there; `out` exists; the base model is gone.
+    """
+    if not is_adapter(source):
+        raise UserError(f"export: {source!r} holds no LoRA adapter; there is nothing to merge")
+    _must_not_exist(out)
+    base = json.loads((Path(source) / "adapter_config.json").read_text())["base_model_name_or_path"]
+    from peft import PeftModel
+
+    plain = load_causal_lm(ModelConfig(name=base), dtype)
+    merged = PeftModel.from_pretrained(plain, source).merge_and_unload()
+    with torch.no_grad():
+        save_model(merged, load_tokenizer(ModelConfig(name=source)), out, main=True)
+
+
+def export_copy(source: str, out: Path) -> None:
+    """Copies a finished model folder to `out`, which must not exist (UserError)."""
+    _must_not_exist(out)
+    shutil.copytree(source, out)
+
+
+def _must_not_exist(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"export: {str(out)!r} exists already; choose another --out")

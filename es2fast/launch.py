@@ -1,0 +1,59 @@
+"""Starts `es2fast.train` under the real `deepspeed` launcher on this machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from es2fast.errors import UserError
+from es2fast.runtime import resolve_device
+
+
+def launch(
+    config: Path, overrides: Sequence[str] = (), *, ranks: int | None = None, device: str = "auto"
+) -> None:
+    """Runs the training in `ranks` processes (default: one per GPU, or one per two CPU cores' worth
+    of work, at most 2) and waits.
+
+    Raises:
+        UserError: more ranks than GPUs; the training failed (its own message is above).
+    """
+    resolved = resolve_device(device)
+    count = _ranks(ranks, resolved)
+    environment = dict(os.environ)
+    if resolved == "cpu":
+        environment["DS_ACCELERATOR"] = "cpu"
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
+    command = [
+        *(sys.executable, "-m", "deepspeed.launcher.runner"),
+        *("--log_level", "warning", "--num_gpus", str(count), "--master_port", str(_free_port())),
+        *("--module", "es2fast.train", "--config", str(config), *overrides),
+    ]
+    code = subprocess.run(command, env=environment, check=False).returncode
+    if code != 0:
+        raise UserError(f"train: the deepspeed launcher ended with code {code}; see above")
+
+
+def _ranks(wanted: int | None, device: str) -> int:
+    import torch
+
+    if device == "cpu":
+        return wanted or min(2, _cores())
+    available = torch.cuda.device_count()
+    if wanted is not None and wanted > available:
+        raise UserError(f"--ranks: {wanted} asked for, this machine has {available} GPUs")
+    return wanted or available
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,101 @@
+"""Where numbers go while training: metrics.jsonl always, trackers when asked, a bar on rank 0."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from es2fast.config import Config, TrainConfig
+from es2fast.errors import UserError
+
+
+class MetricsWriter:
+    """Rank 0's record of a run; on other ranks every call does nothing.
+
+    Raises:
+        UserError: a tracker of `train.report_to` is not installed.
+    """
+
+    def __init__(self, folder: Path, config: Config, *, main: bool, steps: int):
+        self._main = main
+        self._trackers: list[Any] = []
+        if not main:
+            return
+        self._file = (folder / "metrics.jsonl").open("a", buffering=1)
+        self._bar = tqdm(total=steps, desc="es2", unit="step", dynamic_ncols=True)
+        self._trackers = [_tracker(name, folder, config) for name in config.train.report_to]
+
+    def log(self, row: dict[str, Any]) -> None:
+        """One optimizer step's numbers; `step` counts from 1."""
+        if not self._main:
+            return
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        for tracker in self._trackers:
+            tracker.log(clean)
+
+    def tick(self, row: dict[str, Any]) -> None:
+        """Moves the bar by one step."""
+        if self._main:
+            self._bar.set_postfix_str(
+                f"loss {row['loss']:.3g} sep {row['sep']:.3g} kl {row['kl']:.2g}", refresh=False
+            )
+            self._bar.update()
+
+    def close(self) -> None:
+        if not self._main:
+            return
+        self._bar.close()
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def check_trackers(train: TrainConfig) -> None:
+    """UserError when a tracker of `train.report_to` is not installed."""
+    from importlib.util import find_spec
+
+    for name in train.report_to:
+        if find_spec(name) is None:
+            raise UserError(f"train.report_to: {name!r} is not installed; pip install {name}")
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, row: dict[str, Any]) -> None:
+        for key, value in row.items():
+            if isinstance(value, (int, float)) and key != "step":
+                self._writer.add_scalar(key, value, row["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandbLike:
+    """W&B, and trackio, which has the same calls."""
+
+    def __init__(self, module: Any, folder: Path, config: Config):
+        self._module = module
+        module.init(project="es2fast", name=folder.name, config=config.model_dump(mode="json"))
+
+    def log(self, row: dict[str, Any]) -> None:
+        self._module.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+    def close(self) -> None:
+        self._module.finish()
+
+
+def _tracker(name: str, folder: Path, config: Config) -> Any:
+    if name == "tensorboard":
+        return _TensorBoard(folder)
+    import importlib
+
+    return _WandbLike(importlib.import_module(name), folder, config)

@@ -1,0 +1,126 @@
+"""README.md of an exported model: what was done to it, what was measured, what that does not show.
+
+A hardened model travels without its run folder, so the card carries the data, layers, losses,
+settings and results with it, says which choices the paper left open, and warns that a defence is
+not a proof. Local paths are cut to their last part: cards get published.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath, PureWindowsPath
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from es2fast.config import Config
+from es2fast.evaluation.report import config_rows, write_text_atomically
+from es2fast.evaluation.table import markdown_text, table_markdown
+
+TEMPLATE = Path(__file__).with_name("model_card.md.j2")
+TAGS = ["es2fast", "embedding-space-separation", "safety", "arxiv:2603.20206"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def write_model_card(
+    folder: str | Path,
+    *,
+    config: Config,
+    report: Mapping[str, Any] | None,
+    base_model: str,
+    layers: Sequence[int],
+    d0: Mapping[int, float],
+    data_summary: Sequence[str],
+    train: Mapping[str, Any],
+) -> None:
+    """Writes folder/README.md.
+
+    Args:
+        folder: the exported model; holds `adapter_config.json` when it is an adapter.
+        config: the resolved configuration of the run.
+        report: what was measured (`es2fast.evaluation.schema`), or None when nothing was.
+        base_model: Hugging Face id, or folder, of the model before training.
+        layers: the decoder blocks that were separated.
+        d0: mean distance between the groups in the base model, per block, in the units of the
+            residual stream.
+        data_summary: one line of text per data source.
+        train: `steps`, `seconds`, `kl`, `lambda` and whatever else the run wants told; only
+            numbers and text are shown.
+
+    Raises:
+        UserError: the report lacks a key.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    adapter = (folder / "adapter_config.json").is_file()
+    card = ModelCard.from_template(
+        _metadata(base_model, adapter),
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
+        base=markdown_text(public_name(base_model)),
+        adapter=adapter,
+        data_lines=[markdown_text(line) for line in data_summary],
+        layer_lines=[_layer_line(layer, d0) for layer in layers],
+        loss=config.separation.loss,
+        settings=[(name, markdown_text(value)) for name, value in _settings(config, layers)],
+        results=table_markdown(report) if report else "",
+        train_rows=_train_rows(train),
+    )
+    write_text_atomically(folder / "README.md", card.content)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model is named by a Hugging Face id and not by a folder on this machine."""
+    return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
+
+
+def public_name(name: str) -> str:
+    """A Hugging Face id as it is; of a local path, the last part."""
+    if is_hub_id(name):
+        return name
+    flavour = PureWindowsPath if "\\" in name else PurePath
+    return flavour(name).name or "local model"
+
+
+def _metadata(base_model: str, adapter: bool) -> ModelCardData:
+    origin: dict[str, Any] = {}
+    if is_hub_id(base_model):  # the hub refuses a card whose base_model is a path
+        relation = "adapter" if adapter else "finetune"
+        origin = {"base_model": base_model, "base_model_relation": relation}
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=TAGS + (["lora"] if adapter else []),
+        **origin,
+    )
+
+
+def _settings(config: Config, layers: Sequence[int]) -> list[tuple[str, str]]:
+    """The run's settings, with the layers that `auto` became."""
+    chosen = ", ".join(str(layer) for layer in layers)
+    if config.layers == "auto":
+        chosen += " (chosen by probes)"
+    return [
+        (name, chosen if name == "layers" else value) for name, value in config_rows(config)
+    ]
+
+
+def _layer_line(layer: int, d0: Mapping[int, float]) -> str:
+    known = d0.get(layer)
+    return f"block {layer}" + ("" if known is None else f", d0 = {known:.4g}")
+
+
+def _train_rows(train: Mapping[str, Any]) -> list[tuple[str, str]]:
+    labels = {
+        "steps": "optimizer steps",
+        "seconds": "seconds",
+        "kl": "last KL, nats/token",
+        "lambda": "last λ",
+    }
+    rows = []
+    for key, value in train.items():
+        if isinstance(value, float):
+            value = f"{value:.4g}"
+        if isinstance(value, int | str):
+            rows.append((markdown_text(labels.get(key, key)), markdown_text(str(value))))
+    return rows

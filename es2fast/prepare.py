@@ -1,0 +1,170 @@
+"""What is measured once on the base model before training.
+
+Under the same ZeRO stage as the training itself, so a model that only fits partitioned can be
+prepared too: the missing responses to harmless prompts (greedy, cached on disk), the last-prompt-
+token states at every block, from them the layers (`layers: auto`), the base distances d0 and the
+base norms; and the check that the fused head makes the model's own logits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from es2fast.config import Config
+from es2fast.data import Formatter, Prompt, PromptGroups
+from es2fast.deepspeed_config import build_deepspeed, zero_stage
+from es2fast.errors import UserError
+from es2fast.modeling import head as heads
+from es2fast.modeling.layers import LayerProbe, choose_layers, probe_table
+from es2fast.modeling.load import DTYPES, load_causal_lm
+from es2fast.modeling.taps import backbone, blocks, check_layers, last_token_states
+from es2fast.responses import fill_responses
+from es2fast.runtime import Runtime
+
+
+@dataclass
+class Prepared:
+    """layers ascending; d0 and norm0 per layer; the table and reason behind the choice."""
+
+    layers: list[int]
+    d0: dict[int, float]
+    norm0: dict[int, float]
+    reason: str
+    table: list[LayerProbe] = field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1, default=float) + "\n")
+
+
+class BaseModel(nn.Module):
+    """The base model behind one interface, partitioned by ZeRO-3 or whole.
+
+    Its forward is the only entry that ZeRO's hooks see: `task="states"` runs the backbone,
+    `task="parity"` compares the fused head's logits with the model's own.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, task: str, **inputs: Any) -> Any:
+        if task == "states":
+            return backbone(self.model)(**inputs)
+        return heads.parity_error(self.model, heads.read_transform(self.model.config), **inputs)
+
+
+def prepare(
+    config: Config, formatter: Formatter, groups: PromptGroups, runtime: Runtime
+) -> tuple[Prepared, list[Prompt]]:
+    """Runs the base model over the data; returns the measurements and the harmless prompts with
+    every response filled in.
+
+    Raises:
+        UserError: a layer the model does not have; a head that the fused loss does not reproduce.
+    """
+    model, run = _load(config, runtime)
+    dtype = DTYPES[runtime.dtype]
+    probe_ids = torch.tensor([formatter.prompt_ids(groups.harmless[0])], device=runtime.device)
+    heads.check_parity(run("parity", input_ids=probe_ids).item(), dtype, model.config)
+    layers = config.layers
+    if layers != "auto":
+        check_layers(layers, len(blocks(model)))
+    harmless = fill_responses(config, formatter, groups.harmless, model, runtime)
+    count = config.layer_choice.prompts
+    a = _states(model, run, formatter, groups.harmful[:count], runtime)
+    b = _states(model, run, formatter, groups.harmless[:count], runtime)
+    table = probe_table(a, b)
+    if layers == "auto":
+        layers, reason = choose_layers(
+            table, accuracy=config.layer_choice.accuracy, depth=config.layer_choice.depth
+        )
+    else:
+        reason = "given by the configuration"
+    layers = sorted(layers)
+    prepared = Prepared(
+        layers,
+        {i: torch.cdist(a[i].double(), b[i].double()).mean().item() for i in layers},
+        {i: torch.cat([a[i], b[i]]).norm(dim=-1).mean().item() for i in layers},
+        reason,
+        table,
+    )
+    _check_distances(prepared)
+    return prepared, harmless
+
+
+def _check_distances(prepared: Prepared) -> None:
+    for layer, d0 in prepared.d0.items():
+        if not d0 > 0:
+            raise UserError(
+                f"layers: harmful and harmless prompts have the same state at block {layer} "
+                "(distance 0); is the chat template ending both in a way that hides the prompt?"
+            )
+
+
+def _load(config: Config, runtime: Runtime) -> tuple[nn.Module, Any]:
+    """The base model in eval mode, and what to call for a pass."""
+    import deepspeed
+
+    if zero_stage(config.deepspeed) < 3:
+        model = load_causal_lm(config.model, runtime.dtype).to(runtime.device).eval()
+        return model, torch.no_grad()(BaseModel(model))
+    raw = build_deepspeed(config, world_size=runtime.world_size, dtype=runtime.dtype)
+    raw.pop("optimizer", None)
+    raw["zero_optimization"].pop("offload_optimizer", None)
+    with zero3_loading(raw):
+        model = load_causal_lm(config.model, runtime.dtype)
+    engine, *_ = deepspeed.initialize(model=BaseModel(model), config=raw)
+    engine.eval()
+    return model, torch.no_grad()(engine)
+
+
+class zero3_loading:
+    """While this lasts, `from_pretrained` partitions weights as it reads them (ZeRO-3)."""
+
+    def __init__(self, deepspeed_config: dict[str, Any]):
+        self._config = deepspeed_config
+        self._handle: Any = None
+
+    def __enter__(self) -> None:
+        if self._config.get("zero_optimization", {}).get("stage") == 3:
+            from transformers.integrations import HfDeepSpeedConfig
+
+            self._handle = HfDeepSpeedConfig(self._config)
+
+    def __exit__(self, *exc: object) -> None:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        self._handle = None
+        unset_hf_deepspeed_config()
+
+
+def _states(
+    model: nn.Module, run: Any, formatter: Formatter, prompts: Sequence[Prompt], runtime: Runtime
+) -> dict[int, Tensor]:
+    """States at every block, all ranks sharing the work: layer -> (len(prompts), H) fp32."""
+    batches = formatter.prompt_batches(prompts, 16)
+    rounds = -(-len(batches) // runtime.world_size)
+    mine = [batches[(runtime.rank + i * runtime.world_size) % len(batches)] for i in range(rounds)]
+    every = range(len(blocks(model)))
+    found = last_token_states(
+        model, mine, list(every), lambda **kw: run("states", **kw), device=runtime.device
+    )
+    sizes = [batch["input_ids"].shape[0] for batch in mine]
+    parts = {layer: list(states.split(sizes)) for layer, states in found.items()}
+    gathered = runtime.gather_objects(parts)
+    out = {}
+    for layer in every:
+        order = [
+            gathered[j % runtime.world_size][layer][j // runtime.world_size]
+            for j in range(len(batches))
+        ]
+        out[layer] = torch.cat(order)
+    return out

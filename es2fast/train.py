@@ -1,0 +1,125 @@
+"""The cluster entry: `deepspeed --module es2fast.train --config run.yaml train.lr=1e-4 ...`.
+
+Every rank runs this. A user's mistake is printed once, by rank 0, as one line; the exit code is 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from es2fast.config import Config, load_config, save_config
+from es2fast.errors import UserError
+
+if TYPE_CHECKING:
+    from es2fast.data import Formatter, PromptGroups
+    from es2fast.engine import TrainResult
+
+RUN_FILES = ("config.yaml", "metrics.jsonl", "layers.json", "model", "report.json", "report.html",
+             "states.npz", "train.json", "tensorboard")  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses the command line and trains; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="es2fast.train", description=__doc__)
+    parser.add_argument("--config", help="YAML file of the run")
+    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
+    parser.add_argument("overrides", nargs="*", help="key=value, for example train.lr=1e-4")
+    parsed = parser.parse_intermixed_args(arguments)
+    if parsed.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(parsed.local_rank))
+    try:
+        run(load_config(parsed.config, parsed.overrides))
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def run(config: Config) -> None:
+    """One training run on every rank of the process group.
+
+    Raises:
+        UserError: any mistake in configuration, data, model or folders.
+    """
+    from es2fast import runtime as runtimes
+    from es2fast.data import Formatter, load_groups
+    from es2fast.deepspeed_config import check_batch_sizes
+    from es2fast.engine import train
+    from es2fast.metrics import check_trackers
+    from es2fast.modeling.load import load_tokenizer
+
+    runtime = runtimes.start(config)
+    check_batch_sizes(config, runtime.world_size)
+    check_trackers(config.train)
+    folder = Path(config.output_dir)
+    clash = runtime.gather_objects(run_in(folder) and not config.train.overwrite)
+    if any(clash):
+        raise UserError(occupied(folder))
+    groups = load_groups(config.data)
+    formatter = Formatter(load_tokenizer(config.model), config.data)
+    if runtime.is_main:
+        clear_run(folder)
+        save_config(config, folder / "config.yaml")
+        print("\n".join(groups.report.lines()), flush=True)
+    runtime.barrier()
+    result = train(config, formatter, groups, runtime)
+    if runtime.is_main:
+        _finish(config, result, groups, formatter)
+        print(f"saved {folder / 'model'}", flush=True)
+    runtime.barrier()
+    runtimes.stop()
+
+
+def _finish(config: Config, result: TrainResult, groups: PromptGroups, formatter: Formatter) -> None:
+    """Rank 0's last files: train.json and the model card."""
+    from es2fast.model_card import write_model_card
+
+    folder = Path(config.output_dir)
+    summary = result.to_dict() | {"truncated_prompts": formatter.truncated}
+    (folder / "train.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_model_card(
+        folder / "model",
+        config=config,
+        report=None,
+        base_model=config.model.name,
+        layers=result.prepared.layers,
+        d0=result.prepared.d0,
+        data_summary=groups.report.lines(),
+        train=summary,
+    )
+
+
+def run_in(folder: Path) -> bool:
+    """The folder already holds a run."""
+    return any((folder / name).exists() for name in ("config.yaml", "metrics.jsonl", "model"))
+
+
+def occupied(folder: Path) -> str:
+    """What to tell a user whose output folder holds another run."""
+    return (
+        f"output_dir: {str(folder)!r} already holds a run; choose another output_dir or set "
+        "train.overwrite=true"
+    )
+
+
+def clear_run(folder: Path) -> None:
+    """Removes what an earlier run left, and nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in RUN_FILES:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
