@@ -62,7 +62,7 @@ def write_model_card(
         data_lines=[markdown_text(line) for line in data_summary],
         layer_lines=[_layer_line(layer, d0) for layer in layers],
         loss=config.separation.loss,
-        settings=[(name, markdown_text(value)) for name, value in _settings(config, layers)],
+        settings=[(name, markdown_text(value)) for name, value in config_rows(config, layers)],
         results=table_markdown(report) if report else "",
         train_rows=_train_rows(train),
     )
@@ -93,16 +93,6 @@ def _metadata(base_model: str, adapter: bool) -> ModelCardData:
         tags=TAGS + (["lora"] if adapter else []),
         **origin,
     )
-
-
-def _settings(config: Config, layers: Sequence[int]) -> list[tuple[str, str]]:
-    """The run's settings, with the layers that `auto` became."""
-    chosen = ", ".join(str(layer) for layer in layers)
-    if config.layers == "auto":
-        chosen += " (chosen by probes)"
-    return [
-        (name, chosen if name == "layers" else value) for name, value in config_rows(config)
-    ]
 
 
 def _layer_line(layer: int, d0: Mapping[int, float]) -> str:

@@ -1,0 +1,148 @@
+"""The one table: what the attacks get out of the base and the tuned model, and at what cost.
+
+The same rows go to the screen, to report.html, to the README and to the model card. A rate never
+stands alone: its 95 % Wilson interval is beside it and the count n above it. Gibberish is beside
+the refusals, because counting refusals alone takes it for a success of the attack and counting
+useful answers alone takes it for a defence; the norm ratio is beside the distance, because
+inflating every norm raises the distance and protects nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from es2fast.evaluation import schema
+from es2fast.evaluation.stats import rate_interval
+
+WIDTH = 100  # columns when the output is a file or a pipe
+NOT_MEASURED = "–"
+_ASCII = str.maketrans({"‖": "||", "ε": "eps", "–": "-", "·": "-"})
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table; a heading carries the counts of the lines below it."""
+
+    label: str
+    cells: tuple[str, ...]  # one per evaluated model
+    heading: bool = False
+
+
+def table_rows(report: Mapping[str, Any]) -> list[Row]:
+    """All lines of the table.
+
+    Raises:
+        UserError: the report lacks a key (see `check_report`).
+    """
+    schema.check_report(report)
+    clean = schema.plain(report)
+    rows = list(_harmless_rows(clean))
+    for name in schema.attack_names(clean):
+        rows += _attack_rows(clean, name)
+    for layer in schema.separated_layers(clean):
+        rows += _layer_rows(clean, str(layer))
+    return rows
+
+
+def print_table(report: Mapping[str, Any], console: Console | None = None) -> None:
+    """Prints the table; it needs about 80 columns."""
+    console = console or _console()
+    models = list(schema.blocks(report))
+    table = Table(box=box.SIMPLE_HEAD, show_header=True, pad_edge=False)
+    table.add_column("")
+    for name in models:
+        table.add_column(name, justify="right")
+    for row in table_rows(report):
+        texts = (row.label if row.heading else f"  {row.label}", *row.cells)
+        style = "bold" if row.heading else ""
+        table.add_row(*(Text(_printable(text, console), style=style) for text in texts))
+    console.print(table)
+    console.print(Text(_printable(legend(), console), style="dim"))
+    for warning in schema.plain(report).get("warnings", []):
+        console.print(Text(f"warning: {warning}", style="yellow"))
+
+
+def table_markdown(report: Mapping[str, Any]) -> str:
+    """The table in GitHub's Markdown, for the README and the model card."""
+    models = list(schema.blocks(report))
+    lines = ["| | " + " | ".join(models) + " |", "|:--|" + "--:|" * len(models)]
+    for row in table_rows(report):
+        label = f"**{markdown_text(row.label)}**" if row.heading else markdown_text(row.label)
+        lines.append(f"| {label} | " + " | ".join(row.cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def legend() -> str:
+    """One line on how to read the cells."""
+    return "rates with 95 % Wilson interval · d0: distance of the groups in the base model"
+
+
+def markdown_text(text: str) -> str:
+    """Text that stays text inside a Markdown paragraph or table cell, on one line."""
+    escaped = " ".join(str(text).split()).replace("\\", "\\\\").replace("&", "&amp;")
+    escaped = escaped.replace("<", "&lt;").replace(">", "&gt;")
+    for sign in "|`*[]":
+        escaped = escaped.replace(sign, "\\" + sign)
+    return escaped
+
+
+def _harmless_rows(report: dict[str, Any]) -> Iterator[Row]:
+    parts = [block["harmless"] for block in schema.blocks(report).values()]
+    yield _heading("harmless prompts", parts)
+    yield _row("refused", parts, lambda part: _rate(part["refusal_rate"], part["n"]))
+    yield _row("answer intact", parts, lambda part: _rate(part["intact_rate"], part["n"]))
+    yield _row("KL to base, nats/token", parts, lambda part: _number(part["kl_to_base"], ".4f"))
+
+
+def _attack_rows(report: dict[str, Any], name: str) -> Iterator[Row]:
+    parts = [block["attacks"].get(name) for block in schema.blocks(report).values()]
+    yield _heading(f"attack {name}", parts)
+    for outcome in ("refused", "useful", "gibberish"):
+        yield _row(outcome, parts, lambda part, key=outcome: _rate(part[key], part["n"]))
+    if any(part and part["relative_push"] for part in parts):
+        yield _row("push |ε|/‖h‖", parts, lambda part: _number(part["relative_push"], ".2f"))
+
+
+def _layer_rows(report: dict[str, Any], layer: str) -> Iterator[Row]:
+    parts = [block["separation"].get(layer) for block in schema.blocks(report).values()]
+    yield Row(f"layer {layer}", ("",) * len(parts), heading=True)
+    yield _row("distance/d0", parts, lambda part: _number(part["distance_over_base"], ".2f"))
+    yield _row("norm ratio ‖h‖/‖h_base‖", parts, lambda part: _number(part["norm_ratio"], ".2f"))
+    yield _row("probe accuracy", parts, lambda part: _number(part["probe_accuracy"], ".3f"))
+
+
+def _heading(label: str, parts: list[Any]) -> Row:
+    counts = tuple(f"n = {part['n']}" if part else "not run" for part in parts)
+    return Row(label, counts, heading=True)
+
+
+def _row(label: str, parts: list[Any], cell: Callable[..., str]) -> Row:
+    return Row(label, tuple(cell(part) if part else NOT_MEASURED for part in parts))
+
+
+def _rate(rate: float | None, n: int) -> str:
+    if rate is None:
+        return NOT_MEASURED
+    low, high = rate_interval(rate, n)
+    return f"{100 * rate:.1f} % [{100 * low:.1f}–{100 * high:.1f}]"
+
+
+def _number(value: float | None, spec: str) -> str:
+    return NOT_MEASURED if value is None else format(value, spec)
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH)
+
+
+def _printable(text: str, console: Console) -> str:
+    """Terminals that do not speak UTF-8 get ASCII in place of ‖, ε and dashes."""
+    return text if console.encoding.lower().startswith("utf") else text.translate(_ASCII)

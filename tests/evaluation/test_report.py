@@ -1,0 +1,440 @@
+"""The report: its schema, its table, its page, and the statistics behind them."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from es2fast.config import parse_config
+from es2fast.errors import UserError
+from es2fast.evaluation import plots, report, table
+from es2fast.evaluation.stats import rate_interval, wilson
+
+
+def attack(refused, useful, gibberish, push, n=100):
+    return {
+        "refused": refused,
+        "useful": useful,
+        "gibberish": gibberish,
+        "n": n,
+        "relative_push": push,
+    }
+
+
+def block(useful, distance, kl):
+    return {
+        "harmless": {"refusal_rate": 0.01, "intact_rate": 0.99, "kl_to_base": kl, "n": 200},
+        "attacks": {
+            "direct": attack(1.0, 0.0, 0.0, None),
+            "scav": attack(round(0.9 - useful, 2), useful, 0.1, 2.345),
+        },
+        "separation": {
+            str(layer): {
+                "distance": 12.0 * distance,
+                "distance_over_base": distance,
+                "probe_accuracy": 0.987,
+                "norm_ratio": 1.61,
+            }
+            for layer in (3, 5)
+        },
+    }
+
+
+@pytest.fixture
+def full():
+    return {
+        "base": block(0.62, 1.0, 0.0),
+        "tuned": block(0.08, 3.97, 0.0123),
+        "train": {"steps": 150, "seconds": 61.5, "kl": 0.011, "lambda": 12.0},
+    }
+
+
+@pytest.fixture
+def states():
+    rng = np.random.default_rng(0)
+    shift = {"base_harmful": 2.0, "base_harmless": 0, "tuned_harmful": 20.0, "tuned_harmless": 0}
+    return {name: rng.normal(size=(12, 16)) + value for name, value in shift.items()}
+
+
+def metrics(steps=5):
+    keys = ("loss", "kl", "kl_weight", "sep/3", "sep/5", "distance_over_base/3", "norm_ratio/3")
+    return [{"step": s, **{key: s + i for i, key in enumerate(keys)}} for s in range(1, steps + 1)]
+
+
+def write_metrics(folder, rows):
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def cells(markdown):
+    """{row label: cells} of a Markdown table, each label prefixed with its heading."""
+    found, heading = {}, ""
+    for line in markdown.strip().splitlines()[2:]:
+        label, *rest = (cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1])
+        if label.startswith("**"):
+            heading = label.strip("*")
+            found[heading] = rest
+        else:
+            found[f"{heading}: {label}"] = rest
+    return found
+
+
+# Wilson interval
+
+
+@pytest.mark.parametrize("n", [1, 10, 100])
+def test_wilson_at_the_ends_has_a_closed_form(n):
+    z2 = 1.959963984540054**2
+    assert wilson(0, n) == (0.0, pytest.approx(z2 / (n + z2), rel=1e-12))
+    assert wilson(n, n) == (pytest.approx(n / (n + z2), rel=1e-12), 1.0)
+
+
+def test_wilson_solves_the_score_equation():
+    """Both ends are where |p̂ − p| = z √(p(1−p)/n); checked without the solved formula."""
+    for successes, n in [(1, 7), (8, 100), (50, 100), (999, 1000)]:
+        for p in wilson(successes, n):
+            score = abs(successes / n - p) / math.sqrt(p * (1 - p) / n)
+            assert score == pytest.approx(1.959963984540054, rel=1e-9)
+
+
+def test_wilson_published_value_and_symmetry():
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)  # Newcombe 1998, method 3
+    low, high = wilson(30, 100)
+    assert wilson(70, 100) == pytest.approx((1 - high, 1 - low))
+
+
+def test_wilson_of_nothing_and_of_nonsense():
+    assert wilson(0, 0) == (0.0, 1.0)
+    for successes, n in [(-1, 5), (6, 5), (0, -1)]:
+        with pytest.raises(ValueError):
+            wilson(successes, n)
+
+
+def test_rate_interval_undoes_the_division():
+    assert rate_interval(29 / 100, 100) == wilson(29, 100)  # 0.29 * 100 is 28.999...
+
+
+# Schema
+
+
+def test_json_round_trip_keeps_extra_keys(tmp_path, full):
+    full["tuned"]["harmless"]["top1_agreement"] = 0.97
+    full["note"] = "ä"
+    report.write_report(tmp_path, full)
+    assert report.read_report(tmp_path) == full
+    assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []
+
+
+def test_numpy_numbers_and_integer_layers_become_json(tmp_path, full):
+    expected = copy.deepcopy(full)
+    full["base"]["separation"] = {int(k): v for k, v in full["base"]["separation"].items()}
+    full["tuned"]["harmless"]["kl_to_base"] = np.float64(0.0123)
+    full["tuned"]["harmless"]["n"] = np.int64(200)
+    report.write_report(tmp_path, full)
+    assert json.loads((tmp_path / "report.json").read_text()) == expected
+
+
+REQUIRED = [
+    "tuned.harmless",
+    "tuned.harmless.kl_to_base",
+    "base.attacks.scav.gibberish",
+    "tuned.attacks.direct.relative_push",
+    "tuned.separation.5.norm_ratio",
+    "base.separation",
+    "train.lambda",
+    "train.kl",
+]
+
+
+@pytest.mark.parametrize("path", REQUIRED)
+def test_missing_key_is_named(full, path):
+    *parents, last = path.split(".")
+    node = full
+    for key in parents:
+        node = node[key]
+    del node[last]
+    with pytest.raises(UserError, match=re.escape(f"{path}: required")):
+        report.check_report(full)
+
+
+INVALID = [
+    ("tuned.attacks.scav.useful", 8.0, "less than or equal to 1"),
+    ("tuned.attacks.scav.useful", -0.1, "greater than or equal to 0"),
+    ("tuned.attacks.scav.useful", "0.1", "found '0.1'"),
+    ("tuned.attacks.scav.useful", float("nan"), "expected a finite number"),
+    ("tuned.attacks.scav.n", 0, "greater than or equal to 1"),
+    ("base.harmless.n", 1.5, "found 1.5"),
+    ("base.attacks", [], "found []"),
+]
+
+
+@pytest.mark.parametrize("path, value, reason", INVALID)
+def test_invalid_value_is_named(full, path, value, reason):
+    *parents, last = path.split(".")
+    node = full
+    for key in parents:
+        node = node[key]
+    node[last] = value
+    with pytest.raises(UserError) as caught:
+        report.check_report(full)
+    assert path in str(caught.value) and reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_outcomes_must_not_exceed_the_prompts(full):
+    full["tuned"]["attacks"]["scav"] = attack(0.9, 0.2, 0.1, 1.0)
+    with pytest.raises(UserError, match=r"tuned\.attacks\.scav: refused \+ useful .* 1\.200"):
+        report.check_report(full)
+
+
+def test_layers_are_numbers_and_some_model_is_there(full):
+    full["base"]["separation"]["last"] = full["base"]["separation"]["3"]
+    with pytest.raises(UserError, match=r"base\.separation\.last"):
+        report.check_report(full)
+    with pytest.raises(UserError, match="base, tuned: required"):
+        report.check_report({"train": full["train"], "base": None})
+
+
+def test_bad_report_writes_nothing(tmp_path, full):
+    del full["tuned"]["harmless"]
+    with pytest.raises(UserError):
+        report.write_report(tmp_path / "run", full)
+    assert not (tmp_path / "run").exists()
+
+
+def test_old_report_survives_a_failed_write(tmp_path, full, monkeypatch):
+    report.write_report(tmp_path, full)
+    before = (tmp_path / "report.json").read_text()
+    full["train"]["steps"] = 999
+
+    def refuse(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(report.os, "replace", refuse)
+    with pytest.raises(OSError, match="disk full"):
+        report.write_report(tmp_path, full)
+    assert (tmp_path / "report.json").read_text() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json"]
+
+
+def test_diverged_kl_is_null_with_a_warning(tmp_path, full):
+    full["tuned"]["harmless"]["kl_to_base"] = float("inf")
+    report.write_report(tmp_path, full)
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert saved["tuned"]["harmless"]["kl_to_base"] is None
+    assert saved["warnings"] == ["tuned.harmless.kl_to_base: not finite"]
+    assert "tuned.harmless.kl_to_base: not finite" in (tmp_path / "report.html").read_text()
+
+
+def test_read_report_errors(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        report.read_report(tmp_path)
+    (tmp_path / "report.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        report.read_report(tmp_path)
+
+
+# Table
+
+
+def test_markdown_table_holds_numbers_and_intervals(full):
+    rows = cells(report.table_markdown(full))
+    assert rows["attack scav"] == ["n = 100", "n = 100"]
+    assert rows["attack scav: useful"] == ["62.0 % [52.2–70.9]", "8.0 % [4.1–15.0]"]
+    assert rows["attack scav: refused"][0].startswith("28.0 %")
+    assert rows["attack scav: push \\|ε\\|/‖h‖"] == ["2.35", "2.35"]
+    assert "attack direct: push \\|ε\\|/‖h‖" not in rows
+    assert rows["attack direct: refused"] == ["100.0 % [96.3–100.0]"] * 2
+    assert rows["harmless prompts"] == ["n = 200", "n = 200"]
+    assert rows["harmless prompts: answer intact"][1].startswith("99.0 % [96.4–")
+    assert rows["harmless prompts: KL to base, nats/token"] == ["0.0000", "0.0123"]
+    assert rows["layer 5: distance/d0"] == ["1.00", "3.97"]
+    assert rows["layer 3: norm ratio ‖h‖/‖h_base‖"] == ["1.61", "1.61"]
+    assert rows["layer 3: probe accuracy"] == ["0.987", "0.987"]
+
+
+def test_markdown_columns_agree(full):
+    full["base"]["attacks"]["a|b"] = attack(1.0, 0.0, 0.0, 0.5)
+    lines = report.table_markdown(full).strip().splitlines()
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {4}
+    assert cells("\n".join(lines))["attack a\\|b"] == ["n = 100", "not run"]
+
+
+def test_table_with_one_model(full):
+    full["tuned"] = None
+    del full["train"]
+    markdown = report.table_markdown(full)
+    assert markdown.startswith("| | base |\n")
+    assert cells(markdown)["attack scav: useful"] == ["62.0 % [52.2–70.9]"]
+
+
+def test_only_separated_layers_are_listed(full):
+    full["train"]["layers"] = [5]
+    labels = [row.label for row in table.table_rows(full)]
+    assert "layer 5" in labels and "layer 3" not in labels
+
+
+def test_printed_table_fits_and_is_not_cut(full):
+    out = io.StringIO()
+    full["base"]["attacks"]["mean_difference"] = attack(0.0, 1.0, 0.0, 10.25)
+    full["base"]["attacks"]["[bold]x"] = attack(0.0, 1.0, 0.0, 10.25)
+    report.print_table(full, Console(file=out, width=100, color_system=None))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 100
+    useful = [line for line in lines if line.strip().startswith("useful")]
+    assert any("62.0 % [52.2–70.9]" in line and "8.0 % [4.1–15.0]" in line for line in useful)
+    assert any("attack [bold]x" in line for line in lines)  # no markup from names
+    assert "…" not in out.getvalue()
+
+
+def test_printed_table_on_a_terminal_without_utf8(full):
+    raw = io.BytesIO()
+    out = io.TextIOWrapper(raw, encoding="ascii")
+    report.print_table(full, Console(file=out, width=100))
+    out.flush()
+    assert b"push |eps|/||h||" in raw.getvalue()
+
+
+# Page
+
+
+def test_page_has_every_figure_and_loads_nothing(tmp_path, full, states):
+    write_metrics(tmp_path, metrics())
+    config = parse_config({"model": {"name": "org/model"}, "kl": {"budget": 0.05}})
+    report.write_report(tmp_path, full, states=states, config=config)
+    page = (tmp_path / "report.html").read_text()
+    for title, caption in report.CAPTIONS.values():
+        assert f"<h2>{title}</h2>" in page
+        assert caption.split(".")[0].split("'")[0] in page
+    assert page.count("<svg") == 4
+    for panel in ("Total loss", "Distance between the groups", "After (tuned)", "scav, tuned"):
+        assert panel in page
+    assert "A defence is not a proof" in page and "budget 0.05 nats/token" in page
+    assert "62.0 % [52.2–70.9]" in page
+    without_namespaces = re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
+    assert "://" not in without_namespaces.replace("http://www.w3.org/1999/xlink", "")
+    assert not re.search(r"<(script|link|img|iframe|object|embed)\b|@import|url\((?!#)", page)
+
+
+def test_ids_are_unique_and_references_resolve(tmp_path, full, states):
+    write_metrics(tmp_path, metrics())
+    report.write_report(tmp_path, full, states=states)
+    page = (tmp_path / "report.html").read_text()
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids)) > 100
+    assert set(re.findall(r"(?:href=\"|url\()#([\w-]+)", page)) <= set(ids)
+
+
+def test_page_without_metrics_states_or_config(tmp_path, full):
+    report.write_report(tmp_path, full)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert "Training curves" not in page and "Configuration" not in page
+
+
+def test_page_is_reproducible(tmp_path, full, states):
+    pages = []
+    for name in "ab":
+        report.write_report(tmp_path / name, full, states=states)
+        pages.append((tmp_path / name / "report.html").read_bytes())
+    assert pages[0] == pages[1]
+
+
+def test_names_cannot_inject_markup_or_mathematics(tmp_path, full):
+    evil = '<script>alert("1")</script>'
+    full["base"]["attacks"]["<b>$x_{$"] = attack(1.0, 0.0, 0.0, 0.5)
+    full["warnings"] = [evil]
+    report.write_report(tmp_path, full, config=parse_config({"model": {"name": evil}}))
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page and "<b>" not in page
+    assert "&lt;script&gt;" in page and "attack &lt;b&gt;$x_{$" in page
+    assert "&lt;b&gt;$x_{$, base" in page  # the tick label, through matplotlib
+
+
+# Metrics and figures
+
+
+def test_metrics_of_a_resumed_and_killed_run(tmp_path):
+    write_metrics(tmp_path, [{"step": 2, "kl": 9}, {"step": 1, "kl": 1}, {"step": 2, "kl": 2}])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "kl"')
+    rows = report.read_metrics(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["kl"]) for row in rows] == [(1, 1), (2, 2)]
+    assert report.read_metrics(tmp_path / "none.jsonl") == []
+
+
+def test_training_curves_draw_what_was_logged():
+    rows = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": None, "kl": float("nan")}]
+    rows.append({"step": 3, "loss": 1.0})
+    figure = plots.training_curves(rows)
+    (axes,) = figure.axes
+    assert axes.get_title() == "Total loss"
+    assert axes.lines[0].get_xydata().tolist() == [[1, 3], [3, 1]]
+    assert plots.training_curves([]) is None
+    assert plots.training_curves([{"step": 1, "lr": 1e-4}]) is None
+
+
+def test_training_curves_have_a_line_per_layer_in_numeric_order():
+    rows = [{"step": 1, "sep/10": 1.0, "sep/9": 2.0}]
+    (axes,) = plots.training_curves(rows).axes
+    assert [line.get_label() for line in axes.lines] == ["block 9", "block 10"]
+
+
+def test_layers_become_lines_with_marks_when_there_are_many(full):
+    entry = full["base"]["separation"]["3"]
+    for model in ("base", "tuned"):
+        full[model]["separation"] = {str(i): entry for i in range(12)}
+    full["train"]["layers"] = [4, 7]
+    axes = plots.separation_by_layer(full).axes[0]
+    assert not axes.patches
+    marked = [line.get_xdata()[0] for line in axes.lines if line.get_label() == "separated"]
+    assert marked == [4]
+    assert 7 in [line.get_xdata()[0] for line in axes.lines]
+
+
+def test_bars_show_the_distances(full):
+    axes = plots.separation_by_layer(full).axes[0]
+    assert [bar.get_height() for bar in axes.patches] == [1.0, 1.0, 3.97, 3.97]
+
+
+def test_projection_shares_axes_and_keeps_distances(states):
+    figure = plots.projection(states)
+    before, after = figure.axes
+    assert before.get_xlim() == after.get_xlim() and before.get_ylim() == after.get_ylim()
+    points = {
+        (axes.get_title(), mark.get_label().split(",")[0]): mark.get_offsets()
+        for axes in figure.axes
+        for mark in axes.collections
+    }
+    shift = points["After (tuned)", "harmful"].mean(0) - points["After (tuned)", "harmless"].mean(0)
+    expected = states["tuned_harmful"].mean(0) - states["tuned_harmless"].mean(0)
+    assert np.linalg.norm(shift) == pytest.approx(np.linalg.norm(expected), rel=0.01)
+    assert shift[0] > 0  # harmful to the right, whatever the sign the solver returned
+
+
+def test_projection_of_one_model_and_of_broken_states(states):
+    only = {key: value for key, value in states.items() if key.startswith("tuned")}
+    assert [axes.get_title() for axes in plots.projection(only).axes] == ["After (tuned)"]
+    broken = {key: np.full_like(value, np.nan) for key, value in states.items()}
+    assert plots.projection(broken) is None
+
+
+def test_outcome_bars_stack_to_the_rates_with_wilson_error_bars(full):
+    axes = plots.attack_outcomes(full).axes[0]
+    scav_tuned = [bar.get_width() for bar in axes.patches[-3:]]
+    assert scav_tuned == pytest.approx([0.08, 0.1, 0.82])
+    segment = axes.containers[-1].lines[2][0].get_segments()[0]
+    assert tuple(segment[:, 0]) == pytest.approx(wilson(8, 100))
+
+
+def test_svg_is_well_formed_and_bare(full):
+    svg = plots.to_svg(plots.attack_outcomes(full), "x")
+    ElementTree.fromstring(svg)
+    assert svg.startswith("<svg") and "<metadata" not in svg and "DOCTYPE" not in svg

@@ -1,0 +1,117 @@
+"""The model card: what it states, with and without results, and what it must not reveal."""
+
+from __future__ import annotations
+
+import pytest
+from huggingface_hub import ModelCard
+
+from es2fast.config import parse_config
+from es2fast.errors import UserError
+from es2fast.evaluation.report import table_markdown
+from es2fast.model_card import public_name, write_model_card
+
+BLOCK = {
+    "harmless": {"refusal_rate": 0.0, "intact_rate": 1.0, "kl_to_base": 0.0, "n": 50},
+    "attacks": {
+        "scav": {"refused": 0.9, "useful": 0.1, "gibberish": 0.0, "n": 50, "relative_push": 0.7}
+    },
+    "separation": {
+        "3": {
+            "distance": 8.0,
+            "distance_over_base": 1.0,
+            "probe_accuracy": 1.0,
+            "norm_ratio": 1.0,
+        }
+    },
+}
+REPORT = {"base": BLOCK, "tuned": BLOCK}
+
+
+def card(folder, *, raw=None, **changes):
+    arguments = {
+        "config": parse_config({"model": {"name": "org/model"}, **(raw or {})}),
+        "report": REPORT,
+        "base_model": "org/model",
+        "layers": [3, 5],
+        "d0": {3: 8.25, 5: 12.5},
+        "data_summary": ["harmful: advbench.csv, 520 prompts", "harmless: a|b <script>"],
+        "train": {"steps": 150, "seconds": 61.5, "kl": 0.0119, "lambda": 12.0, "layers": [3, 5]},
+    }
+    write_model_card(folder, **{**arguments, **changes})
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_card_states_everything(tmp_path):
+    text = card(tmp_path)
+    assert "- harmful: advbench.csv, 520 prompts" in text
+    assert "- block 3, d0 = 8.25" in text and "- block 5, d0 = 12.5" in text
+    assert "relu(margin · d0 − d) / d0" in text
+    assert "| layers | 3, 5 (chosen by probes) |" in text
+    assert "| separation loss | hinge, margin 4 × d0 |" in text
+    assert "| learning rate | 5e-05, cosine, warm-up 0.05 |" in text
+    assert "| last KL, nats/token | 0.0119 |" in text
+    assert table_markdown(REPORT) in text
+    assert "A defence is not a proof" in text and "## Limitations" in text
+    assert "not a replication" in text and "2603.20206" in text
+
+
+def test_metadata_parses(tmp_path):
+    card(tmp_path)
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.base_model == "org/model" and data.base_model_relation == "finetune"
+    assert data.library_name == "transformers" and data.pipeline_tag == "text-generation"
+    assert {"es2fast", "safety", "arxiv:2603.20206"} <= set(data.tags) and "lora" not in data.tags
+
+
+def test_adapter(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    text = card(tmp_path, raw={"train": {"trainable": "lora"}})
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.base_model_relation == "adapter" and "lora" in data.tags
+    assert "holds an adapter" in text and "lora, r = 16, alpha = 32" in text
+
+
+def test_without_report_nothing_is_claimed(tmp_path):
+    text = card(tmp_path, report=None, train={}, data_summary=[], d0={})
+    assert "No evaluation was run" in text
+    assert "Wilson" not in text and "## Training" not in text
+    assert "Not recorded." in text and "- block 3\n" in text
+    assert "A defence is not a proof" in text
+
+
+@pytest.mark.parametrize("loss", ["hinge", "l2", "log", "squared", "centroid"])
+def test_each_loss_is_described(tmp_path, loss):
+    text = card(tmp_path, raw={"separation": {"loss": loss}})
+    assert f"Separation: {loss}, " in text
+    assert ("unbounded" in text.lower()) == (loss != "hinge")
+    assert ("margin 4 × d0" in text) == (loss == "hinge")
+
+
+def test_user_text_stays_text(tmp_path):
+    text = card(tmp_path, data_summary=["a|b <script>\n# heading {{ 1 + 1 }}"])
+    assert "- a\\|b &lt;script&gt; # heading {{ 1 + 1 }}\n" in text
+    assert "<script>" not in text and "\n# heading" not in text
+
+
+def test_local_paths_are_not_published(tmp_path):
+    base = tmp_path / "secret-user" / "toy"
+    base.mkdir(parents=True)
+    text = card(tmp_path / "out", base_model=str(base))
+    assert "# toy, hardened" in text and "secret-user" not in text
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model is None
+
+
+def test_public_names(tmp_path, monkeypatch):
+    assert public_name("org/model") == "org/model"
+    assert public_name("runs/demo/base/") == "base"
+    assert public_name("C:\\Users\\me\\base") == "base"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    assert public_name("org/model") == "model"  # a folder of that name is what was loaded
+
+
+def test_bad_report_leaves_the_old_card(tmp_path):
+    before = card(tmp_path)
+    with pytest.raises(UserError, match=r"tuned\.harmless: required"):
+        card(tmp_path, report={"tuned": {"attacks": {}, "separation": {}}})
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == before
