@@ -1,0 +1,94 @@
+"""The sampler is a pure function of (seed, step), whatever the number of ranks."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from es2fast.data import PairedSampler
+from es2fast.errors import UserError
+
+
+def sampler(rank=0, world=1, micro=4, accumulation=2, seed=0, harmful=10, harmless=7):
+    return PairedSampler(
+        harmful,
+        harmless,
+        seed=seed,
+        micro_batch_size=micro,
+        gradient_accumulation=accumulation,
+        rank=rank,
+        world_size=world,
+    )
+
+
+def test_purity():
+    one, other = sampler(), sampler()
+    forward = [one.indices(step) for step in range(12)]
+    backward = [other.indices(step) for step in reversed(range(12))]
+    assert forward == backward[::-1]
+    assert one.indices(5) == forward[5]
+
+
+def test_seeds_and_groups_differ():
+    assert sampler(seed=1).indices(0) != sampler(seed=2).indices(0)
+    pairs = sampler(harmful=50, harmless=50).indices(0)
+    assert any(harmful != harmless for harmful, harmless in pairs)
+
+
+def test_known_values_stay():
+    """A change here breaks the resumption of every run made before it."""
+    assert sampler().indices(0) == [
+        ([9, 7, 6, 3], [0, 3, 6, 2]),
+        ([8, 2, 4, 1], [5, 4, 1, 1]),
+    ]
+
+
+@pytest.mark.parametrize(("size", "group"), [(10, 0), (7, 1)])
+def test_every_epoch_covers_every_row_once(size, group):
+    made = sampler()
+    steps = 35  # 280 rows: 28 epochs of 10, 40 of 7
+    stream = [row for step in range(steps) for pair in made.indices(step) for row in pair[group]]
+    assert len(stream) == 280
+    epochs = [stream[i : i + size] for i in range(0, len(stream), size)]
+    assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > len(epochs) // 2  # reshuffled
+
+
+@pytest.mark.parametrize(("world", "micro"), [(2, 2), (4, 1)])
+def test_ranks_slice_the_same_global_micro_batch(world, micro):
+    whole = sampler()
+    ranks = [sampler(rank=rank, world=world, micro=micro) for rank in range(world)]
+    for step in range(9):
+        parts = [rank.indices(step) for rank in ranks]
+        for j, (harmful, harmless) in enumerate(whole.indices(step)):
+            assert sum((part[j][0] for part in parts), []) == harmful
+            assert sum((part[j][1] for part in parts), []) == harmless
+
+
+def test_groups_smaller_than_a_batch_still_give_full_micro_batches():
+    made = sampler(harmful=1, harmless=3)
+    for harmful, harmless in made.indices(4):
+        assert harmful == [0, 0, 0, 0] and len(harmless) == 4
+    assert max(Counter(made.indices(0)[0][1]).values()) == 2
+
+
+def test_epochs():
+    assert sampler().epochs(5) == {"harmful": 4.0, "harmless": 40 / 7}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"harmful": 0}, "data.harmful: 0 is too few"),
+        ({"harmless": 0}, "data.harmless: 0 is too few"),
+        ({"micro": 0}, "train.micro_batch_size: 0 is too few"),
+        ({"accumulation": 0}, "train.gradient_accumulation: 0 is too few"),
+        ({"rank": 2, "world": 2}, "rank: 2 is out of range; there are 2 ranks"),
+    ],
+)
+def test_errors(change, expected):
+    with pytest.raises(UserError, match=expected):
+        sampler(**change)
+    with pytest.raises(UserError, match="step: -1 is negative"):
+        sampler().indices(-1)

@@ -1,0 +1,304 @@
+"""Every kind of source, every way it can be wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+
+from es2fast.config import DataSource
+from es2fast.data.prompts import Prompt, read_source
+from es2fast.errors import UserError
+
+
+def read(path, labelled=False, **options):
+    return read_source(DataSource(source=str(path), **options), "data.harmful[0]", labelled)
+
+
+def texts(path, **options):
+    return [prompt.text for prompt in read(path, **options).prompts]
+
+
+def write(path: Path, content: str, encoding="utf-8") -> Path:
+    path.write_text(content, encoding=encoding)
+    return path
+
+
+def message(path, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        read(path, **options)
+    text = str(caught.value)
+    assert "\n" not in text and text.startswith("data.harmful[0]: ")
+    return text
+
+
+def test_plain_text_has_a_prompt_per_line_and_skips_blank_ones(tmp_path):
+    path = write(tmp_path / "p.list", "one two\n\n   \n three \n", encoding="utf-8-sig")
+    assert texts(path) == ["one two", "three"]
+    assert texts(path, limit=1) == ["one two"]
+
+
+def test_csv_with_bom_index_column_quoted_newline_and_literal_null(tmp_path):
+    content = ',prompt,other\n0,"one\ntwo, three",x\n1,null,y\n2,1e5,z\n'
+    path = write(tmp_path / "p.csv", content, encoding="utf-8-sig")
+    assert texts(path) == ["one\ntwo, three", "null", "1e5"]
+    bom_on_prompt = write(tmp_path / "q.csv", "prompt\none\n", encoding="utf-8-sig")
+    assert texts(bom_on_prompt) == ["one"]
+
+
+def test_tsv(tmp_path):
+    assert texts(write(tmp_path / "p.tsv", "id\tgoal\n1\ta, b\n")) == ["a, b"]
+
+
+def test_csv_rows_longer_than_the_header_are_an_error(tmp_path):
+    path = write(tmp_path / "p.csv", "prompt,x\none,1\ntwo, three,2\n")
+    assert "row 2 has more cells than the header" in message(path)
+
+
+def test_csv_with_an_unclosed_quote_is_an_error(tmp_path):
+    path = write(tmp_path / "p.csv", 'prompt\n"one\ntwo\nthree\n')
+    assert "not valid CSV" in message(path)
+
+
+def test_csv_row_without_the_prompt_cell_is_named(tmp_path):
+    path = write(tmp_path / "p.csv", "id,prompt\n1,one\n2\n")
+    assert "row 2: column 'prompt' holds nothing; expected text" in message(path)
+
+
+def test_jsonl_objects_and_strings(tmp_path):
+    path = write(tmp_path / "p.jsonl", '{"question": "one"}\n\n{"question": "two"}\n')
+    assert texts(path) == ["one", "two"]
+    assert texts(path, limit=1) == ["one"]
+    assert texts(write(tmp_path / "s.jsonl", '"one"\n"two"\n')) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [{"goal": "one"}, {"goal": "two"}],
+        ["one", "two"],
+        {"version": 1, "data": [{"goal": "one"}, {"goal": "two"}]},
+        {"goal": ["one", "two"], "id": [1, 2]},
+        {"goal": ["one", "two"]},
+    ],
+)
+def test_json_layouts(tmp_path, value):
+    assert texts(write(tmp_path / "p.json", json.dumps(value))) == ["one", "two"]
+
+
+def test_json_lines_under_the_name_json(tmp_path):
+    assert texts(write(tmp_path / "p.json", '{"goal": "one"}\n{"goal": "two"}\n')) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("p.json", "{", "is not valid JSON"),
+        ("p.json", '{"a": 1}', "holds a JSON dict without a list of rows"),
+        ("p.json", "3", "holds a JSON int without a list of rows"),
+        ("p.json", "[1]", "row 1 is a int"),
+        ("p.json", "[]", "has no rows"),
+        ("p.jsonl", '{"prompt": "one"}\n{"prompt"\n', "line 2 is not valid JSON"),
+        ("p.jsonl", "[1, 2]\n", "line 1 is a list"),
+        ("p.jsonl", "", "has no rows"),
+        ("p.csv", "prompt\n", "has no rows"),
+        ("p.txt", "\n \n", "has no rows"),
+        ("p.txt", "a\0b\n", "is a binary file"),
+        ("p.csv", 'prompt,x\n"  ",1\n', "has only blank prompts in column 'prompt'"),
+        ("p.parquet", "no", "is not a readable Parquet file"),
+        ("p.jsonl", '{"prompt": "one"}\n{"prompt": 3}\n', "row 2: column 'prompt' holds 3 (int)"),
+        ("p.jsonl", '{"prompt": "one"}\n{"x": 3}\n', "row 2: column 'prompt' holds nothing"),
+        ("p.jsonl", '{"id": 1, "title": "x"}\n', "set `column` to one of 'id', 'title'"),
+    ],
+)
+def test_malformed_files(tmp_path, name, content, expected):
+    assert expected in message(write(tmp_path / name, content))
+
+
+def test_text_that_is_not_utf8(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_bytes(b"prompt\nf\xfcr\n")
+    assert "is not UTF-8 text" in message(path)
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    path = write(tmp_path / "p.txt", "one\n")
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("file permissions do not bind this user")
+    assert "cannot be read (Permission denied)" in message(path)
+
+
+def test_unknown_column_lists_the_columns_there_are(tmp_path):
+    path = write(tmp_path / "p.csv", ",prompt,b\n0,one,x\n")
+    assert "has no column 'c'; its columns are 'prompt', 'b'" in message(path, column="c")
+    assert texts(path, column="b") == ["x"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    "prompt goal Goal Behavior forbidden_prompt instruction question text".split(),
+)
+def test_recognised_columns(tmp_path, name):
+    found = read(write(tmp_path / "p.csv", f"id,{name},note\n1,one,x\n"))
+    assert found.column == name and found.prompts == [Prompt.of("one")]
+
+
+def test_goal_comes_before_behavior(tmp_path):
+    path = write(tmp_path / "p.csv", "Behavior,Goal\ntitle,one\n")
+    assert texts(path) == ["one"]
+
+
+def test_instruction_takes_its_input(tmp_path):
+    rows = '{"instruction": "one", "input": "two"}\n{"instruction": "three", "input": ""}\n'
+    assert texts(write(tmp_path / "p.jsonl", rows)) == ["one\n\ntwo", "three"]
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "response"),
+    [
+        ({"prompt": "p", "response": "r", "answer": "a"}, "response", "r"),
+        ({"prompt": "p", "completion": "r"}, "completion", "r"),
+        ({"prompt": "p", "completion": [{"role": "assistant", "content": "r"}]}, "completion", "r"),
+        ({"question": "p", "answer": 3}, None, None),
+        ({"prompt": "p", "output": "r", "answer": "a"}, None, None),
+        ({"prompt": "p", "response": " "}, "response", None),
+        ({"prompt": "p", "response": None}, "response", None),
+    ],
+)
+def test_responses(tmp_path, row, column, response):
+    found = read(write(tmp_path / "p.jsonl", json.dumps(row)))
+    assert found.response_column == column
+    assert found.prompts[0].response == response
+
+
+def test_a_response_that_is_no_text_is_named(tmp_path):
+    path = write(tmp_path / "p.jsonl", '{"prompt": "p", "response": 3}')
+    assert "row 1: column 'response' holds 3 (int); expected text" in message(path)
+
+
+def test_conversations_end_at_the_last_user_turn(tmp_path):
+    turns = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    messages = [{"role": r, "content": c, "extra": None} for r, c in turns]
+    found = read(write(tmp_path / "p.jsonl", json.dumps({"messages": messages})))
+    prompt = found.prompts[0]
+    assert prompt.turns == tuple(turns[:4])
+    assert (prompt.text, prompt.response) == ("c", "d")
+    unanswered = read(write(tmp_path / "q.jsonl", json.dumps({"messages": messages[:4]})))
+    assert unanswered.prompts[0].response is None
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ("text", "row 1: column 'messages' holds 'text' (str); expected a list of messages"),
+        ([{"role": "user"}], "expected messages of the form {role, content}, both text"),
+        (["user"], "expected messages of the form"),
+        ([{"role": "system", "content": "x"}], "has no last user turn with text"),
+        ([], "has no last user turn with text"),
+    ],
+)
+def test_malformed_conversations(tmp_path, messages, expected):
+    path = write(tmp_path / "p.jsonl", json.dumps({"messages": messages}))
+    assert expected in message(path)
+
+
+@pytest.mark.parametrize(
+    ("harmful", "harmless"),
+    [("harmful", "harmless"), ("unsafe", "safe"), (1, 0), ("1", "0"), (True, False), ("True", "f")],
+)
+def test_labels(tmp_path, harmful, harmless):
+    rows = [{"prompt": "one", "label": harmful}, {"prompt": "two", "label": harmless}]
+    path = write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, rows)))
+    if harmless == "f":
+        assert "column 'label' holds 'f'; expected harmful/harmless" in message(path, labelled=True)
+    else:
+        assert read(path, labelled=True).harmful == [True, False]
+
+
+def test_unknown_labels_are_listed(tmp_path):
+    path = write(tmp_path / "p.csv", "prompt,label\na,safe\nb,odd\nc,5\n")
+    assert "holds '5', 'odd'; expected" in message(path, labelled=True)
+    assert read(path, labelled=True, limit=1).labels == {"safe": 1}
+    no_label = write(tmp_path / "q.csv", "prompt,kind\na,safe\n")
+    assert "has no column 'label'; its columns are 'prompt', 'kind'" in message(
+        no_label, labelled=True
+    )
+
+
+def saved(tmp_path: Path, form: str) -> Path:
+    """harmless is class 1 here: only the class names tell the groups apart."""
+    features = datasets.Features(
+        {
+            "prompt": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["harmful", "harmless"]),
+            "other": datasets.Value("int64"),
+        }
+    )
+    rows = {"prompt": ["one", "two", "three"], "label": [1, 0, 1], "other": [1, 2, 3]}
+    data = datasets.Dataset.from_dict(rows, features=features)
+    path = tmp_path / form
+    if form == "parquet":
+        path = tmp_path / "p.parquet"
+        data.to_parquet(path)
+    elif form == "dict":
+        datasets.DatasetDict({"test": data}).save_to_disk(path)
+    elif form == "files":
+        path.mkdir()
+        data.to_json(path / "test.jsonl")
+    else:
+        data.save_to_disk(path)
+    return path
+
+
+@pytest.mark.parametrize("form", ["dataset", "dict", "parquet"])
+def test_saved_datasets_and_parquet(tmp_path, form):
+    path = saved(tmp_path, form)
+    found = read(path, labelled=True, split="test", limit=2)
+    assert [p.text for p in found.prompts] == ["one", "two"]
+    assert found.harmful == [False, True]
+    assert "its columns are 'prompt', 'label', 'other'" in message(path, split="test", column="x")
+
+
+def test_a_folder_of_data_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    assert texts(saved(tmp_path, "files"), split="test") == ["one", "two", "three"]
+
+
+def test_folders_without_that_split_or_without_a_dataset(tmp_path):
+    text = message(saved(tmp_path, "dict"), split="train")
+    assert "has no split 'train'; it has test" in text
+    (tmp_path / "empty").mkdir()
+    assert "holds no dataset that could be loaded" in message(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("name", ["missing.csv", "no/such/file", "./missing", "/missing/x.json"])
+def test_a_missing_path_never_reaches_the_hub(name):
+    assert message(name).endswith(
+        f"{name!r} is neither a file or folder nor a Hugging Face dataset id; check the path"
+    )
+
+
+def test_an_unknown_dataset_id_is_one_line_without_a_traceback():
+    code = (
+        "from es2fast.config import DataSource\n"
+        "from es2fast.data.prompts import read_source\n"
+        "from es2fast.errors import UserError\n"
+        "try: read_source(DataSource(source='nobody/nothing:x'), 'data.harmful[0]')\n"
+        "except UserError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "neither a file or folder nor a dataset that could be loaded" in done.stdout
+    assert done.stdout.count("\n") == 1 and "Traceback" not in done.stderr
