@@ -61,7 +61,6 @@ def train(
         UserError: see `prepare`; a loss that stops being finite.
     """
     folder = Path(config.output_dir)
-    torch.manual_seed(config.train.seed)
     prepared, harmless = prepare(config, formatter, groups, runtime)
     if runtime.is_main:
         prepared.save(folder / "layers.json")
@@ -113,6 +112,7 @@ def build_engine(config: Config, prepared: Prepared, runtime: Runtime) -> Any:
         teacher = load_causal_lm(config.model, runtime.dtype) if twin else None
     if train.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    torch.manual_seed(train.seed)  # LoRA's start: the same on every rank and in every run
     student = set_trainable(student, train, prepared.layers[-1])
     objective = ES2Objective(
         student,

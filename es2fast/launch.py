@@ -30,7 +30,7 @@ def launch(
         environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
     command = [
         *(sys.executable, "-m", "deepspeed.launcher.runner"),
-        *("--log_level", "warning", "--num_gpus", str(count), "--master_port", str(_free_port())),
+        *("--log_level", "warning", "--num_gpus", str(count), "--master_port", str(free_port())),
         *("--module", "es2fast.train", "--config", str(config), *overrides),
     ]
     code = subprocess.run(command, env=environment, check=False).returncode
@@ -53,7 +53,8 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port on the loopback that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

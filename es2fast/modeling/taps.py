@@ -203,6 +203,7 @@ def last_token_states(
     batches: Sequence[dict[str, Tensor]],
     layers: Sequence[int],
     forward: Callable[..., Any] | None = None,
+    device: torch.device | None = None,
 ) -> dict[int, Tensor]:
     """Residual-stream states at the last prompt token, for whole sets of prompts.
 
@@ -212,13 +213,14 @@ def last_token_states(
             prompt token of every row.
         layers: block numbers.
         forward: what to call for a pass; default: the model's backbone (no logits are made).
+        device: where the inputs go; default: where the model's first parameter is.
 
     Returns:
         layer -> (sum of B, H) fp32 tensor on the CPU.
     """
     run = forward or backbone(model)
     kept: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     with ExitStack() as stack:
         states = stack.enter_context(tapped(model, layers, lambda hidden: hidden[:, -1]))
         for batch in batches:

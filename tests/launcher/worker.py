@@ -1,0 +1,107 @@
+"""Runs a few real optimizer steps on every rank and writes down what happened.
+
+Started by the deepspeed launcher (or alone, as one rank): `worker.py --out FILE --cases FILE`.
+For each case the file holds the losses, and the state and gradients before the last step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from typing import Any
+
+import torch
+
+from es2fast import runtime as runtimes
+from es2fast.config import parse_config
+from es2fast.data import Formatter, PairedSampler, collate, load_groups
+from es2fast.engine import build_engine, train_step
+from es2fast.export import full_state_dict
+from es2fast.modeling.load import load_tokenizer
+from es2fast.prepare import Prepared
+
+STEPS = 4
+
+
+def gradients(engine: Any) -> dict[str, torch.Tensor]:
+    from deepspeed.utils import safe_get_full_grad
+
+    return {
+        name: safe_get_full_grad(p).detach().float().cpu().clone()
+        for name, p in engine.module.student.named_parameters()
+        if p.requires_grad
+    }
+
+
+def trace_complete(engine: Any) -> bool | None:
+    offload = getattr(engine.optimizer, "parameter_offload", None)
+    return None if offload is None else offload.get_param_coordinator().is_complete_trace()
+
+
+def run_case(case: dict[str, Any], runtime: runtimes.Runtime) -> dict[str, Any]:
+    config = parse_config(case["config"])
+    layers = config.layers
+    assert isinstance(layers, list)
+    prepared = Prepared(layers, dict.fromkeys(layers, 5.0), dict.fromkeys(layers, 10.0), "test")
+    groups = load_groups(config.data)
+    formatter = Formatter(load_tokenizer(config.model), config.data)
+    engine = build_engine(config, prepared, runtime)
+    sampler = PairedSampler(
+        len(groups.harmful), len(groups.harmless), seed=0,
+        micro_batch_size=config.train.micro_batch_size,
+        gradient_accumulation=config.train.gradient_accumulation,
+        rank=runtime.rank, world_size=runtime.world_size,
+    )  # fmt: skip
+    found: dict[str, Any] = {"losses": [], "kl": [], "trace": []}
+    take_step = engine.step
+
+    def step() -> None:
+        if engine.is_gradient_accumulation_boundary():
+            found["trace"].append(trace_complete(engine))
+            if len(found["losses"]) == STEPS - 1:
+                found["grads"] = gradients(engine)
+        take_step()
+
+    engine.step = step
+    for index in range(STEPS):
+        if index == STEPS - 1:
+            found["state"] = full_state_dict(engine.module.student, main=True)
+        batches = [
+            collate(
+                formatter,
+                [groups.harmful[i] for i in a],
+                [groups.harmless[i] for i in b],
+                config.kl.positions,
+            )
+            for a, b in sampler.indices(index)
+        ]
+        sums = train_step(engine, batches, config.kl.weight, runtime)
+        found["losses"].append(sums["sep"])
+        found["kl"].append(sums["kl_sum"] / sums["kl_tokens"])
+    digest = hashlib.sha256()
+    for value in full_state_dict(engine.module.student, main=True).values():
+        digest.update(value.contiguous().numpy().tobytes())
+    found["digests"] = runtime.gather_objects(digest.hexdigest())
+    engine.destroy()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--cases", required=True)
+    parser.add_argument("--local_rank")
+    arguments = parser.parse_args()
+    with open(arguments.cases) as file:
+        cases = json.load(file)
+    runtime = runtimes.start(parse_config(next(iter(cases.values()))["config"]))
+    results = {name: run_case(case, runtime) for name, case in cases.items()}
+    if runtime.is_main:
+        torch.save(results, arguments.out)
+    runtime.barrier()
+    runtimes.stop()
+
+
+if __name__ == "__main__":
+    main()
