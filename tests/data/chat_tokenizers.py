@@ -26,7 +26,8 @@ NOT_A_PREFIX = CHAT.replace("%}<bot>{% else", "%}<bot> sure{% else")
 # No special token at all, and the answer is glued to the prompt's last word.
 PLAIN = (
     "{% for m in messages %}{% if m['role'] == 'user' %}Q: {{ m['content'] }} "
-    "{% else %}A:{{ m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+    "{% else %}A:{{ m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}A:{% endif %}"
 )
 
 

@@ -62,8 +62,8 @@ def test_ranks_slice_the_same_global_micro_batch(world, micro):
     for step in range(9):
         parts = [rank.indices(step) for rank in ranks]
         for j, (harmful, harmless) in enumerate(whole.indices(step)):
-            assert sum((part[j][0] for part in parts), []) == harmful
-            assert sum((part[j][1] for part in parts), []) == harmless
+            assert [row for part in parts for row in part[j][0]] == harmful
+            assert [row for part in parts for row in part[j][1]] == harmless
 
 
 def test_groups_smaller_than_a_batch_still_give_full_micro_batches():

@@ -142,7 +142,7 @@ def test_unknown_column_lists_the_columns_there_are(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    "prompt goal Goal Behavior forbidden_prompt instruction question text".split(),
+    ["prompt", "goal", "Goal", "Behavior", "forbidden_prompt", "instruction", "question", "text"],
 )
 def test_recognised_columns(tmp_path, name):
     found = read(write(tmp_path / "p.csv", f"id,{name},note\n1,one,x\n"))
@@ -152,6 +152,8 @@ def test_recognised_columns(tmp_path, name):
 def test_goal_comes_before_behavior(tmp_path):
     path = write(tmp_path / "p.csv", "Behavior,Goal\ntitle,one\n")
     assert texts(path) == ["one"]
+    two_cases = write(tmp_path / "q.csv", "Goal,goal\ntitle,one\n")
+    assert texts(two_cases) == ["one"]
 
 
 def test_instruction_takes_its_input(tmp_path):
