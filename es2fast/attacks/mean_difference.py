@@ -1,0 +1,42 @@
+"""Mean difference: move a state by the difference of the group means.
+
+    e <- e + (mean harmless - mean harmful)    at chosen layers, last position only.
+
+The attack a rank-1 defence cannot survive: shifting all harmful states along one direction beats
+a push of fixed size, and this push undoes exactly that shift. The means are those of the model
+under attack.
+
+Pushing several layers adds up (the difference at a layer already contains that of the layers
+below), so the shift is made so that it does not: each layer's means are of unpushed states, and
+the attack pushes a single layer. Which one is the attacker's choice: see `evaluate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from es2fast.attacks.base import Attack
+
+
+class MeanDifference(Attack):
+    """Adds mean_B - mean_A at `at` (default: every fitted layer)."""
+
+    name = "mean_difference"
+
+    def __init__(self, *, at: Sequence[int] | None = None, steps: str = "all") -> None:
+        self.at, self.steps = at, steps
+        self.shift: dict[int, Tensor] = {}
+
+    def fit(self, harmful: dict[int, Tensor], harmless: dict[int, Tensor]) -> None:
+        """Differences of the means, layer -> (H,)."""
+        self.shift = {
+            i: harmless[i].float().mean(0) - harmful[i].float().mean(0) for i in sorted(harmful)
+        }
+
+    def layers(self) -> list[int]:
+        return [i for i in self.shift if self.at is None or i in self.at]
+
+    def push(self, layer: int, states: Tensor) -> Tensor:
+        return self.shift[layer].to(states.device).expand_as(states)
