@@ -66,7 +66,9 @@ class DataConfig(_Section):
     chat_template: str | None = Field(
         None, description="a Jinja file to use in place of the tokenizer's own chat template"
     )
-    max_length: int = Field(512, ge=8, description="tokens of prompt + response; longer rows are cut")
+    max_length: int = Field(
+        512, ge=8, description="tokens of prompt + response; longer rows are cut"
+    )
     max_response_tokens: int = Field(
         128, ge=1, description="tokens of the response, given or written by the base model"
     )
@@ -110,7 +112,7 @@ class KLConfig(_Section):
 
 class LoraSection(_Section):
     r: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
+    alpha: int = Field(32, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: str | list[str] = Field("all-linear", description="as peft's target_modules")
 

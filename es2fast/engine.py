@@ -210,9 +210,8 @@ def train_step(
         over micro-batches of the objective's other metrics.
     """
     device = runtime.device
-    own = [sum(float(b.kl_weights.sum()) for b in batches)]
-    own += [float(sum(b.num_tokens for b in batches)), float(sum(len(b.input_ids) for b in batches))]
-    counts = runtime.sum(torch.tensor(own, device=device))
+    own = [(float(b.kl_weights.sum()), b.num_tokens, len(b.input_ids)) for b in batches]
+    counts = runtime.sum(torch.tensor(own, device=device).sum(0))
     metrics: dict[str, Tensor] = {}
     for batch in batches:
         index = batch.kl_weights.flatten().nonzero().squeeze(1)

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to see: one line that names the field, the value and the remedy."""
+"""The one exception a user is meant to see: one line naming field, value and remedy."""
 
 
 class UserError(ValueError):

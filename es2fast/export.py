@@ -111,10 +111,28 @@ def export_merged(source: str, out: Path, *, dtype: str) -> None:
         save_model(merged, load_tokenizer(ModelConfig(name=source)), out, main=True)
 
 
-def export_copy(source: str, out: Path) -> None:
-    """Copies a finished model folder to `out`, which must not exist (UserError)."""
+def export_run(run: Path, out: Path, *, merge: bool) -> None:
+    """Writes a run's model to `out`: as trained, or with its LoRA adapter folded in.
+
+    Raises:
+        UserError: no finished run there; `out` exists; nothing to merge.
+    """
+    source = run / "model"
+    if not source.is_dir():
+        raise UserError(f"export: {str(run)!r} holds no finished run (no model folder)")
+    if merge:
+        export_merged(str(source), out, dtype="bf16" if _is_bf16(source) else "fp32")
+        return
     _must_not_exist(out)
     shutil.copytree(source, out)
+
+
+def _is_bf16(folder: Path) -> bool:
+    """The run that wrote the folder trained in bf16."""
+    from safetensors import safe_open
+
+    with safe_open(next(folder.glob("*.safetensors")), "pt") as file:
+        return file.get_slice(next(iter(file.keys()))).get_dtype() == "BF16"
 
 
 def _must_not_exist(out: Path) -> None:

@@ -16,14 +16,13 @@ from es2fast.runtime import resolve_device
 def launch(
     config: Path, overrides: Sequence[str] = (), *, ranks: int | None = None, device: str = "auto"
 ) -> None:
-    """Runs the training in `ranks` processes (default: one per GPU, or one per two CPU cores' worth
-    of work, at most 2) and waits.
+    """Runs the training in `rank_count(ranks, device)` processes and waits.
 
     Raises:
         UserError: more ranks than GPUs; the training failed (its own message is above).
     """
     resolved = resolve_device(device)
-    count = _ranks(ranks, resolved)
+    count = rank_count(ranks, device)
     environment = dict(os.environ)
     if resolved == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"
@@ -38,10 +37,15 @@ def launch(
         raise UserError(f"train: the deepspeed launcher ended with code {code}; see above")
 
 
-def _ranks(wanted: int | None, device: str) -> int:
+def rank_count(wanted: int | None, device: str) -> int:
+    """Processes to start: as wanted, else one per GPU, else up to 2 on a CPU.
+
+    Raises:
+        UserError: more than there are GPUs.
+    """
     import torch
 
-    if device == "cpu":
+    if resolve_device(device) == "cpu":
         return wanted or min(2, _cores())
     available = torch.cuda.device_count()
     if wanted is not None and wanted > available:

@@ -33,7 +33,7 @@ class MetricsWriter:
         """One optimizer step's numbers; `step` counts from 1."""
         if not self._main:
             return
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        clean = {k: None if _is_broken(v) else v for k, v in row.items()}
         self._file.write(json.dumps(clean) + "\n")
         for tracker in self._trackers:
             tracker.log(clean)
@@ -53,6 +53,11 @@ class MetricsWriter:
         self._file.close()
         for tracker in self._trackers:
             tracker.close()
+
+
+def _is_broken(value: Any) -> bool:
+    """JSON has no NaN and no infinity."""
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def check_trackers(train: TrainConfig) -> None:

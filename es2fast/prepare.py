@@ -23,9 +23,10 @@ from es2fast.data import Formatter, Prompt, PromptGroups
 from es2fast.deepspeed_config import build_deepspeed, zero_stage
 from es2fast.errors import UserError
 from es2fast.modeling import head as heads
-from es2fast.modeling.layers import LayerProbe, choose_layers, probe_table
+from es2fast.modeling.layers import LayerProbe
 from es2fast.modeling.load import DTYPES, load_causal_lm
 from es2fast.modeling.taps import backbone, blocks, check_layers, last_token_states
+from es2fast.probing import choose
 from es2fast.responses import fill_responses
 from es2fast.runtime import Runtime
 
@@ -74,27 +75,20 @@ def prepare(
     dtype = DTYPES[runtime.dtype]
     probe_ids = torch.tensor([formatter.prompt_ids(groups.harmless[0])], device=runtime.device)
     heads.check_parity(run("parity", input_ids=probe_ids).item(), dtype, model.config)
-    layers = config.layers
-    if layers != "auto":
-        check_layers(layers, len(blocks(model)))
+    if config.layers != "auto":
+        check_layers(config.layers, len(blocks(model)))
     harmless = fill_responses(config, formatter, groups.harmless, model, runtime)
     count = config.layer_choice.prompts
     a = _states(model, run, formatter, groups.harmful[:count], runtime)
     b = _states(model, run, formatter, groups.harmless[:count], runtime)
-    table = probe_table(a, b)
-    if layers == "auto":
-        layers, reason = choose_layers(
-            table, accuracy=config.layer_choice.accuracy, depth=config.layer_choice.depth
-        )
-    else:
-        reason = "given by the configuration"
-    layers = sorted(layers)
+    choice = choose(config, a, b)
+    layers = choice.layers
     prepared = Prepared(
         layers,
         {i: torch.cdist(a[i].double(), b[i].double()).mean().item() for i in layers},
         {i: torch.cat([a[i], b[i]]).norm(dim=-1).mean().item() for i in layers},
-        reason,
-        table,
+        choice.reason,
+        choice.table,
     )
     _check_distances(prepared)
     return prepared, harmless

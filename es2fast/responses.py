@@ -95,7 +95,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
-        eos_token_id=formatter.stop_token_ids,
+        eos_token_id=formatter.stop_token_ids or None,
         pad_token_id=formatter.pad_token_id,
         synced_gpus=synced,
     )

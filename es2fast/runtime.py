@@ -48,7 +48,7 @@ class Runtime:
 
 
 def resolve_device(wanted: str) -> str:
-    """"cpu" or "cuda".
+    """ "cpu" or "cuda".
 
     Raises:
         UserError: cuda asked for and none there.
@@ -60,7 +60,7 @@ def resolve_device(wanted: str) -> str:
 
 
 def resolve_dtype(wanted: str, device: str) -> str:
-    """"bf16" or "fp32"; `auto` is bf16 on a GPU and fp32 on a CPU."""
+    """ "bf16" or "fp32"; `auto` is bf16 on a GPU and fp32 on a CPU."""
     if wanted != "auto":
         return wanted
     return "bf16" if device == "cuda" else "fp32"

@@ -78,7 +78,9 @@ def run(config: Config) -> None:
     runtimes.stop()
 
 
-def _finish(config: Config, result: TrainResult, groups: PromptGroups, formatter: Formatter) -> None:
+def _finish(
+    config: Config, result: TrainResult, groups: PromptGroups, formatter: Formatter
+) -> None:
     """Rank 0's last files: train.json and the model card."""
     from es2fast.model_card import write_model_card
 

@@ -109,7 +109,7 @@ class FusedHead:
     """
 
     def __init__(
-        self, lm_head: nn.Module, transform: HeadTransform, teacher_head: nn.Module | None = None
+        self, lm_head: nn.Linear, transform: HeadTransform, teacher_head: nn.Module | None = None
     ):
         self._module = lm_head
         self._logits = lm_head.forward
@@ -149,7 +149,7 @@ class FusedHead:
 class LendingHead:
     """The forward of a frozen teacher's LM head: logits as usual, or its weight lent to a call."""
 
-    def __init__(self, lm_head: nn.Module):
+    def __init__(self, lm_head: nn.Linear):
         self._module = lm_head
         self._logits = lm_head.forward
 
@@ -161,7 +161,7 @@ class LendingHead:
         return None
 
 
-def lm_head_of(model: nn.Module) -> nn.Module:
+def lm_head_of(model: nn.Module) -> nn.Linear:
     """The linear layer that makes logits.
 
     Raises:
@@ -195,11 +195,11 @@ def install(
     """
     head = lm_head_of(model)
     transform = read_transform(causal_lm(model).config)
-    lender = None
+    lender: nn.Linear | None = None
     if teacher is not None and not share_head:
         lender = lm_head_of(teacher)
-        lender.forward = LendingHead(lender)
-    head.forward = FusedHead(head, transform, lender)
+        lender.forward = LendingHead(lender)  # type: ignore[method-assign,assignment]
+    head.forward = FusedHead(head, transform, lender)  # type: ignore[method-assign,assignment]
     return head, transform
 
 

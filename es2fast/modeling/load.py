@@ -64,12 +64,7 @@ def load_causal_lm(model: ModelConfig, dtype: str) -> nn.Module:
     """
     from transformers import AutoModelForCausalLM
 
-    folder = Path(model.name)
-    if folder.is_dir() and not any(next(folder.glob(p), None) for p in _WEIGHTS):
-        raise UserError(
-            f"model.name: folder {model.name!r} has no weights (*.safetensors); "
-            "give the folder that save_pretrained wrote"
-        )
+    check_weights(model.name)
     try:
         return AutoModelForCausalLM.from_pretrained(
             model.name,
@@ -80,6 +75,16 @@ def load_causal_lm(model: ModelConfig, dtype: str) -> nn.Module:
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model.name: {model.name!r} cannot be loaded ({_first(error)})") from None
+
+
+def check_weights(name: str) -> None:
+    """UserError when `name` is a folder without weights."""
+    folder = Path(name)
+    if folder.is_dir() and not any(next(folder.glob(p), None) for p in _WEIGHTS):
+        raise UserError(
+            f"model.name: folder {name!r} has no weights (*.safetensors); "
+            "give the folder that save_pretrained wrote"
+        )
 
 
 def _check_folder(name: str) -> None:

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from es2fast.errors import UserError
 
 
-def causal_lm(model: nn.Module) -> nn.Module:
+def causal_lm(model: nn.Module) -> Any:
     """The transformers `...ForCausalLM` inside `model`, which may be wrapped by peft."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap: Any = getattr(model, "get_base_model", None)
+    return model if unwrap is None else unwrap()
 
 
-def backbone(model: nn.Module) -> nn.Module:
+def backbone(model: nn.Module) -> Any:
     """The module that maps tokens to final hidden states (embeddings, blocks, final norm).
 
     Raises:

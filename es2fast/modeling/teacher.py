@@ -53,16 +53,15 @@ def set_trainable(model: nn.Module, train: TrainConfig, deepest: int) -> nn.Modu
 def _with_lora(model: nn.Module, train: TrainConfig, deepest: int) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
+    everywhere = train.lora.targets == "all-linear"
     lora = LoraConfig(
         r=train.lora.r,
         lora_alpha=train.lora.alpha,
         lora_dropout=train.lora.dropout,
-        target_modules=train.lora.targets,
-        layers_to_transform=list(range(deepest + 1)) if train.lora.targets != "all-linear" else None,
+        target_modules=_linear_modules(model, deepest) if everywhere else train.lora.targets,
+        layers_to_transform=None if everywhere else list(range(deepest + 1)),
         task_type="CAUSAL_LM",
     )
-    if train.lora.targets == "all-linear":
-        lora.target_modules = _linear_modules(model, deepest)
     try:
         return get_peft_model(model, lora)
     except ValueError as error:

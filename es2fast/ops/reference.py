@@ -49,8 +49,8 @@ def separation(
     if harmful.shape[0] == 0 or harmless.shape[0] == 0:
         return (harmful.sum() + harmless.sum()) * 0.0
     if loss == "centroid":
-        difference = harmful.mean(0) - harmless.mean(0)
-        return -pairwise_distances(difference[None], torch.zeros_like(difference)[None])[0, 0] / scale
+        between = pairwise_distances(harmful.mean(0)[None], harmless.mean(0)[None])
+        return -between[0, 0] / scale
     d = pairwise_distances(harmful, harmless)
     if loss == "hinge":
         if margin is None:

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from launcher.plain_es2 import es2_loss
-from launcher.worker import STEPS
 from tiny_models import save_tiny, tokenizer, write_prompts
 
 from es2fast.config import DataConfig, parse_config
 from es2fast.data import Formatter, PairedSampler, load_groups
 from es2fast.launch import free_port
 from es2fast.modeling.teacher import set_trainable
+from launcher.plain_es2 import es2_loss
+from launcher.worker import STEPS
 
 pytestmark = [pytest.mark.launcher, pytest.mark.slow]
 LAYERS = [1, 2]

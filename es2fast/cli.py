@@ -1,0 +1,133 @@
+"""The command line: `es2fast train | evaluate | layers | validate | export | env | demo`.
+
+Heavy imports happen inside the commands, so `--help` answers at once. A user's mistake is one line
+on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from es2fast.config import load_config
+from es2fast.errors import UserError
+
+app = typer.Typer(
+    name="es2fast",
+    help="Embedding Space Separation: harden open LLMs, and attack them to see whether it worked.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="key=value, for example train.lr=1e-4", show_default=False),
+]
+Ranks = Annotated[
+    int | None, typer.Option("--ranks", min=1, help="processes; default: one per GPU, 2 on a CPU")
+]
+
+
+def main() -> None:
+    """Console entry point."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = None) -> None:
+    """Train on this machine through the deepspeed launcher.
+
+    On a cluster call the launcher itself: deepspeed --module es2fast.train --config run.yaml
+    """
+    from es2fast.launch import launch, rank_count
+    from es2fast.validate import validate
+
+    resolved = load_config(config, overrides or ())
+    validate(resolved, world_size=rank_count(ranks, resolved.train.device))
+    launch(config, overrides or (), ranks=ranks, device=resolved.train.device)
+
+
+@app.command("validate")
+def validate_command(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = None) -> None:
+    """Check configuration, data, model and batch arithmetic without training."""
+    from es2fast.launch import rank_count
+    from es2fast.validate import validate
+
+    resolved = load_config(config, overrides or ())
+    for line in validate(resolved, world_size=rank_count(ranks, resolved.train.device)):
+        print(line)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="folder of a finished run")],
+    overrides: Overrides = None,
+) -> None:
+    """Attack base and trained model with refitted attacks; write report.json and report.html."""
+    from es2fast.evaluation.compare import evaluate_run
+    from es2fast.evaluation.report import print_table
+
+    print_table(evaluate_run(run, overrides or ()))
+    print(f"written: {run / 'report.json'}, {run / 'report.html'}")
+
+
+@app.command()
+def layers(
+    config: ConfigFile,
+    overrides: Overrides = None,
+) -> None:
+    """Print the probe table of every block and the layers that `layers: auto` takes."""
+    from es2fast.probing import print_layer_table, probe_layers
+
+    resolved = load_config(config, overrides or ())
+    print_layer_table(probe_layers(resolved))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="folder of a finished run")],
+    out: Annotated[Path, typer.Option("--out", help="folder to write; must not exist")],
+    merge: Annotated[bool, typer.Option("--merge", help="fold a LoRA adapter in")] = False,
+) -> None:
+    """Write the trained model as a plain Hugging Face folder."""
+    from es2fast.export import export_run
+
+    export_run(run, out, merge=merge)
+    print(f"written: {out}")
+
+
+@app.command()
+def env() -> None:
+    """Print versions, devices and what is missing: what a bug report needs."""
+    from es2fast.environment import describe
+
+    for name, value in describe().items():
+        print(f"{name:<14}{value}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="folder of the run")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option("--seed", help="of the toy model and the training")] = 0,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="fewer for a try")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Build a small aligned chat model, harden it, attack it before and after, print the table."""
+    from es2fast.demo import run_demo
+
+    run_demo(out, seed=seed, steps=steps, device=device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""`es2fast demo`: the whole of es2fast on a small model, on any machine.
+
+Builds the toy (once), trains ES2 on it through the real deepspeed launcher with ZeRO-3, attacks
+the model before and after, and prints one table. Whatever is there already is used again.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from es2fast.config import Config, parse_config, save_config
+from es2fast.errors import UserError
+from es2fast.evaluation.compare import evaluate_run
+from es2fast.evaluation.report import print_table, read_report
+from es2fast.launch import launch
+from es2fast.toy import build_toy
+from es2fast.train import run_in
+
+SETTINGS: dict[str, Any] = {
+    "layers": [2, 4],
+    "separation": {"loss": "hinge", "margin": 4.0},
+    "kl": {"weight": 10.0},
+    "train": {"steps": 80, "micro_batch_size": 4, "lr": 3e-4},
+    "evaluate": {"max_new_tokens": 32, "batch_size": 50, "scav_steps": "prompt"},
+}
+
+
+def run_demo(
+    out: Path, *, seed: int = 0, steps: int | None = None, device: str = "auto"
+) -> dict[str, Any]:
+    """Runs the demo into `out` and returns its report.
+
+    Args:
+        out: folder of the run; the toy goes to `out/toy`.
+        seed: of the toy and of the training.
+        steps: optimizer steps, to override the demo's own number.
+        device: "auto", "cpu" or "cuda".
+
+    Raises:
+        UserError: `out` holds some other run.
+    """
+    toy = build_toy(out / "toy", seed=seed)
+    config = demo_config(out, toy, seed=seed, steps=steps, device=device)
+    if not _trained(out, config):
+        _claim(out)
+        path = out / "demo.yaml"
+        save_config(config, path)
+        launch(path, device=device)
+    if not (out / "report.json").is_file():
+        evaluate_run(out)
+    report = read_report(out)
+    print_table(report)
+    print(f"report: {out / 'report.html'}   model: {out / 'model'}")
+    return report
+
+
+def demo_config(
+    out: Path, toy: Path, *, seed: int, steps: int | None = None, device: str = "auto"
+) -> Config:
+    """The demo's run as an ordinary configuration."""
+    raw = json.loads(json.dumps(SETTINGS))
+    raw["model"] = {"name": str(toy / "model")}
+    names = ("harmful", "harmless", "eval_harmful", "eval_harmless")
+    raw["data"] = {name: str(toy / "data" / f"{name}.jsonl") for name in names}
+    raw["train"] |= {"seed": seed, "device": device, "overwrite": True}
+    if steps is not None:
+        raw["train"]["steps"] = steps
+    raw["output_dir"] = str(out)
+    return parse_config(raw)
+
+
+def _trained(out: Path, config: Config) -> bool:
+    """`out` holds the finished training of exactly this configuration and toy."""
+    saved, weights = out / "config.yaml", out / "toy" / "model" / "model.safetensors"
+    if not (saved.is_file() and (out / "train.json").is_file() and (out / "model").is_dir()):
+        return False
+    if weights.stat().st_mtime > (out / "train.json").stat().st_mtime:
+        return False
+    return yaml.safe_load(saved.read_text()) == config.model_dump(mode="json")
+
+
+def _claim(out: Path) -> None:
+    """A demo replaces a demo, and nothing else."""
+    if run_in(out) and not (out / "demo.yaml").is_file():
+        raise UserError(f"--out: {str(out)!r} holds another run; choose another folder")

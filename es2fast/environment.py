@@ -1,0 +1,33 @@
+"""What is installed and what the machine offers: `es2fast env`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+
+_PACKAGES = ("es2fast", "torch", "triton", "transformers", "deepspeed", "datasets", "peft",
+             "accelerate", "safetensors", "numpy")  # fmt: skip
+
+
+def describe() -> dict[str, str]:
+    """name -> value, in the order to print."""
+    import torch
+
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    found["cpu"] = f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    found["cuda"] = torch.version.cuda or "torch was built without CUDA"
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(i)
+            found[f"gpu {i}"] = f"{p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}"
+    else:
+        found["gpu"] = "none seen by torch"
+    found["compiler"] = shutil.which("c++") or "none: DeepSpeed cannot build its operators"
+    return found
