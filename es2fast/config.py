@@ -275,7 +275,9 @@ def _yaml_value(key: str, text: str) -> Any:
 
 
 def _explain(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
+    found = error.errors(include_url=False)
+    unknown = [item for item in found if item["type"] == "extra_forbidden"]
+    first = (unknown or found)[0]  # a misspelt key also shows up as a missing one
     path = ".".join(str(part) for part in first["loc"] if not _is_variant(part))
     if first["type"] == "extra_forbidden":
         return _unknown_key(path, first["loc"])
@@ -294,9 +296,25 @@ def _is_variant(part: Any) -> bool:
     return isinstance(part, str) and ("[" in part or part in {"str"})
 
 
+_ALIASES = {
+    "learning_rate": "lr",
+    "max_steps": "steps",
+    "batch_size": "micro_batch_size",
+    "lambda": "weight",
+    "kappa": "margin",
+    "model_name": "name",
+    "path": "name",
+}
+
+
 def _unknown_key(path: str, loc: tuple[Any, ...]) -> str:
     names = list(_section_at(loc[:-1]).model_fields)
-    close = difflib.get_close_matches(str(loc[-1]), names, n=1, cutoff=0.5)
+    alias = _ALIASES.get(str(loc[-1]))
+    close = (
+        [alias]
+        if alias in names
+        else difflib.get_close_matches(str(loc[-1]), names, n=1, cutoff=0.5)
+    )
     hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(names)}"
     return f"{path}: unknown key; {hint}"
 

@@ -54,7 +54,7 @@ def fill_responses(
         for pairs in runtime.gather_objects(list(zip(chunk, answers))):
             for prompt, answer in pairs:
                 written[cache.key(prompt)] = answer
-                if runtime.is_main:
+                if runtime.is_main and cache.get(prompt) is None:
                     cache.put(prompt, answer)
     known = runtime.gather_objects({cache.key(p): cache.get(p) for p in prompts})[0]
     answers_by_key = {**known, **written}

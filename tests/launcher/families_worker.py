@@ -1,0 +1,78 @@
+"""Three real optimizer steps for each model family in one process; writes what a reload must equal.
+
+`families_worker.py --out FILE --folder FOLDER FAMILY ...`
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from tiny_models import save_tiny, write_prompts
+
+from es2fast import runtime as runtimes
+from es2fast.config import parse_config
+from es2fast.data import Formatter, PairedSampler, collate, load_groups
+from es2fast.engine import build_engine, train_step
+from es2fast.export import save_model
+from es2fast.modeling.load import load_tokenizer
+from es2fast.prepare import prepare
+
+IDS = torch.tensor([[1, 4, 10, 16, 5, 23]])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("families", nargs="+")
+    arguments = parser.parse_args()
+    results = {f: run_family(f, arguments.folder / f) for f in arguments.families}
+    torch.save(results, arguments.out)
+    runtimes.stop()
+
+
+def run_family(family: str, folder: Path) -> dict[str, Any]:
+    model = save_tiny(folder / "model", family)
+    config = parse_config(
+        {
+            "model": {"name": str(model), "dtype": "fp32"},
+            "data": write_prompts(folder / "data") | {"cache_dir": str(folder / "cache")},
+            "layers": [0, 2],
+            "train": {
+                "steps": 3, "micro_batch_size": 2, "lr": 1e-3, "schedule": "constant",
+                "warmup_ratio": 0.0, "device": "cpu",
+            },
+        }
+    )  # fmt: skip
+    runtime = runtimes.start(config)
+    groups = load_groups(config.data)
+    formatter = Formatter(load_tokenizer(config.model), config.data)
+    prepared, harmless = prepare(config, formatter, groups, runtime)
+    engine = build_engine(config, prepared, runtime)
+    sampler = PairedSampler(
+        len(groups.harmful), len(harmless), seed=0, micro_batch_size=2, gradient_accumulation=1,
+        rank=0, world_size=1,
+    )  # fmt: skip
+    steps = []
+    for step in range(3):
+        rows = [
+            collate(formatter, [groups.harmful[i] for i in a], [harmless[i] for i in b], "all")
+            for a, b in sampler.indices(step)
+        ]
+        steps.append(train_step(engine, rows, 10.0, runtime))
+    student = engine.module.student.eval()
+    engine.module.taps.disarm()
+    with deepspeed.zero.GatheredParameters(list(student.parameters())), torch.no_grad():
+        logits = student(input_ids=IDS, use_cache=False).logits.clone()
+    save_model(student, formatter.tokenizer, folder / "saved", main=True)
+    engine.destroy()
+    return {"steps": json.loads(json.dumps(steps)), "logits": logits, "d0": prepared.d0}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The whole entry under the real launcher: LoRA, written responses, output folder, export."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny_models import save_tiny, write_prompts
+from transformers import AutoModelForCausalLM
+
+from es2fast.launch import free_port
+
+pytestmark = [pytest.mark.launcher, pytest.mark.slow]
+IDS = torch.tensor([[1, 4, 10, 16, 5, 23]])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA run on two ranks whose harmless prompts come without responses."""
+    folder = tmp_path_factory.mktemp("train")
+    model = save_tiny(folder / "model")
+    sources = write_prompts(folder / "data")
+    rows = [json.loads(line) for line in Path(sources["harmless"]).read_text().splitlines()]
+    bare = folder / "data" / "harmless.txt"
+    bare.write_text("\n".join(row["prompt"] for row in rows) + "\n")
+    config = {
+        "model": {"name": str(model), "dtype": "fp32"},
+        "data": {
+            "harmful": sources["harmful"], "harmless": str(bare), "max_response_tokens": 6,
+            "cache_dir": str(folder / "cache"),
+        },
+        "kl": {"budget": 0.05},
+        "train": {
+            "steps": 4, "micro_batch_size": 1, "trainable": "lora", "lr": 1e-2, "lora": {"r": 4},
+            "device": "cpu", "report_to": ["tensorboard"], "gradient_accumulation": 2,
+        },
+        "output_dir": str(folder / "run"),
+    }  # fmt: skip
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    done = subprocess.run(
+        [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2",
+         "--master_port", str(free_port()), "--module", "es2fast.train",
+         "--config", str(folder / "run.yaml"), "train.seed=3"],
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder
+
+
+def test_metrics_and_resolved_configuration_are_written(run: Path) -> None:
+    rows = [json.loads(line) for line in (run / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    layers = json.loads((run / "run/layers.json").read_text())["layers"]
+    assert len(layers) == 2
+    for layer in layers:
+        assert rows[0][f"distance_over_base/{layer}"] > 0
+    expected = {"loss", "sep", "kl", "kl_weight", "grad_norm", "lr", "samples_per_second",
+                "tokens_per_second", "peak_memory_bytes"}  # fmt: skip
+    assert expected <= rows[0].keys()
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert rows[1]["kl_weight"] < rows[0]["kl_weight"]  # below the budget, lambda relaxes
+    saved = yaml.safe_load((run / "run/config.yaml").read_text())
+    assert saved["train"]["seed"] == 3 and saved["kl"]["direction"] == "forward"
+    assert list((run / "run/tensorboard").iterdir())
+
+
+def test_responses_are_written_once_by_the_base_model(run: Path) -> None:
+    from es2fast.config import DataConfig, ModelConfig
+    from es2fast.data import Formatter, Prompt
+    from es2fast.modeling.load import load_causal_lm, load_tokenizer
+    from es2fast.responses import generate
+
+    lines = (run / "cache/responses.jsonl").read_text().splitlines()
+    assert len(lines) == len({json.loads(line)["key"] for line in lines}) == 12
+    where = ModelConfig(name=str(run / "model"))
+    formatter = Formatter(load_tokenizer(where), DataConfig())
+    prompts = (run / "data/harmless.txt").read_text().splitlines()
+    answers = [
+        generate(
+            load_causal_lm(where, "fp32"), formatter, [Prompt.of(text)], max_new_tokens=6,
+            device=torch.device("cpu"),
+        )[0]
+        for text in prompts[:3]
+    ]  # fmt: skip
+    assert set(answers) <= {json.loads(line)["text"] for line in lines}
+
+
+def test_adapter_and_merged_export_give_the_same_logits(run: Path) -> None:
+    out = run / "merged"
+    command = [sys.executable, "-m", "es2fast.cli", "export", str(run / "run"), "--merge"]
+    again = None
+    for again in range(2):
+        done = subprocess.run(
+            [*command, "--out", str(out)], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == (0 if again == 0 else 2), done.stderr
+    assert "exists already" in done.stderr and "Traceback" not in done.stderr
+    adapter = AutoModelForCausalLM.from_pretrained(run / "run/model", dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
+    with torch.no_grad():
+        found, expected = merged(input_ids=IDS).logits, adapter(input_ids=IDS).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert (found - base(input_ids=IDS).logits).abs().max() > 1e-3
+    assert (run / "run/model/README.md").read_text().count("es2fast") > 0

@@ -1,0 +1,156 @@
+"""The command line: help, env, and mistakes as one line with exit code 2."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tiny_models import save_tiny, write_prompts
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    save_tiny(folder / "model")
+    sources = write_prompts(folder / "data")
+    config = {
+        "model": {"name": str(folder / "model")},
+        "data": sources,
+        "layers": [1, 2],
+        "train": {"micro_batch_size": 2, "device": "cpu"},
+        "output_dir": str(folder / "run"),
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    (folder / "empty.txt").write_text("\n\n")
+    (folder / "bare").mkdir()
+    (folder / "bare" / "config.json").write_text((folder / "model/config.json").read_text())
+    (folder / "taken").mkdir()
+    (folder / "taken" / "metrics.jsonl").write_text('{"step": 1}\n')
+    return folder
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """The console entry point in this process: exit code and what was printed."""
+    from es2fast import cli
+
+    def run(*arguments: Any) -> Done:
+        monkeypatch.setattr(sys, "argv", ["es2fast", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        printed = capsys.readouterr()
+        return Done(int(left.value.code or 0), printed.out, printed.err)
+
+    return run
+
+
+def test_the_installed_command_reports_a_mistake_without_a_traceback(project: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "es2fast.cli", "validate", str(project / "nowhere.yaml")],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: config") and done.stderr.count("\n") == 1
+
+
+def test_help_lists_every_command(call: Any) -> None:
+    done = call("--help")
+    assert done.returncode == 0
+    for name in ("train", "evaluate", "layers", "validate", "export", "env", "demo"):
+        assert name in done.stdout
+
+
+def test_env_names_versions_and_devices(call: Any) -> None:
+    done = call("env")
+    assert done.returncode == 0
+    for name in ("torch", "deepspeed", "transformers", "cpu", "gpu", "compiler"):
+        assert name in done.stdout
+
+
+def test_validate_describes_the_run_and_trains_nothing(call: Any, project: Path) -> None:
+    done = call("validate", project / "run.yaml", "train.gradient_accumulation=3", "--ranks", 2)
+    assert done.returncode == 0, done.stderr
+    assert "2 pairs x 3 micro-batches x 2 ranks = 12 pairs per step" in done.stdout
+    assert "harmful: 12 prompts" in done.stdout
+    assert "ZeRO stage 3" in done.stdout
+    assert not (project / "run").exists()
+
+
+def test_layers_prints_a_row_per_block(call: Any, project: Path) -> None:
+    done = call("layers", project / "run.yaml", "layers=auto")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("yes") == 2 and "layers: [" in done.stdout
+
+
+MISTAKES: list[tuple[list[str], list[str]]] = [
+    (["data.harmful={folder}/absent.csv"], ["absent.csv"]),
+    (["data.harmless={folder}/empty.txt"], ["empty.txt"]),
+    (["data.harmless=[]"], ["data.harmless"]),
+    (
+        ["data.harmful=[{{source: '{folder}/data/harmful.jsonl', column: goal}}]"],
+        ["goal", "prompt"],
+    ),
+    (["data.harmless={folder}/data/harmful.jsonl"], ["both"]),
+    (["layers=[1, 9]"], ["block 9", "0..3"]),
+    (["train.learning_rate=1"], ["train.learning_rate", "did you mean 'lr'"]),
+    (["model.name={folder}/bare"], ["model.name", "has no weights"]),
+    (["model.name={folder}/nowhere"], ["model.name", "nowhere"]),
+    (["train.global_batch_size=7"], ["train.global_batch_size", "7"]),
+    (["train.device=cuda"], ["train.device", "cuda"]),
+    (["output_dir={folder}/taken"], ["output_dir", "already holds a run"]),
+    (["deepspeed=zero9"], ["deepspeed", "zero9"]),
+    (["train.report_to=[trackio]"], ["train.report_to", "trackio"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "words"), MISTAKES)
+@pytest.mark.parametrize("command", ["train", "validate"])
+def test_mistakes_are_one_line_and_exit_code_2(
+    call: Any, project: Path, command: str, overrides: list[str], words: list[str]
+) -> None:
+    if words[0] == "train.device":
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a GPU")
+    arguments = [item.format(folder=project) for item in overrides]
+    done = call(command, project / "run.yaml", *arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    for word in words:
+        assert word in lines[0]
+    assert (project / "taken" / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_a_model_without_weights_or_template(call: Any, project: Path, tmp_path: Path) -> None:
+    naked = tmp_path / "naked"
+    shutil.copytree(project / "model", naked)
+    (naked / "model.safetensors").unlink()
+    done = call("validate", project / "run.yaml", f"model.name={naked}")
+    assert done.returncode == 2 and "has no weights" in done.stderr
+    plain = tmp_path / "plain"
+    shutil.copytree(project / "model", plain)
+    (plain / "chat_template.jinja").unlink()
+    done = call("validate", project / "run.yaml", f"model.name={plain}")
+    assert done.returncode == 2 and "data.chat_template" in done.stderr
+
+
+def test_evaluate_and_export_need_a_finished_run(call: Any, project: Path, tmp_path: Path) -> None:
+    done = call("evaluate", project / "taken")
+    assert done.returncode == 2 and "no finished run" in done.stderr
+    done = call("export", project / "taken", "--out", tmp_path / "x")
+    assert done.returncode == 2 and "no finished run" in done.stderr

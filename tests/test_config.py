@@ -1,0 +1,92 @@
+"""Configuration: unknown keys, overrides, consistency, round trip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from es2fast.config import load_config, parse_config, save_config
+from es2fast.errors import UserError
+
+MINIMAL = {"model": {"name": "m"}}
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"model": {"name": "m"}, "trian": {}}, ["trian: unknown key", "did you mean 'train'"]),
+        ({"model": {"name": "m"}, "train": {"l_r": 1}}, ["train.l_r: unknown key", "'lr'"]),
+        ({"model": {"name": "m"}, "train": {"lora": {"rank": 1}}}, ["train.lora.rank", "unknown"]),
+        ({"model": {"name": "m"}, "train": {"lr": -1}}, ["train.lr", "greater than 0", "-1"]),
+        ({"model": {"name": "m"}, "layers": []}, ["layers", "empty"]),
+        ({"model": {"name": "m"}, "layers": [3, 3]}, ["layers", "[3, 3]", "twice"]),
+        ({"model": {"name": "m"}, "data": {"harmful": [{"file": "x"}]}}, ["file", "unknown key"]),
+        ({"data": {}}, ["model", "required"]),
+        (
+            {"model": {"name": "m"}, "layers": [1, 2], "separation": {"weights": [1.0]}},
+            ["separation.weights", "1 weights for 2 layers"],
+        ),
+        (
+            {"model": {"name": "m"}, "train": {"teacher": "adapters_off"}},
+            ["train.teacher", "trainable=lora"],
+        ),
+        (
+            {
+                "model": {"name": "m"},
+                "train": {"early_stop": True},
+                "separation": {"loss": "l2"},
+            },
+            ["train.early_stop", "l2", "hinge"],
+        ),
+    ],
+)
+def test_mistakes_are_one_line_that_names_the_key(raw: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_config(raw)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_overrides_reach_nested_keys_and_parse_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {name: m}\ntrain: {lr: 1.0e-5, steps: 3}\n")
+    config = load_config(path, ["train.lr=1e-4", "layers=[4, 9]", "kl.budget=0.02"])
+    assert config.train.lr == 1e-4
+    assert config.train.steps == 3
+    assert config.layers == [4, 9]
+    assert config.kl.budget == 0.02
+
+
+@pytest.mark.parametrize("item", ["train.lr", "=3", "model.name.x=1", "train.lr=[1"])
+def test_malformed_overrides_are_named(item: str) -> None:
+    with pytest.raises(UserError, match="override"):
+        load_config(None, ["model.name=m", item])
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config(tmp_path / "absent.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1\nb: 2")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_config(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(UserError, match="expected a mapping"):
+        load_config(tmp_path / "list.yaml")
+
+
+def test_saved_configuration_is_complete_and_reloads(tmp_path: Path) -> None:
+    config = parse_config(MINIMAL | {"data": {"harmful": "a.txt", "harmless": ["b.txt"]}})
+    save_config(config, tmp_path / "c.yaml")
+    assert load_config(tmp_path / "c.yaml") == config
+    assert "budget_lr" in (tmp_path / "c.yaml").read_text()
+
+
+def test_a_source_may_be_a_string_a_mapping_or_a_list() -> None:
+    data = parse_config(MINIMAL | {"data": {"harmful": {"source": "a", "limit": 3}}}).data
+    assert data.harmful[0].limit == 3
+    data = parse_config(MINIMAL | {"data": {"harmful": ["a", {"source": "b"}]}}).data
+    assert [s.source for s in data.harmful] == ["a", "b"]
