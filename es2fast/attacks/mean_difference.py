@@ -6,9 +6,9 @@ The attack a rank-1 defence cannot survive: shifting all harmful states along on
 a push of fixed size, and this push undoes exactly that shift. The means are those of the model
 under attack.
 
-Pushing several layers adds up (the difference at a layer already contains that of the layers
-below), so the shift is made so that it does not: each layer's means are of unpushed states, and
-the attack pushes a single layer. Which one is the attacker's choice: see `evaluate`.
+The difference at one block already holds what the blocks below contributed, so one block is enough,
+and which one is the attacker's choice: the evaluation tries them on a few training prompts. On the
+toy any block from the first one that separates the groups does as well as all of them together.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from es2fast.attacks.base import Attack
 
 
 class MeanDifference(Attack):
-    """Adds mean_B - mean_A at `at` (default: every fitted layer)."""
+    """Adds mean_B - mean_A at the blocks `at` (default: every fitted block)."""
 
     name = "mean_difference"
 
