@@ -88,7 +88,7 @@ class Recipe:
     answer_lr: float = 2e-3
     answer_batch: int = 48
     align_steps: int = 100
-    align_lr: float = 1e-3
+    align_lr: float = 8e-4
     align_batch: int = 32
 
 

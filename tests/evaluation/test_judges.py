@@ -68,7 +68,7 @@ def test_comparison_ignores_case_spacing_and_apostrophes():
 
 def test_repeat_rate():
     assert repeat_rate(["a"] * 5) == pytest.approx(2 / 3)
-    assert repeat_rate("a b c d e".split()) == 0.0
+    assert repeat_rate(["a", "b", "c", "d", "e"]) == 0.0
     assert repeat_rate(["a"]) == 0.0
 
 
