@@ -154,7 +154,7 @@ class EvaluateConfig(_Section):
     fit_limit: int = Field(140, ge=2, description="training prompts per group for probes and means")
     max_new_tokens: int = Field(48, ge=1)
     batch_size: int = Field(32, ge=1)
-    scav_steps: Literal["all", "prompt"] = Field(
+    attack_steps: Literal["all", "prompt"] = Field(
         "all", description="push at every decoding step, or only while the prompt is read"
     )
     scav_p0: float = Field(1e-4, gt=0, lt=0.5, description="probability the push aims at")

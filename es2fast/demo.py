@@ -25,7 +25,7 @@ SETTINGS: dict[str, Any] = {
     "separation": {"loss": "hinge", "margin": 4.0},
     "kl": {"weight": 10.0},
     "train": {"steps": 80, "micro_batch_size": 4, "lr": 3e-4},
-    "evaluate": {"max_new_tokens": 32, "batch_size": 50, "scav_steps": "prompt"},
+    "evaluate": {"max_new_tokens": 32, "batch_size": 50, "attack_steps": "prompt"},
 }
 
 
