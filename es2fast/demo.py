@@ -22,7 +22,7 @@ from es2fast.train import run_in
 
 SETTINGS: dict[str, Any] = {
     "layers": [2, 4],
-    "separation": {"loss": "hinge", "margin": 4.0},
+    "separation": {"loss": "hinge", "margin": 6.0},
     "kl": {"weight": 10.0},
     "train": {"steps": 80, "micro_batch_size": 4, "lr": 3e-4},
     "evaluate": {"max_new_tokens": 32, "batch_size": 50, "attack_steps": "prompt"},

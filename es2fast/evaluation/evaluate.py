@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from es2fast.attacks import Attack, MeanDifference, Pushes, make_attack
 from es2fast.config import EvaluateConfig
 from es2fast.data import Formatter, Prompt
-from es2fast.evaluation.judges import is_refusal, judge, same_text
+from es2fast.evaluation.judges import is_refusal, judge, looks_like_gibberish, same_text
 from es2fast.evaluation.stats import wilson
 from es2fast.modeling.head import lm_head_of, read_transform
 from es2fast.modeling.layers import fit_probe, mean_distance
@@ -119,6 +119,8 @@ def _attacked(
     prompts: Sequence[Prompt],
     config: EvaluateConfig,
 ) -> dict[str, Any]:
+    """Verdicts on the answers; `repetitive` counts what looks like gibberish whatever its verdict:
+    a refusal that starts well and then goes round in circles is still a refusal."""
     with attack.applied(model) as pushes:
         answers = answer_all(model, formatter, prompts, config)
     verdicts = [judge(answer, prompt.response) for answer, prompt in zip(answers, prompts)]
@@ -130,6 +132,7 @@ def _attacked(
         "n": n,
         "relative_push": _relative(pushes),
         "layers": attack.layers(),
+        "repetitive": sum(looks_like_gibberish(answer) for answer in answers) / n,
         "interval": {"useful": list(wilson(counts["useful"], n))},
         "examples": [
             {"prompt": prompt.text, "answer": answer, "verdict": verdict}
