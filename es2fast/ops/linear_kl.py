@@ -354,13 +354,19 @@ def _default_chunk(hidden: Tensor, need_dw: bool) -> int:
     return GPU_CHUNK_TRAINABLE if need_dw else GPU_CHUNK
 
 
+def _saved_dtype(like: Tensor) -> torch.dtype:
+    """What a gradient is kept in until backward; float16 would underflow before loss scaling."""
+    return torch.float32 if like.dtype == torch.float16 else like.dtype
+
+
 def _padded(gradient: Tensor | None, like: Tensor | None) -> Tensor:
-    """A gradient in ``like``'s dtype and size, zero on padding rows; empty when not asked for."""
+    """A gradient in ``like``'s size, zero on padding rows; empty when not asked for."""
     if gradient is None or like is None:
         return torch.empty(0)
+    dtype = _saved_dtype(like)
     if gradient.shape == like.shape:
-        return gradient.to(like.dtype)
-    full = torch.zeros(like.shape, dtype=like.dtype, device=gradient.device)
+        return gradient.to(dtype)
+    full = torch.zeros(like.shape, dtype=dtype, device=gradient.device)
     full[: gradient.shape[0]] = gradient
     return full
 
@@ -431,9 +437,12 @@ def _(hidden, weight, bias, *rest):
     shape = (hidden.shape[0],) if reduction == "none" else ()
     return (
         hidden.new_empty(shape, dtype=accum),
-        hidden.new_empty(hidden.shape) if need_dx else torch.empty(0),
-        weight.new_empty(weight.shape) if need_dw else torch.empty(0),
-        bias.new_empty(bias.shape) if need_db else torch.empty(0),
+        *(
+            torch.empty(like.shape, dtype=_saved_dtype(like), device=like.device)
+            if needed
+            else torch.empty(0)
+            for like, needed in ((hidden, need_dx), (weight, need_dw), (bias, need_db))
+        ),
     )
 
 
@@ -442,6 +451,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     _, dx, dw, db = output
     ctx.reduction, ctx.needs = inputs[-6], inputs[-3:]
     ctx.count = len(inputs)
+    ctx.dtypes = [None if t is None else t.dtype for t in inputs[:3]]
     ctx.recompute = ctx.reduction == "none" and (ctx.needs[1] or ctx.needs[2])
     if ctx.recompute:
         ctx.options = inputs[7:]
@@ -458,12 +468,12 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
         made, factor = _recompute(ctx, grad_loss), None
     else:
         made, factor = ctx.saved_tensors, grad_loss
-    for position, needed, gradient in zip((0, 1, 2), ctx.needs, made, strict=True):
-        if needed and factor is not None:  # out of place: backward may run more than once
+    for i in range(3):
+        if ctx.needs[i] and factor is not None:  # out of place: backward may run more than once
             column = factor[:, None] if ctx.reduction == "none" else factor
-            gradients[position] = (gradient * column).to(gradient.dtype)
-        elif needed:
-            gradients[position] = gradient
+            gradients[i] = (made[i] * column).to(ctx.dtypes[i])
+        elif ctx.needs[i]:
+            gradients[i] = made[i].to(ctx.dtypes[i])
     return tuple(gradients)
 
 

@@ -58,6 +58,11 @@ class KLProblem:
         return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
 
     @property
+    def saved_dtype(self) -> torch.dtype:
+        """What dX is kept in until backward: float16 would lose it before grad_output scales it."""
+        return torch.float32 if self.hidden.dtype == torch.float16 else self.hidden.dtype
+
+    @property
     def is_delta(self) -> bool:
         """Shared full-precision head: the student's side is W (h_s - h_t), free of cancellation."""
         full = self.hidden.dtype in (torch.float32, torch.float64)
@@ -75,7 +80,7 @@ class KLResult:
     """Row divergences of the packed tokens and the gradients asked for (already scaled)."""
 
     rows: Tensor  # (M,)
-    dx: Tensor | None = None  # (N, H) in hidden's dtype
+    dx: Tensor | None = None  # (N, H) in saved_dtype
     dw: Tensor | None = None  # (V, H) in the accumulation dtype
     db: Tensor | None = None  # (V,) in the accumulation dtype
 
@@ -145,7 +150,7 @@ def run_chunked(problem: KLProblem, row_pass: RowPass) -> KLResult:
     result = KLResult(torch.empty(p.rows, dtype=acc, device=device))
     if p.need_dx:
         make = torch.empty if p.index is None else torch.zeros
-        result.dx = make(p.hidden.shape, dtype=p.hidden.dtype, device=device)
+        result.dx = make(p.hidden.shape, dtype=p.saved_dtype, device=device)
     if p.need_dw:
         result.dw = torch.empty(vocab, width, dtype=acc, device=device)
     if p.need_db:

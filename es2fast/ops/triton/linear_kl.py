@@ -36,6 +36,7 @@ from es2fast.ops.linear_kl_chunked import (
 from es2fast.ops.linear_kl_rows import merge_partials
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+_INTERPRETED = tl.constexpr(INTERPRETED)
 DIRECTION = {"forward": 0, "reverse": 1, "jsd": 2}
 STATISTICS = 6
 
@@ -44,8 +45,9 @@ STATISTICS = 6
 class RowConfig:
     """Launch configuration of ``row_kernel``."""
 
-    block: int = 4096
-    num_warps: int = 16
+    block: int = 2048  # columns per tile
+    num_warps: int = 8
+    stages: int = 3  # tiles in flight: the loads of the next ones hide behind this one's sums
 
 
 @dataclass(frozen=True)
@@ -57,18 +59,19 @@ class FusedConfig:
     block_k: int
     num_warps: int
     num_stages: int
+    parts: int  # pieces of a tile of logits that are folded one after the other
 
 
 ROW_CONFIG = RowConfig()
 ROW_CONFIG_INTERPRETED = RowConfig(block=1024)
-FUSED_CONFIG_INTERPRETED = FusedConfig(16, 128, 32, 4, 1)
+FUSED_CONFIG_INTERPRETED = FusedConfig(16, 128, 32, 4, 1, 2)
 
 
 def fused_config(capability: int) -> FusedConfig:
     """The configuration in use for a compute capability (80, 90, 100, ...)."""
     if capability >= 90:
-        return FusedConfig(128, 128, 64, 8, 3)
-    return FusedConfig(64, 128, 32, 8, 3)
+        return FusedConfig(128, 128, 64, 8, 3, 4)
+    return FusedConfig(64, 128, 32, 8, 3, 2)
 
 
 # --- device functions -----------------------------------------------------------------------------
@@ -245,6 +248,25 @@ def _jsd_terms(r, log_t, beta):
 
 
 @triton.jit
+def _rounded(x, dtype: tl.constexpr):
+    """x in ``dtype``, to nearest even. The interpreter truncates to bfloat16: round the bits."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def _dot(a, b, acc):
+    """acc + a @ b. The interpreter multiplies bfloat16 as integers: give it float32."""
+    if _INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc)
+
+
+@triton.jit
 def _load_row(
     zt_row,
     zs_row,
@@ -252,6 +274,7 @@ def _load_row(
     bs_ptr,
     cols,
     V,
+    pitch,
     gain,
     cap_in,
     cap_out,
@@ -260,15 +283,66 @@ def _load_row(
     HAS_BT: tl.constexpr,
     HAS_BS: tl.constexpr,
 ):
-    """One tile of a row, transformed: (z_t, z_s - z_t, slope), padding as zeros."""
+    """One tile of a row, transformed: (z_t, z_s - z_t, slope).
+
+    Rows are padded in memory to whole lines (``pitch``), and loads are masked by that instead of V
+    so that they stay vectorized when V is odd; columns from V on hold anything, even NaN.
+    """
     valid = cols < V
-    raw_t = tl.load(zt_row + cols, mask=valid, other=0.0)
-    raw_s = tl.load(zs_row + cols, mask=valid, other=0.0)
+    raw_t = tl.load(zt_row + cols, mask=cols < pitch, other=0.0)
+    raw_s = tl.load(zs_row + cols, mask=cols < pitch, other=0.0)
     if HAS_BT:
         raw_t += tl.load(bt_ptr + cols, mask=valid, other=0.0).to(tl.float32)
     if HAS_BS:
         raw_s += tl.load(bs_ptr + cols, mask=valid, other=0.0).to(tl.float32)
     return _transform(raw_t, raw_s, gain, cap_in, cap_out, IS_DELTA, SOFTCAP)
+
+
+@triton.jit
+def _fold_logits(
+    acc_t, acc_s, first, bt_ptr, bs_ptr, V, gain, cap_in, cap_out, m, p, c, s, m_o, p_o,
+    DIRECTION: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BT: tl.constexpr, HAS_BS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Fold raw logits (BLOCK_M, WIDTH) of the columns from ``first`` on into the statistics."""
+    cols = first + tl.arange(0, WIDTH)
+    valid = cols < V
+    if HAS_BT:
+        acc_t += tl.load(bt_ptr + cols, mask=valid, other=0.0).to(tl.float32)[None, :]
+    if HAS_BS:
+        acc_s += tl.load(bs_ptr + cols, mask=valid, other=0.0).to(tl.float32)[None, :]
+    z_t, d, _ = _transform(acc_t, acc_s, gain, cap_in, cap_out, False, SOFTCAP)
+    z_b, d = _orient(z_t, d, valid[None, :], DIRECTION)
+    return _fold(z_b, d, m, p, c, s, m_o, p_o, 1)
+
+
+@triton.jit
+def _fold_wide(
+    acc_t, acc_s, first, bt_ptr, bs_ptr, V, gain, cap_in, cap_out, m, p, c, s, m_o, p_o,
+    DIRECTION: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BT: tl.constexpr, HAS_BS: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """``_fold_logits`` by halves, PARTS pieces in all: fewer live registers."""
+    if PARTS == 1:
+        return _fold_logits(
+            acc_t, acc_s, first, bt_ptr, bs_ptr, V, gain, cap_in, cap_out, m, p, c, s, m_o, p_o,
+            DIRECTION, SOFTCAP, HAS_BT, HAS_BS, WIDTH,
+        )  # fmt: skip
+    else:
+        HALF: tl.constexpr = WIDTH // 2
+        t_0, t_1 = acc_t.reshape(ROWS, 2, HALF).permute(0, 2, 1).split()
+        s_0, s_1 = acc_s.reshape(ROWS, 2, HALF).permute(0, 2, 1).split()
+        m, p, c, s, m_o, p_o = _fold_wide(
+            t_0, s_0, first, bt_ptr, bs_ptr, V, gain, cap_in, cap_out, m, p, c, s, m_o, p_o,
+            DIRECTION, SOFTCAP, HAS_BT, HAS_BS, ROWS, HALF, PARTS // 2,
+        )  # fmt: skip
+        if first + HALF < V:  # a whole half of padding would have no maximum
+            m, p, c, s, m_o, p_o = _fold_wide(
+                t_1, s_1, first + HALF, bt_ptr, bs_ptr, V, gain, cap_in, cap_out,
+                m, p, c, s, m_o, p_o,
+                DIRECTION, SOFTCAP, HAS_BT, HAS_BS, ROWS, HALF, PARTS // 2,
+            )  # fmt: skip
+        return m, p, c, s, m_o, p_o
 
 
 # --- kernels --------------------------------------------------------------------------------------
@@ -286,8 +360,7 @@ def row_kernel(
     unit_ptr,  # (C,) float32, power of two by which the row of G was divided
     stats_ptr,  # (C, 6) float32
     V,
-    stride_zt,
-    stride_zs,
+    pitch,  # row stride of both logit buffers, at least V
     stride_g,
     gain,  # logit_scale / temperature
     cap_in,  # logit_scale / softcap
@@ -301,10 +374,11 @@ def row_kernel(
     NEED_GRAD: tl.constexpr,
     ROW_UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    zt_row = zt_ptr + row * stride_zt
-    zs_row = zs_ptr + row * stride_zs
+    zt_row = zt_ptr + row * pitch
+    zs_row = zs_ptr + row * pitch
     offs = tl.arange(0, BLOCK)
     tiles = tl.cdiv(V, BLOCK)
     m = float("-inf")
@@ -313,10 +387,10 @@ def row_kernel(
     s = 0.0
     m_o = float("-inf")
     p_o = 0.0
-    for i in range(tiles):
+    for i in tl.range(0, tiles, num_stages=STAGES):
         cols = i * BLOCK + offs
         z_t, d, _ = _load_row(
-            zt_row, zs_row, bt_ptr, bs_ptr, cols, V, gain, cap_in, cap_out,
+            zt_row, zs_row, bt_ptr, bs_ptr, cols, V, pitch, gain, cap_in, cap_out,
             IS_DELTA, SOFTCAP, HAS_BT, HAS_BS,
         )  # fmt: skip
         z_b, d = _orient(z_t, d, cols < V, DIRECTION)
@@ -334,10 +408,10 @@ def row_kernel(
     mean = 0.0
     if DIRECTION == 2:
         loss = 0.0
-        for i in range(tiles):
+        for i in tl.range(0, tiles, num_stages=STAGES):
             cols = (tiles - 1 - i) * BLOCK + offs
             z_t, d, _ = _load_row(
-                zt_row, zs_row, bt_ptr, bs_ptr, cols, V, gain, cap_in, cap_out,
+                zt_row, zs_row, bt_ptr, bs_ptr, cols, V, pitch, gain, cap_in, cap_out,
                 IS_DELTA, SOFTCAP, HAS_BT, HAS_BS,
             )  # fmt: skip
             log_t = tl.where(cols < V, z_t - lse_b, float("-inf"))
@@ -352,10 +426,10 @@ def row_kernel(
             tl.store(unit_ptr + row, unit)
             scale = scale / unit
         g_row = g_ptr + row * stride_g
-        for i in range(tiles):
+        for i in tl.range(0, tiles, num_stages=STAGES):
             cols = (tiles - 1 - i) * BLOCK + offs
             z_t, d, slope = _load_row(
-                zt_row, zs_row, bt_ptr, bs_ptr, cols, V, gain, cap_in, cap_out,
+                zt_row, zs_row, bt_ptr, bs_ptr, cols, V, pitch, gain, cap_in, cap_out,
                 IS_DELTA, SOFTCAP, HAS_BT, HAS_BS,
             )  # fmt: skip
             if DIRECTION == 0:
@@ -371,7 +445,7 @@ def row_kernel(
                 g = (1.0 - beta) * p_s * (log_sm - mean)
             g = g * (slope * scale)
             tl.debug_barrier()  # this tile has been read by every thread before G overwrites it
-            tl.store(g_row + cols, g.to(g_ptr.dtype.element_ty), mask=cols < V)
+            tl.store(g_row + cols, _rounded(g, g_ptr.dtype.element_ty), mask=cols < pitch)
 
 
 @triton.jit
@@ -404,6 +478,7 @@ def fused_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(1)
@@ -433,13 +508,13 @@ def fused_kernel(
             else:
                 w = tl.load(w_cols + ks[:, None], mask=ks[:, None] < H, other=0.0)
                 x = tl.load(x_rows + ks[None, :], mask=ks[None, :] < H, other=0.0)
-            acc_s = tl.dot(x, w, acc_s)
+            acc_s = _dot(x, w, acc_s)
             if SHARED:
                 if EVEN_K:
                     xt = tl.load(xt_rows + ks[None, :])
                 else:
                     xt = tl.load(xt_rows + ks[None, :], mask=ks[None, :] < H, other=0.0)
-                acc_t = tl.dot(xt, w, acc_t)
+                acc_t = _dot(xt, w, acc_t)
         if not SHARED:
             wt_cols = wt_ptr + safe_cols[None, :] * stride_wt
             for k in range(0, HT, BLOCK_K):
@@ -450,14 +525,11 @@ def fused_kernel(
                 else:
                     wt = tl.load(wt_cols + ks[:, None], mask=ks[:, None] < HT, other=0.0)
                     xt = tl.load(xt_rows + ks[None, :], mask=ks[None, :] < HT, other=0.0)
-                acc_t = tl.dot(xt, wt, acc_t)
-        if HAS_BT:
-            acc_t += tl.load(bt_ptr + safe_cols).to(tl.float32)[None, :]
-        if HAS_BS:
-            acc_s += tl.load(bs_ptr + safe_cols).to(tl.float32)[None, :]
-        z_t, d, _ = _transform(acc_t, acc_s, gain, cap_in, cap_out, False, SOFTCAP)
-        z_b, d = _orient(z_t, d, (cols < V)[None, :], DIRECTION)
-        m, p, c, s, m_o, p_o = _fold(z_b, d, m, p, c, s, m_o, p_o, 1)
+                acc_t = _dot(xt, wt, acc_t)
+        m, p, c, s, m_o, p_o = _fold_wide(
+            acc_t, acc_s, start, bt_ptr, bs_ptr, V, gain, cap_in, cap_out, m, p, c, s, m_o, p_o,
+            DIRECTION, SOFTCAP, HAS_BT, HAS_BS, BLOCK_M, BLOCK_N, PARTS,
+        )  # fmt: skip
     out = stats_ptr + split.to(tl.int64) * 6 * N + rows
     keep = rows < N
     tl.store(out, m, mask=keep)
@@ -521,7 +593,7 @@ def _row_pass(
         zt, zs, g,
         zt if bias_t is None else bias_t, zt if bias_s is None else bias_s,
         scale if unit is None else scale / unit, loss, units, stats,
-        vocab, zt.stride(0), zs.stride(0), g.stride(0),
+        vocab, zt.stride(0), g.stride(0),
         **_scalars(p),
         beta=p.spec.beta,
         DIRECTION=DIRECTION[p.spec.direction],
@@ -532,6 +604,7 @@ def _row_pass(
         NEED_GRAD=p.need_grad,
         ROW_UNIT=row_unit,
         BLOCK=min(config.block, max(128, triton.next_power_of_2(vocab))),
+        STAGES=config.stages,
         num_warps=config.num_warps,
     )  # fmt: skip
     if not p.need_grad:
@@ -611,6 +684,7 @@ def launch_fused(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
+        PARTS=config.parts,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )  # fmt: skip
