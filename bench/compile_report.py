@@ -202,14 +202,27 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         file.flush()
         command = [str(tool), "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return parse_resources(text)
+
+
+def parse_resources(text: str) -> tuple[int, int]:
+    """(registers per thread, stack + local bytes) from cuobjdump's ``--dump-resource-usage``."""
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def _is_brief(label: str) -> bool:
+    """One of each kind: what the test suite has time for."""
+    if label.startswith("fused"):
+        return "bf16" in label and "reverse" not in label
+    return "no-grad" not in label and ("bf16" in label or label == "row forward fp32")
 
 
 def main() -> int:
     """Command line; see the module docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--all", action="store_true", help="tuning candidates instead")
+    parser.add_argument("--brief", action="store_true", help="bf16, and fp32 where it differs")
     parser.add_argument("--sm", type=int, nargs="*", default=CAPABILITIES, choices=CAPABILITIES)
     parser.add_argument("--match", default="", help="only labels containing this")
     parser.add_argument("--json", type=Path, help="write one JSON row per case here")
@@ -218,7 +231,7 @@ def main() -> int:
     print(f"{'kernel':68} {'sm':>4} {'regs':>5} {'spill':>6} {'shared':>7}  core")
     for capability in args.sm:
         for case in cases(capability, args.all):
-            if args.match not in case.label:
+            if args.match not in case.label or (args.brief and not _is_brief(case.label)):
                 continue
             r = compile_case(case, capability)
             reports.append(r)

@@ -461,6 +461,11 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "linear_kl_div has no second derivatives (create_graph=True): use "
+            "es2fast.ops.reference.linear_kl_div_reference where they are needed"
+        )
     gradients: list[Tensor | None] = [None] * ctx.count
     if grad_loss is None:
         return tuple(gradients)

@@ -114,7 +114,7 @@ def _jsd(r: Tensor, log_t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     small = w.abs() < 0.1
     value = torch.where(small, _jsd_series(w, a), a * h - h_a).mul_(p_t)
     value = torch.where(is_near, value, beta * p_t * log_tm + a * p_s * log_sm)
-    mean = (p_s * log_sm).sum(-1, keepdim=True)
+    mean = (p_s * log_sm).sum(-1, keepdim=True) / p_s.sum(-1, keepdim=True)
     return value.sum(-1, keepdim=True), p_s.mul_(log_sm - mean).mul_(a)
 
 

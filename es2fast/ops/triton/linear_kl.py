@@ -408,6 +408,7 @@ def row_kernel(
     mean = 0.0
     if DIRECTION == 2:
         loss = 0.0
+        mass = 0.0  # sum of p_s, 1 up to the rounding of large logits: keep that out of the mean
         for i in tl.range(0, tiles, num_stages=STAGES):
             cols = (tiles - 1 - i) * BLOCK + offs
             z_t, d, _ = _load_row(
@@ -418,6 +419,8 @@ def row_kernel(
             term, p_s, log_sm = _jsd_terms(tl.where(cols < V, d - shift, 0.0), log_t, beta)
             loss += tl.sum(term, 0)
             mean += tl.sum(p_s * log_sm, 0)
+            mass += tl.sum(p_s, 0)
+        mean = mean / mass
     tl.store(loss_ptr + row, loss)
     if NEED_GRAD:
         scale = tl.load(scale_ptr + row)
