@@ -98,29 +98,35 @@ def _row_cases() -> Iterator[Case]:
             )
 
 
+FUSED_FEATURES = ("plain", "bias odd-H", "bias softcap odd-H")
+
+
 def _fused_cases(capability: int, candidates: bool) -> Iterator[Case]:
     from es2fast.ops.triton import linear_kl as kernels
 
-    used = kernels.fused_config(capability)
-    configs = [used]
-    if candidates:
-        tiles = ((64, 128, 32), (64, 128, 64), (64, 256, 64), (128, 128, 32), (128, 128, 64))
-        configs = [
-            kernels.FusedConfig(*tile, warps, stages, parts)
-            for tile, warps, stages, parts in itertools.product(tiles, (4, 8), (3, 4), (1, 2, 4))
-        ]
-    variants = itertools.product(("forward", "reverse"), ("bf16", "fp16"), (True, False))
-    full_options = (False, True)
-    for (direction, dtype, shared), full in itertools.product(variants, full_options):
-        for config in configs:
-            yield _fused_case(kernels, config, direction, dtype, shared, full, config == used)
-        if candidates:
-            return
+    heads = itertools.product(("forward", "reverse"), ("bf16", "fp16"), ("shared", "two heads"))
+    for (direction, dtype, head), features in itertools.product(heads, FUSED_FEATURES):
+        used = kernels.fused_config(capability, "softcap" in features)
+        if not candidates:
+            yield _fused_case(used, direction, dtype, head, features, True)
+        elif (direction, dtype) == ("forward", "bf16"):
+            for config in _candidates():
+                yield _fused_case(config, direction, dtype, head, features, config == used)
+
+
+def _candidates() -> Iterator[Any]:
+    from es2fast.ops.triton import linear_kl as kernels
+
+    tiles = ((64, 128, 64), (128, 64, 32), (128, 64, 64), (128, 128, 32), (128, 128, 64))
+    for tile, stages, parts in itertools.product(tiles, (3, 4), (1, 2, 4)):
+        yield kernels.FusedConfig(*tile, 8, stages, parts)
 
 
 def _fused_case(
-    kernels: Any, config: Any, direction: str, dtype: str, shared: bool, full: bool, in_use: bool
+    config: Any, direction: str, dtype: str, head: str, features: str, in_use: bool
 ) -> Case:
+    from es2fast.ops.triton import linear_kl as kernels
+
     names = ("x_ptr", "w_ptr", "xt_ptr", "wt_ptr", "bt_ptr", "bs_ptr")
     signature = dict.fromkeys(names, f"*{dtype}") | {"stats_ptr": "*fp32"}
     strides = ("H", "HT", "stride_x", "stride_w", "stride_xt", "stride_wt", "cols_per_split")
@@ -128,22 +134,21 @@ def _fused_case(
     signature |= dict.fromkeys(("gain", "cap_in", "cap_out"), "fp32")
     constants = dict(
         DIRECTION=kernels.DIRECTION[direction],
-        SHARED=shared,
-        SOFTCAP=full,
-        HAS_BT=full,
-        HAS_BS=full,
-        EVEN_K=not full,
+        SHARED=head == "shared",
+        SOFTCAP="softcap" in features,
+        HAS_BT="bias" in features,
+        HAS_BS="bias" in features,
+        EVEN_K="odd-H" not in features,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         PARTS=config.parts,
     )
     shape = f"{config.block_m}x{config.block_n}x{config.block_k}"
-    label = f"fused {direction} {dtype} {'shared' if shared else 'two heads'}"
-    label += " bias+softcap oddK" if full else ""
+    shape += f" w{config.num_warps} s{config.num_stages} p{config.parts}"
     return Case(
         kernels.fused_kernel,
-        f"{label} {shape} w{config.num_warps} s{config.num_stages} p{config.parts}",
+        f"fused {direction} {dtype} {head} {features} {shape}",
         signature,
         constants,
         config.num_warps,
@@ -212,17 +217,17 @@ def parse_resources(text: str) -> tuple[int, int]:
 
 
 def _is_brief(label: str) -> bool:
-    """One of each kind: what the test suite has time for."""
+    """One of each kind, the heaviest: what the test suite has time for."""
     if label.startswith("fused"):
-        return "bf16" in label and "reverse" not in label
-    return "no-grad" not in label and ("bf16" in label or label == "row forward fp32")
+        return "forward bf16" in label and ("shared" in label or "softcap" in label)
+    return "no-grad" not in label and ("bf16 bias" in label or label.startswith("row forward bf16"))
 
 
 def main() -> int:
     """Command line; see the module docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--all", action="store_true", help="tuning candidates instead")
-    parser.add_argument("--brief", action="store_true", help="bf16, and fp32 where it differs")
+    parser.add_argument("--brief", action="store_true", help="one of each kind of kernel")
     parser.add_argument("--sm", type=int, nargs="*", default=CAPABILITIES, choices=CAPABILITIES)
     parser.add_argument("--match", default="", help="only labels containing this")
     parser.add_argument("--json", type=Path, help="write one JSON row per case here")

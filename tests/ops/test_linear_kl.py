@@ -6,6 +6,7 @@ on (test_linear_kl_triton.py starts a process with it).
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -52,19 +53,20 @@ def backend(request) -> str:
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
 def test_sweep_towards_the_teacher(backend, dtype, direction, spread):
-    for target in SWEEP:
-        for temperature in (1.0, 2.0):
-            problem, _ = at_divergence(
-                target,
-                dtype,
-                n=5,
-                v=1000,
-                spread=spread,
-                direction=direction,
-                temperature=temperature,
-                chunk_tokens=3,
-            )
-            check(problem, backend)
+    for target, temperature in itertools.product(SWEEP, (1.0, 2.0)):
+        if backend == "triton" and temperature == 2.0 and target not in (0.4, 1e-6):
+            continue  # the interpreter is slow; the kernel sees the temperature as a factor only
+        problem, _ = at_divergence(
+            target,
+            dtype,
+            n=5,
+            v=1000,
+            spread=spread,
+            direction=direction,
+            temperature=temperature,
+            chunk_tokens=3,
+        )
+        check(problem, backend)
 
 
 @pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
@@ -105,7 +107,7 @@ def test_jsd_beta(backend, beta):
 
 @pytest.mark.parametrize("v", (32000, 128256 + 3))
 def test_large_vocabulary(backend, v):
-    check(make_problem(BF16, n=2, h=33, v=v), backend)
+    check(make_problem(BF16, n=1 if backend == "triton" else 3, h=33, v=v), backend)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
