@@ -220,7 +220,7 @@ def _is_brief(label: str) -> bool:
     """One of each kind, the heaviest: what the test suite has time for."""
     if label.startswith("fused"):
         return "forward bf16" in label and ("shared" in label or "softcap" in label)
-    return "no-grad" not in label and ("bf16 bias" in label or label.startswith("row forward bf16"))
+    return "no-grad" not in label and "bf16 bias" in label
 
 
 def main() -> int:

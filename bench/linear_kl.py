@@ -133,7 +133,7 @@ def _liger_chunked(i: Inputs) -> Callable[[], Tensor]:
 def _fla(i: Inputs) -> Callable[[], Tensor]:
     from fla.modules import FusedKLDivLoss
 
-    module = FusedKLDivLoss()
+    module = FusedKLDivLoss()  # KL(teacher||student); (student x, teacher x, student W, teacher W)
     return lambda: module(i.x, i.x_t, i.w, i.w_t)
 
 

@@ -92,7 +92,9 @@ def choose_backend(name: str | None, hidden: Tensor, teacher_weight: Tensor | No
         on_gpu = hidden.device.type == "cuda"
         return "triton" if on_gpu and _triton_why_not(hidden, teacher_weight) is None else "torch"
     if name not in BACKENDS:
-        raise ValueError(f"backend={name!r}: expected one of {sorted(BACKENDS)} or None (automatic)")
+        raise ValueError(
+            f"backend={name!r}: expected one of {sorted(BACKENDS)} or None (automatic)"
+        )
     reason = BACKENDS[name].why_not(hidden, teacher_weight)
     if reason is not None:
         usable = [k for k, b in BACKENDS.items() if b.why_not(hidden, teacher_weight) is None]
@@ -197,7 +199,7 @@ def _check_tokens(token_weights: Tensor | None, max_valid_tokens: int | None, n:
     if token_weights is None:
         _refuse(
             max_valid_tokens is not None,
-            f"max_valid_tokens={max_valid_tokens} without token_weights: pass the weights or drop it",
+            f"max_valid_tokens={max_valid_tokens} without token_weights: pass both or neither",
         )
         return
     _refuse(
@@ -218,8 +220,8 @@ def _vocabulary(weight: Tensor, teacher_weight: Tensor | None, vocab_size: int |
     sizes = [w.shape[0] for w in (weight, teacher_weight) if w is not None]
     _refuse(
         vocab_size is None and min(sizes) != max(sizes),
-        f"weight has {sizes[0]} rows and teacher_weight {sizes[-1]}: name the number of real tokens "
-        "as vocab_size (rows beyond it are padding)",
+        f"weight has {sizes[0]} rows and teacher_weight {sizes[-1]}: name the real tokens' "
+        "number as vocab_size (rows beyond it are padding)",
     )
     vocab = sizes[0] if vocab_size is None else vocab_size
     _refuse(

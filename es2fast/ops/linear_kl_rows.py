@@ -4,11 +4,12 @@ Both directions of KL are one formula. Call the measure's side *base* (the teach
 JSD, the student for KL(s||t)) and the other side *other*; with ``d = z_other - z_base``,
 ``c = E_base[d]`` and ``u = d - c`` (KERNELS.md section 3):
 
-    KL(base||other)         = log1p(S) - E_base[u],   S = sum_v p_base (e^u - 1 - u) + E_base[u]
-    log(p_other / p_base)   = u - log1p(S) =: r       (E_base[u] is 0 up to rounding)
-    forward gradient        = p_s - p_t = p_t (e^r - 1)
-    reverse gradient        = -p_base (u - E_base[u])
-    JSD gradient            = p_s (a l - E_s[a l]),   l = log(p_s/m) = r - log1p(a (e^r - 1)), a = 1-beta
+    KL(base||other)       = log1p(S) - E_base[u],  S = sum_v p_base (e^u - 1 - u) + E_base[u]
+    log(p_other / p_base) = u - log1p(S) =: r      (E_base[u] is 0 up to rounding)
+    forward gradient      = p_s - p_t = p_t (e^r - 1)
+    reverse gradient      = -p_base (u - E_base[u])
+    JSD gradient          = a p_s (l - E_s[l]),    l = log(p_s/m) = r - log1p(a (e^r - 1)),
+                                                   a = 1 - beta
 
 Every term of S is non-negative, so nothing cancels however close student and teacher are. Far from
 the teacher, where S may overflow, the plain difference of logsumexps is exact enough and takes over.
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 SERIES_BELOW = 0.5  # |u| under which e^u - 1 - u is a polynomial; above, it is subtracted
-DIRECT_TOLERANCE = 1e-5  # the two forms of the value agree to this times the logits' size, or direct
+DIRECT_TOLERANCE = 1e-5  # where the two forms of the value differ by more, times |logits|, direct
 
 
 @dataclass(frozen=True)

@@ -74,14 +74,21 @@ def linear_kl_div_reference(
     if teacher_weight is None:
         teacher_weight, teacher_bias = weight.detach(), None if bias is None else bias.detach()
     vocab_size = min(weight.shape[0], teacher_weight.shape[0]) if vocab_size is None else vocab_size
-    head = dict(
-        temperature=temperature, logit_scale=logit_scale, softcap=softcap, vocab_size=vocab_size
-    )
-    student = head_logits_reference(hidden, weight, bias, **head)  # type: ignore[arg-type]
-    with torch.no_grad():
-        teacher = head_logits_reference(  # type: ignore[arg-type]
-            teacher_hidden, teacher_weight, teacher_bias, **head
+
+    def logits(h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return head_logits_reference(
+            h,
+            w,
+            b,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            vocab_size=vocab_size,
         )
+
+    student = logits(hidden, weight, bias)
+    with torch.no_grad():
+        teacher = logits(teacher_hidden, teacher_weight, teacher_bias)
     rows = divergence_reference(student, teacher, direction, beta)
     if token_weights is None:
         token_weights = torch.ones_like(rows)

@@ -177,7 +177,8 @@ def check(problem: Problem, backend: str | None, gradients: str = "xwb") -> None
         assert actual.dtype == problem.hidden.dtype and actual.shape == wanted.shape
         assert relative(actual, wanted) <= bound, (name, kl)
     with torch.no_grad():
-        for extra in ({}, {"chunk_tokens": None}):
+        paths = ({"chunk_tokens": 2}, {"chunk_tokens": None})  # chunked and, on triton, tile-fused
+        for extra in paths:
             value = run(problem, backend, "", **extra).loss
             assert relative(value, expected.loss) <= VALUE_BOUND
 

@@ -15,19 +15,39 @@ pytest.importorskip("triton", reason="the kernels need triton")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("capability", (80, 90, 100))
-def test_configurations_in_use(capability, tmp_path):
-    """In a process of its own: this one may run the kernels in the interpreter."""
-    rows = tmp_path / "rows.jsonl"
+CAPABILITIES = (80, 90, 100)
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory) -> dict[int, tuple[int, list[dict], str]]:
+    """Per capability: exit status, rows, errors. Side by side, each in a process of its own: this
+    one may run the kernels in the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", str(ROOT / "bench/compile_report.py")]
-    command += ["--sm", str(capability), "--brief", "--json", str(rows)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert rows.exists(), done.stderr[-3000:]
-    reports = [json.loads(line) for line in rows.read_text().splitlines()]
-    assert {r["label"].split()[0] for r in reports} == {"row", "fused"}
-    problems = [f"{r['label']}: {r['problem']}" for r in reports if r["problem"]]
-    assert not problems and done.returncode == 0, "\n".join(problems)
+    folder, running = tmp_path_factory.mktemp("reports"), {}
+    for capability in CAPABILITIES:
+        rows = folder / f"{capability}.jsonl"
+        command = [sys.executable, "-W", "ignore", str(ROOT / "bench/compile_report.py")]
+        command += ["--sm", str(capability), "--brief", "--json", str(rows)]
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        running[capability] = (process, rows)
+    found = {}
+    for capability, (process, rows) in running.items():
+        errors = process.communicate()[1]
+        text = rows.read_text() if rows.exists() else ""
+        found[capability] = (process.returncode, [*map(json.loads, text.splitlines())], errors)
+    return found
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_configurations_in_use(reports, capability):
+    status, rows, errors = reports[capability]
+    assert {r["label"].split()[0] for r in rows} == {"row", "fused"}, errors[-3000:]
+    problems = [f"{r['label']}: {r['problem']}" for r in rows if r["problem"]]
+    assert not problems and status == 0, "\n".join(problems)
+    assert all(r["tensor_core"] for r in rows if r["label"].startswith("fused"))
 
 
 def test_a_spill_is_seen():

@@ -63,7 +63,7 @@ class FusedConfig:
 
 
 ROW_CONFIG = RowConfig()
-ROW_CONFIG_INTERPRETED = RowConfig(block=4096)  # fewer, larger steps for the interpreter
+ROW_CONFIG_INTERPRETED = RowConfig(block=512)
 FUSED_CONFIG_INTERPRETED = FusedConfig(16, 512, 64, 4, 1, 2)
 
 
@@ -137,14 +137,9 @@ def _tanh(x):
 
 
 @triton.jit
-def _transform(
-    raw_t, raw_s, gain, cap_in, cap_out, IS_DELTA: tl.constexpr, SOFTCAP: tl.constexpr
-):
+def _transform(raw_t, raw_s, gain, cap_in, cap_out, IS_DELTA: tl.constexpr, SOFTCAP: tl.constexpr):
     """(z_t, z_s - z_t, dz_s/draw_s) from raw logits; see linear_kl_rows.head_transform."""
-    if IS_DELTA:
-        raw_d = raw_s
-    else:
-        raw_d = raw_s - raw_t
+    raw_d = raw_s if IS_DELTA else raw_s - raw_t
     if SOFTCAP:
         x_t = raw_t * cap_in
         x_d = raw_d * cap_in
