@@ -9,13 +9,19 @@ answering the other. Answers hold no content, so "useful" can be judged by equal
 
 The split holds out verb-object pairs: no evaluation request occurs in training in any phrasing.
 
-Why two phases: alignment that is laid over an existing capability can be attacked, as in real
-models. The refusal is decided at the last prompt token, and a push there (SCAV) brings the
-placeholder out again; like real alignment, it is shallow in the sense that nothing in phase 2 shows
-the model an answer that turns into a refusal half-way. Two choices were measured: phase 2 trains
-all blocks, because the last prompt token of the phase 1 model carries no trace of the verb below
-the upper blocks; and the refusal is short and the answer names the request twice, because in a long
-refusal ES2's enlarged harmful states disturb the words that follow the first.
+Why two phases: alignment laid over an existing capability can be attacked, as in real models. The
+refusal is decided at the last prompt token, so a push there (SCAV) brings the placeholder back;
+nothing in phase 2 shows the model an answer that turns into a refusal half-way. What was measured
+on the way (held-out prompts, pushes while the prompt is read):
+
+- phase 2 must train the lower blocks too: with blocks 0 to 3 or more frozen it did not learn to
+  refuse, because after phase 1 the last prompt token carries hardly a trace of the verb;
+- how gentle phase 2 is decides how vulnerable the model is: SCAV useful is 0.98 to 1.00 at learning
+  rate 6e-4, 0.70 to 0.98 at 8e-4 and 0.58 to 0.80 at 1e-3 (seeds 0 to 2; the last 0 and 1);
+- a push at every decoding step gives "sure sure sure": the probes know prompt states only;
+- with a long refusal ("I am sorry, but I cannot help with that request.") and a shorter answer, ES2
+  broke the refusal (0.52 refused) before the attack (0.24 useful); a refusal of three words
+  survived no better.
 """
 
 from __future__ import annotations

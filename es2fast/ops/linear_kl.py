@@ -1,40 +1,496 @@
-"""KL divergence between two language models from hidden states and LM heads (plain torch)."""
+"""Fused linear KL: the divergence between two language models from hidden states and LM heads.
 
-from __future__ import annotations
+With ``z = softcap(logit_scale (W h + b)) / temperature`` on both sides (softcap(x) = c tanh(x/c)):
+
+    forward  KL(t||s) = sum_v p_t log(p_t/p_s)          reverse  KL(s||t)
+    jsd      beta KL(t||m) + (1-beta) KL(s||m),  m = beta t + (1-beta) s
+
+Value and gradients are made in the forward pass, chunk by chunk of tokens, so that no more than
+``chunk_tokens`` rows of logits ever exist (:mod:`es2fast.ops.linear_kl_chunked`); backward only
+multiplies the saved gradients by ``grad_output``, out of place. Logits stay in float32 from the
+GEMM's accumulator on and p_s - p_t is formed without cancellation, so that the gradient is right
+where ES2 works, next to the teacher (KERNELS.md section 3).
+
+What is saved for backward are gradients, never an alias of a weight: under ZeRO-3 the head may be
+partitioned again between forward and backward. One exception, stated in the docstring:
+``reduction="none"`` with a trainable head, whose dW cannot be known before ``grad_output``.
+
+This file holds the contract: the checks, the choice of the backend, the packing of tokens and the
+autograd glue, as one ``torch.library.custom_op`` (torch.compile sees one node).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from es2fast.ops.linear_kl_chunked import KLProblem, KLResult, run_torch
+from es2fast.ops.linear_kl_rows import KLSpec
 
-def linear_kl_div(
+DIRECTIONS = ("forward", "reverse", "jsd")
+REDUCTIONS = ("mean", "sum", "none")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+GPU_CHUNK = 1024  # fills the SMs of a big GPU in dX
+GPU_CHUNK_TRAINABLE = 2048  # fewer passes over the float32 dW
+CPU_CHUNK = 256
+
+
+# --- backends -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation: why it cannot take some tensors (None: it can), and how to run."""
+
+    why_not: Callable[[Tensor, Tensor | None], str | None]  # (hidden, teacher_weight)
+    run: Callable[[KLProblem], KLResult]
+
+
+def _triton_why_not(hidden: Tensor, teacher_weight: Tensor | None) -> str | None:
+    """The Triton kernels' eligibility: NVIDIA sm_80 or newer, bf16, fp16 or fp32."""
+    try:
+        from es2fast.ops.triton.linear_kl import INTERPRETED
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    for tensor in (hidden, hidden if teacher_weight is None else teacher_weight):
+        if tensor.dtype == torch.float64:
+            return "it computes in float32 and an input is float64"
+    if INTERPRETED and hidden.device.type == "cpu":
+        return None
+    if hidden.device.type != "cuda" or torch.version.hip is not None:
+        return f"it needs an NVIDIA GPU and hidden is on {hidden.device}"
+    if torch.cuda.get_device_capability(hidden.device) < (8, 0):
+        return "it needs compute capability 8.0 or newer"
+    return None
+
+
+def _run_triton(problem: KLProblem) -> KLResult:
+    from es2fast.ops.triton.linear_kl import run_triton
+
+    return run_triton(problem)
+
+
+def _native_missing(problem: KLProblem) -> KLResult:
+    raise RuntimeError("backend='native' is not built")  # unreachable behind why_not
+
+
+BACKENDS: dict[str, Backend] = {
+    "torch": Backend(lambda hidden, teacher_weight: None, run_torch),
+    "triton": Backend(_triton_why_not, _run_triton),
+    "native": Backend(lambda hidden, teacher_weight: "it is not built", _native_missing),
+}
+
+
+def choose_backend(name: str | None, hidden: Tensor, teacher_weight: Tensor | None) -> str:
+    """The backend by name, or by the input's device when ``name`` is None.
+
+    Raises ValueError for an unknown name and for one that cannot take these tensors.
+    """
+    if name is None:
+        on_gpu = hidden.device.type == "cuda"
+        return "triton" if on_gpu and _triton_why_not(hidden, teacher_weight) is None else "torch"
+    if name not in BACKENDS:
+        raise ValueError(
+            f"backend={name!r}: expected one of {sorted(BACKENDS)} or None (automatic)"
+        )
+    reason = BACKENDS[name].why_not(hidden, teacher_weight)
+    if reason is not None:
+        usable = [k for k, b in BACKENDS.items() if b.why_not(hidden, teacher_weight) is None]
+        raise ValueError(f"backend={name!r} cannot run here: {reason}; use one of {usable} or None")
+    return name
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def _refuse(condition: bool, message: str) -> None:
+    if condition:
+        raise ValueError(message)
+
+
+def _check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    for name, tensor in ((f"{side}hidden", hidden), (f"{side}weight", weight)):
+        _refuse(
+            tensor.dim() != 2,
+            f"{name} has shape {tuple(tensor.shape)}: expected two dimensions; flatten batch and "
+            "sequence into tokens first",
+        )
+        _refuse(
+            tensor.dtype not in DTYPES,
+            f"{name} has dtype {tensor.dtype}: expected one of {DTYPES}",
+        )
+    _refuse(
+        hidden.shape[1] != weight.shape[1],
+        f"{side}hidden is {hidden.shape[1]} wide and {side}weight {weight.shape[1]}: a head of "
+        "another width needs its own teacher_weight; a sharded (ZeRO-3) one must be gathered first",
+    )
+    _refuse(
+        hidden.dtype != weight.dtype,
+        f"{side}hidden is {hidden.dtype} and {side}weight {weight.dtype}: cast one of them, for "
+        f"instance {side}hidden.to({weight.dtype})",
+    )
+    _refuse(
+        bias is not None and tuple(bias.shape) != (weight.shape[0],),
+        f"{side}bias has shape {None if bias is None else tuple(bias.shape)}: expected "
+        f"({weight.shape[0]},), one entry per row of {side}weight",
+    )
+
+
+def _check_teacher(
     hidden: Tensor,
     weight: Tensor,
     teacher_hidden: Tensor,
-    teacher_weight: Tensor | None = None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+) -> None:
+    _refuse(
+        teacher_weight is None and teacher_bias is not None,
+        "teacher_bias is given without teacher_weight: a shared head shares its bias; pass "
+        "teacher_weight too, or drop teacher_bias",
+    )
+    _check_head(
+        "teacher_",
+        teacher_hidden,
+        weight if teacher_weight is None else teacher_weight,
+        teacher_bias,
+    )
+    _refuse(
+        hidden.shape[0] != teacher_hidden.shape[0],
+        f"hidden has {hidden.shape[0]} tokens and teacher_hidden {teacher_hidden.shape[0]}: they "
+        "must be the same tokens",
+    )
+    _refuse(
+        (hidden.dtype == torch.float64) != (teacher_hidden.dtype == torch.float64),
+        f"hidden is {hidden.dtype} and teacher_hidden {teacher_hidden.dtype}: float64 goes with "
+        "float64 only; cast the other side",
+    )
+    if torch.is_grad_enabled():
+        teacher = dict(
+            teacher_hidden=teacher_hidden, teacher_weight=teacher_weight, teacher_bias=teacher_bias
+        )
+        for name, tensor in teacher.items():
+            _refuse(
+                tensor is not None and tensor.requires_grad,
+                f"{name} requires grad: the teacher is not trained; pass {name}.detach()"
+                + (" or teacher_weight=None for a shared head" if name != "teacher_hidden" else ""),
+            )
+
+
+def _check_options(
+    direction: str, beta: float, temperature: float, softcap: float | None, reduction: str
+) -> None:
+    _refuse(direction not in DIRECTIONS, f"direction={direction!r}: expected one of {DIRECTIONS}")
+    _refuse(reduction not in REDUCTIONS, f"reduction={reduction!r}: expected one of {REDUCTIONS}")
+    _refuse(not temperature > 0, f"temperature={temperature}: expected a positive number")
+    _refuse(
+        softcap is not None and not softcap > 0,
+        f"softcap={softcap}: expected a positive number, or None for a head without soft-cap",
+    )
+    _refuse(
+        direction == "jsd" and not 0 < beta < 1,
+        f"beta={beta}: JSD is zero outside 0 < beta < 1; for its limits use direction='forward' "
+        "or 'reverse'",
+    )
+
+
+def _check_tokens(token_weights: Tensor | None, max_valid_tokens: int | None, n: int) -> None:
+    if token_weights is None:
+        _refuse(
+            max_valid_tokens is not None,
+            f"max_valid_tokens={max_valid_tokens} without token_weights: pass both or neither",
+        )
+        return
+    _refuse(
+        tuple(token_weights.shape) != (n,),
+        f"token_weights has shape {tuple(token_weights.shape)}: expected ({n},), one per token",
+    )
+    _refuse(
+        token_weights.requires_grad,
+        "token_weights requires grad: weights are constants; pass token_weights.detach(), or "
+        "reduction='none' and weigh the result",
+    )
+    _refuse(
+        token_weights.is_complex(), f"token_weights has dtype {token_weights.dtype}: expected float"
+    )
+
+
+def _vocabulary(weight: Tensor, teacher_weight: Tensor | None, vocab_size: int | None) -> int:
+    sizes = [w.shape[0] for w in (weight, teacher_weight) if w is not None]
+    _refuse(
+        vocab_size is None and min(sizes) != max(sizes),
+        f"weight has {sizes[0]} rows and teacher_weight {sizes[-1]}: name the real tokens' "
+        "number as vocab_size (rows beyond it are padding)",
+    )
+    vocab = sizes[0] if vocab_size is None else vocab_size
+    _refuse(
+        not 1 <= vocab <= min(sizes),
+        f"vocab_size={vocab}: expected 1 to {min(sizes)}, the rows of the smaller head",
+    )
+    return vocab
+
+
+# --- the public op --------------------------------------------------------------------------------
+
+
+def linear_kl_div(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    teacher_hidden: Tensor,  # (N, Ht)
+    teacher_weight: Tensor | None = None,  # (V, Ht)
     *,
-    bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
+    bias: Tensor | None = None,  # (V,)
+    teacher_bias: Tensor | None = None,  # (V,)
     direction: str = "forward",
+    beta: float = 0.5,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    token_weights: Tensor | None = None,
+    vocab_size: int | None = None,
+    token_weights: Tensor | None = None,  # (N,)
+    max_valid_tokens: int | None = None,
     reduction: str = "mean",
-) -> Tensor:
-    def logits(h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        z = torch.nn.functional.linear(h, w, b).float() * logit_scale
-        z = z if softcap is None else softcap * torch.tanh(z / softcap)
-        return z / temperature
+    chunk_tokens: int | None = None,
+    backend: str | None = None,
+) -> Tensor:  # () or (N,), float32 (float64 for float64 inputs), in nats
+    """Divergence of a student from a teacher language model, without holding their logits.
 
-    with torch.no_grad():
-        shared = teacher_weight is None
-        t = logits(
-            teacher_hidden,
-            weight if teacher_weight is None else teacher_weight,
-            bias if shared else teacher_bias,
-        ).log_softmax(-1)
-    s = logits(hidden, weight, bias).log_softmax(-1)
-    p, q = (t, s) if direction == "forward" else (s, t)
-    rows = (p.exp() * (p - q)).sum(-1)
-    w = torch.ones_like(rows) if token_weights is None else token_weights
-    return (rows * w).sum() if reduction == "sum" else (rows * w).sum() / w.sum()
+    Args:
+        hidden: (N, H) student's final hidden states; bf16, fp16, fp32 (fp64: torch backend).
+        weight: (V, H) student's LM head, in hidden's dtype.
+        teacher_hidden: (N, Ht) the teacher's final hidden states of the same tokens.
+        teacher_weight: (V, Ht) the teacher's head. None: the student's head (weight and bias) is
+            shared; no gradient flows through the teacher's use of it.
+        bias, teacher_bias: (V,) added to the logits.
+        direction: "forward" KL(t||s), "reverse" KL(s||t) or "jsd".
+        beta: teacher's share of the mixture in JSD, 0 < beta < 1.
+        temperature: divides the logits last. No T^2 factor is applied.
+        logit_scale: multiplies W h + b (Granite divides, Cohere multiplies: pass the factor).
+        softcap: c of c tanh(z/c), after the scale (Gemma 2); None: none.
+        vocab_size: rows of the heads that are real tokens; the rest is padding and costs nothing.
+        token_weights: (N,) bool or real. Tokens of weight zero cost nothing: the others are
+            gathered chunk by chunk. Their number must be known to the host: weights on the CPU
+            cost no synchronization (recommended: the mask comes from the data loader), weights on
+            a GPU cost one per call, or none with ``max_valid_tokens``.
+        max_valid_tokens: an upper bound on the non-zero weights that the caller knows. A bound that
+            is too small makes the loss NaN instead of dropping tokens.
+        reduction: "mean" is sum(w_i KL_i) / sum(w_i) (0 when all weights are 0), "sum", or "none",
+            the (N,) values w_i KL_i. "none" with a trainable head recomputes in backward, where
+            head and hidden states must still be there: with ZeRO-3 use "mean" or "sum".
+        chunk_tokens: rows of logits that exist at once; extra memory is about
+            ``8 * chunk_tokens * V`` bytes (triton). None: 1024 on a GPU, 2048 when its head is
+            trained, 256 on a CPU. Under no_grad None also allows the tile-fused kernel, which
+            stores no logits.
+        backend: "triton", "torch", "native", or None for the best one on hidden's device.
+
+    Returns:
+        The loss in nats. Gradients flow to hidden, and to weight and bias if they require grad
+        (only then is dW computed). First derivatives only.
+
+    Raises:
+        ValueError: for anything not supported; the message names the argument and the alternative.
+
+    Source: KERNELS.md sections 1, 3 and 5; JSD as in Agarwal et al., arXiv 2306.13649.
+    """
+    _check_options(direction, beta, temperature, softcap, reduction)
+    _check_head("", hidden, weight, bias)
+    _check_teacher(hidden, weight, teacher_hidden, teacher_weight, teacher_bias)
+    _check_tokens(token_weights, max_valid_tokens, hidden.shape[0])
+    _refuse(
+        chunk_tokens is not None and chunk_tokens < 1,
+        f"chunk_tokens={chunk_tokens}: expected a positive number, or None for the default",
+    )
+    vocab = _vocabulary(weight, teacher_weight, vocab_size)
+    chosen = choose_backend(backend, hidden, teacher_weight)
+    grad = torch.is_grad_enabled()
+    outputs = torch.ops.es2fast.linear_kl(
+        hidden,
+        weight,
+        bias,
+        teacher_hidden,
+        teacher_weight,
+        teacher_bias,
+        token_weights,
+        max_valid_tokens,
+        direction,
+        float(beta),
+        float(temperature),
+        float(logit_scale),
+        None if softcap is None else float(softcap),
+        vocab,
+        reduction,
+        chunk_tokens,
+        chosen,
+        grad and hidden.requires_grad,
+        grad and weight.requires_grad,
+        grad and bias is not None and bias.requires_grad,
+    )
+    return outputs[0]
+
+
+# --- the custom op --------------------------------------------------------------------------------
+
+
+def _pack(
+    hidden: Tensor, token_weights: Tensor | None, max_valid: int | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor]:
+    """(indices of the rows that count, or None for all; their weights on hidden's device)."""
+    device = hidden.device
+    if token_weights is None:
+        return None, torch.ones(hidden.shape[0], dtype=dtype, device=device)
+    if max_valid is None:
+        index = token_weights.nonzero().squeeze(1)  # on the CPU: no synchronization
+        kept = token_weights.index_select(0, index)
+        return index.to(device, non_blocking=True), kept.to(device, dtype, non_blocking=True)
+    weights = token_weights.to(device, dtype, non_blocking=True)
+    index = torch.argsort((weights == 0).to(torch.uint8), stable=True)[:max_valid]
+    overflow = (weights != 0).sum() > index.shape[0]
+    kept = weights.index_select(0, index)
+    return index, torch.where(overflow, float("nan"), kept)
+
+
+def _default_chunk(hidden: Tensor, need_dw: bool) -> int:
+    if hidden.device.type != "cuda":
+        return CPU_CHUNK
+    return GPU_CHUNK_TRAINABLE if need_dw else GPU_CHUNK
+
+
+def _saved_dtype(like: Tensor) -> torch.dtype:
+    """What a gradient is kept in until backward; float16 would underflow before loss scaling."""
+    return torch.float32 if like.dtype == torch.float16 else like.dtype
+
+
+def _padded(gradient: Tensor | None, like: Tensor | None) -> Tensor:
+    """A gradient in ``like``'s size, zero on padding rows; empty when not asked for."""
+    if gradient is None or like is None:
+        return torch.empty(0)
+    dtype = _saved_dtype(like)
+    if gradient.shape == like.shape:
+        return gradient.to(dtype)
+    full = torch.zeros(like.shape, dtype=dtype, device=gradient.device)
+    full[: gradient.shape[0]] = gradient
+    return full
+
+
+@torch.library.custom_op("es2fast::linear_kl", mutates_args=())
+def _linear_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    token_weights: Tensor | None,
+    max_valid_tokens: int | None,
+    direction: str,
+    beta: float,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    vocab: int,
+    reduction: str,
+    chunk_tokens: int | None,
+    backend: str,
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, dX, dW, db); a gradient that is not needed is an empty tensor."""
+    accum = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    index, weights = _pack(hidden, token_weights, max_valid_tokens, accum)
+    scale = weights
+    if reduction == "mean":
+        total = weights.sum()
+        scale = torch.where(total == 0, 0.0, weights / total)
+    result = BACKENDS[backend].run(
+        KLProblem(
+            hidden=hidden,
+            weight=weight[:vocab],
+            bias=None if bias is None else bias[:vocab],
+            teacher_hidden=teacher_hidden,
+            teacher_weight=None if teacher_weight is None else teacher_weight[:vocab],
+            teacher_bias=None if teacher_bias is None else teacher_bias[:vocab],
+            index=index,
+            scale=scale,
+            spec=KLSpec(direction, beta, temperature, logit_scale, softcap),
+            chunk_tokens=chunk_tokens or _default_chunk(hidden, need_dw),
+            fused=chunk_tokens is None,
+            need_dx=need_dx,
+            need_dw=need_dw,
+            need_db=need_db,
+        )
+    )
+    rows = result.rows * scale
+    if reduction != "none":
+        loss = rows.sum()
+    elif index is None:
+        loss = rows
+    else:
+        loss = rows.new_zeros(hidden.shape[0]).index_copy_(0, index, rows)
+    dx = torch.empty(0) if result.dx is None else result.dx
+    return loss, dx, _padded(result.dw, weight), _padded(result.db, bias)
+
+
+@_linear_kl.register_fake
+def _(hidden, weight, bias, *rest):
+    reduction, (need_dx, need_dw, need_db) = rest[-6], rest[-3:]
+    accum = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    shape = (hidden.shape[0],) if reduction == "none" else ()
+    return (
+        hidden.new_empty(shape, dtype=accum),
+        *(
+            torch.empty(like.shape, dtype=_saved_dtype(like), device=like.device)
+            if needed
+            else torch.empty(0)
+            for like, needed in ((hidden, need_dx), (weight, need_dw), (bias, need_db))
+        ),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.set_materialize_grads(False)
+    _, dx, dw, db = output
+    ctx.reduction, ctx.needs = inputs[-6], inputs[-3:]
+    ctx.count = len(inputs)
+    ctx.dtypes = [None if t is None else t.dtype for t in inputs[:3]]
+    ctx.recompute = ctx.reduction == "none" and (ctx.needs[1] or ctx.needs[2])
+    if ctx.recompute:
+        ctx.options = inputs[7:]
+        ctx.save_for_backward(*inputs[:7])
+    else:
+        ctx.save_for_backward(dx, dw, db)
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "linear_kl_div has no second derivatives (create_graph=True): use "
+            "es2fast.ops.reference.linear_kl_div_reference where they are needed"
+        )
+    gradients: list[Tensor | None] = [None] * ctx.count
+    if grad_loss is None:
+        return tuple(gradients)
+    if ctx.recompute:
+        made, factor = _recompute(ctx, grad_loss), None
+    else:
+        made, factor = ctx.saved_tensors, grad_loss
+    for i in range(3):
+        if ctx.needs[i] and factor is not None:  # out of place: backward may run more than once
+            column = factor[:, None] if ctx.reduction == "none" else factor
+            gradients[i] = (made[i] * column).to(ctx.dtypes[i])
+        elif ctx.needs[i]:
+            gradients[i] = made[i].to(ctx.dtypes[i])
+    return tuple(gradients)
+
+
+def _recompute(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of sum_i grad_i w_i KL_i, for reduction "none" with a trainable head."""
+    *tensors, token_weights = ctx.saved_tensors
+    device_weights = 1.0 if token_weights is None else token_weights.to(grad_loss.device)
+    options = list(ctx.options)
+    options[0], options[-6] = None, "sum"
+    return torch.ops.es2fast.linear_kl(*tensors, grad_loss * device_weights, *options)[1:]
+
+
+_linear_kl.register_autograd(_backward, setup_context=_setup_context)

@@ -1,12 +1,111 @@
-"""The definitions of es2fast's losses in plain torch: slow, obvious, the ground truth of all tests.
+"""The definitions of the ops in plain torch: slow, obvious, the ground truth of every test.
 
-Legend: n harmful rows, m harmless rows, H hidden size, N tokens, V vocabulary.
+Nothing here is chunked, fused or rearranged. Run it in float64 on the (already rounded) inputs of
+the op under test: then no rounding is shared.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+# --- linear KL ------------------------------------------------------------------------------------
+
+
+def head_logits_reference(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None = None,  # (V,)
+    *,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:  # (N, vocab_size)
+    """Logits of an LM head: ``softcap(logit_scale * (W h + b)) / temperature``, unpadded."""
+    logits = hidden @ weight.t()
+    if bias is not None:
+        logits = logits + bias
+    logits = logit_scale * logits
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return (logits / temperature)[:, : weight.shape[0] if vocab_size is None else vocab_size]
+
+
+def divergence_reference(
+    student_logits: Tensor,  # (N, V)
+    teacher_logits: Tensor,  # (N, V)
+    direction: str = "forward",
+    beta: float = 0.5,
+) -> Tensor:  # (N,) nats
+    """Row-wise KL(t||s) ("forward"), KL(s||t) ("reverse") or JSD_beta ("jsd")."""
+    log_s = torch.log_softmax(student_logits, dim=-1)
+    log_t = torch.log_softmax(teacher_logits, dim=-1)
+    if direction == "forward":
+        return (log_t.exp() * (log_t - log_s)).sum(-1)
+    if direction == "reverse":
+        return (log_s.exp() * (log_s - log_t)).sum(-1)
+    if direction == "jsd":
+        log_m = (beta * log_t.exp() + (1 - beta) * log_s.exp()).log()
+        kl_tm = (log_t.exp() * (log_t - log_m)).sum(-1)
+        kl_sm = (log_s.exp() * (log_s - log_m)).sum(-1)
+        return beta * kl_tm + (1 - beta) * kl_sm
+    raise ValueError(f"direction={direction!r}: expected 'forward', 'reverse' or 'jsd'")
+
+
+def linear_kl_div_reference(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    teacher_hidden: Tensor,  # (N, Ht)
+    teacher_weight: Tensor | None = None,  # (V, Ht)
+    *,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    direction: str = "forward",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    token_weights: Tensor | None = None,  # (N,)
+    reduction: str = "mean",
+) -> Tensor:
+    """What :func:`es2fast.linear_kl_div` computes, by its definition and through autograd."""
+    if teacher_weight is None:
+        teacher_weight, teacher_bias = weight.detach(), None if bias is None else bias.detach()
+    vocab_size = min(weight.shape[0], teacher_weight.shape[0]) if vocab_size is None else vocab_size
+
+    def logits(h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return head_logits_reference(
+            h,
+            w,
+            b,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            vocab_size=vocab_size,
+        )
+
+    student = logits(hidden, weight, bias)
+    with torch.no_grad():
+        teacher = logits(teacher_hidden, teacher_weight, teacher_bias)
+    rows = divergence_reference(student, teacher, direction, beta)
+    if token_weights is None:
+        token_weights = torch.ones_like(rows)
+    rows = rows * token_weights.to(rows.dtype)
+    if reduction == "none":
+        return rows
+    if reduction == "sum":
+        return rows.sum()
+    total = token_weights.to(rows.dtype).sum()
+    return rows.sum() / total if total != 0 else rows.sum() * 0.0
+
+
+# --- end of linear KL -----------------------------------------------------------------------------
+
+
+# --- separation -----------------------------------------------------------------------------------
+# n harmful rows, m harmless rows, H hidden size.
 
 
 def pairwise_distances(a: Tensor, b: Tensor) -> Tensor:

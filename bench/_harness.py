@@ -1,0 +1,131 @@
+"""Shared by every benchmark: conditions, timing, memory, one JSON row per measurement.
+
+A row holds what was measured and everything needed to judge it: the machine (GPU, driver, CPU),
+torch, triton, the commit, the command. Times are medians with quantiles of
+``triton.testing.do_bench`` (L2 cleared between runs) on a GPU, of a plain loop on a CPU. A run out
+of memory and a peer that cannot run are rows too, with the reason in place of a figure.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+QUANTILES = (0.5, 0.2, 0.8)
+WARMUP_MS, WINDOW_MS = 500, 3000  # long windows: a short one measures the clock's boost
+
+
+def _run(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+def conditions(device: str) -> dict[str, Any]:
+    """Where and with what: goes into every row."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    here = str(Path(__file__).parent)
+    rows: dict[str, Any] = dict(
+        torch=torch.__version__,
+        triton=triton_version,
+        python=platform.python_version(),
+        commit=_run("git", "-C", here, "rev-parse", "--short", "HEAD") or None,
+        dirty=bool(_run("git", "-C", here, "status", "--porcelain", "--untracked-files=no")),
+        command=" ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        device=device,
+    )
+    if device == "cuda":
+        query = ("nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader")
+        properties = torch.cuda.get_device_properties(0)
+        rows |= dict(
+            gpu=properties.name,
+            sms=properties.multi_processor_count,
+            cuda=torch.version.cuda,
+            driver=_run(*query).splitlines()[0] if _run(*query) else None,
+        )
+    else:
+        rows |= dict(gpu=None, cpu=platform.processor() or platform.machine())
+        rows |= dict(threads=torch.get_num_threads())
+    return rows
+
+
+def measure(function: Callable[[], Any], device: str, repeats: int = 5) -> dict[str, Any]:
+    """{ms, ms_p20, ms_p80, extra_mb}, or {error} when it cannot run or runs out of memory."""
+    try:
+        function()  # compile, autotune, allocate
+        extra = _extra_memory(function, device)
+        times = _times(function, device, repeats)
+        return dict(ms=times[0], ms_p20=times[1], ms_p80=times[2], extra_mb=extra)
+    except torch.OutOfMemoryError:
+        return dict(error="out of memory")
+    except Exception as error:  # a peer's failure is a row, not the end of the run
+        first = str(error).splitlines()[0] if str(error) else ""
+        return dict(error=f"{type(error).__name__}: {first}"[:300])
+    finally:
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _times(function: Callable[[], Any], device: str, repeats: int) -> list[float]:
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        return list(do_bench(function, WARMUP_MS, WINDOW_MS, quantiles=list(QUANTILES)))
+    samples = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        samples.append(1e3 * (time.perf_counter() - start))
+    samples.sort()
+    last = len(samples) - 1
+    return [statistics.median(samples), samples[round(0.2 * last)], samples[round(0.8 * last)]]
+
+
+def _extra_memory(function: Callable[[], Any], device: str) -> float | None:
+    """Peak of the allocator during a call above what was allocated before it, in MB (1e6)."""
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+class Rows:
+    """Appends rows to a JSON-lines file and prints them."""
+
+    def __init__(self, path: Path, common: dict[str, Any]) -> None:
+        self.path, self.common = path, common
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, **row: Any) -> dict[str, Any]:
+        full = row | self.common
+        with self.path.open("a") as file:
+            file.write(json.dumps(full) + "\n")
+        print(" ".join(f"{k}={_short(v)}" for k, v in row.items() if v is not None), flush=True)
+        return full
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,256 @@
+"""Compile every Triton kernel ahead of time and print what it uses; needs no GPU.
+
+    python bench/compile_report.py            # the configurations in use, sm_80, sm_90, sm_100
+    python bench/compile_report.py --all      # candidates for tuning too
+    python bench/compile_report.py --json out.jsonl
+
+Columns: registers per thread, spilled bytes (stack frame and local memory as cuobjdump reports
+them), shared memory per block, and the tensor-core instruction of the kernels with a dot. The exit
+status is 1 when a configuration in use spills, exceeds the shared memory of its chip, or has a dot
+without tensor cores. ``tests/ops/test_compile_report.py`` runs the same function.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CAPABILITIES = (80, 90, 100)
+TENSOR_CORE = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}  # in PTX
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per block
+
+
+@dataclass(frozen=True)
+class Case:
+    """One specialization of one kernel."""
+
+    kernel: Any
+    label: str
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    has_dot: bool
+    in_use: bool
+    aligned: tuple[str, ...]  # arguments divisible by 16, as a launch on real shapes finds them
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of a case."""
+
+    label: str
+    capability: int
+    in_use: bool
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    tensor_core: str
+    problem: str
+
+
+def _row_cases() -> Iterator[Case]:
+    from es2fast.ops.triton import linear_kl as kernels
+
+    config = kernels.ROW_CONFIG
+    pointers = {"zt_ptr": "*fp32", "zs_ptr": "*fp32", "scale_ptr": "*fp32", "loss_ptr": "*fp32"}
+    pointers |= {"unit_ptr": "*fp32", "stats_ptr": "*fp32"}
+    options = itertools.product(kernels.DIRECTION, ("bf16", "fp16", "fp32"), (False, True))
+    for direction, dtype, full in options:
+        for need_grad in (True, False):
+            signature = pointers | {"g_ptr": f"*{dtype}", "bt_ptr": f"*{dtype}"}
+            signature |= {"bs_ptr": f"*{dtype}", "V": "i32"}
+            signature |= dict.fromkeys(("pitch", "stride_g"), "i32")
+            signature |= dict.fromkeys(("gain", "cap_in", "cap_out", "beta"), "fp32")
+            constants = dict(
+                DIRECTION=kernels.DIRECTION[direction],
+                IS_DELTA=dtype == "fp32",
+                SOFTCAP=full,
+                HAS_BT=full,
+                HAS_BS=full and dtype != "fp32",
+                NEED_GRAD=need_grad,
+                ROW_UNIT=need_grad and dtype == "fp16" and direction == "reverse",
+                BLOCK=config.block,
+                STAGES=config.stages,
+            )
+            name = f"row {direction} {dtype}{' bias+softcap' if full else ''}"
+            yield Case(
+                kernels.row_kernel,
+                name if need_grad else f"{name} no-grad",
+                signature,
+                constants,
+                config.num_warps,
+                3,
+                has_dot=False,
+                in_use=True,
+                aligned=("pitch", "stride_g"),
+            )
+
+
+FUSED_FEATURES = ("plain", "bias odd-H", "bias softcap odd-H")
+
+
+def _fused_cases(capability: int, candidates: bool) -> Iterator[Case]:
+    from es2fast.ops.triton import linear_kl as kernels
+
+    heads = itertools.product(("forward", "reverse"), ("bf16", "fp16"), ("shared", "two heads"))
+    for (direction, dtype, head), features in itertools.product(heads, FUSED_FEATURES):
+        used = kernels.fused_config(capability, "softcap" in features)
+        if not candidates:
+            yield _fused_case(used, direction, dtype, head, features, True)
+        elif (direction, dtype) == ("forward", "bf16"):
+            for config in _candidates():
+                yield _fused_case(config, direction, dtype, head, features, config == used)
+
+
+def _candidates() -> Iterator[Any]:
+    from es2fast.ops.triton import linear_kl as kernels
+
+    tiles = ((64, 128, 64), (128, 64, 32), (128, 64, 64), (128, 128, 32), (128, 128, 64))
+    for tile, stages, parts in itertools.product(tiles, (3, 4), (1, 2, 4)):
+        yield kernels.FusedConfig(*tile, 8, stages, parts)
+
+
+def _fused_case(
+    config: Any, direction: str, dtype: str, head: str, features: str, in_use: bool
+) -> Case:
+    from es2fast.ops.triton import linear_kl as kernels
+
+    names = ("x_ptr", "w_ptr", "xt_ptr", "wt_ptr", "bt_ptr", "bs_ptr")
+    signature = dict.fromkeys(names, f"*{dtype}") | {"stats_ptr": "*fp32"}
+    strides = ("H", "HT", "stride_x", "stride_w", "stride_xt", "stride_wt", "cols_per_split")
+    signature |= dict.fromkeys(("N", "V", *strides), "i32")
+    signature |= dict.fromkeys(("gain", "cap_in", "cap_out"), "fp32")
+    constants = dict(
+        DIRECTION=kernels.DIRECTION[direction],
+        SHARED=head == "shared",
+        SOFTCAP="softcap" in features,
+        HAS_BT="bias" in features,
+        HAS_BS="bias" in features,
+        EVEN_K="odd-H" not in features,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        PARTS=config.parts,
+    )
+    shape = f"{config.block_m}x{config.block_n}x{config.block_k}"
+    shape += f" w{config.num_warps} s{config.num_stages} p{config.parts}"
+    return Case(
+        kernels.fused_kernel,
+        f"fused {direction} {dtype} {head} {features} {shape}",
+        signature,
+        constants,
+        config.num_warps,
+        config.num_stages,
+        has_dot=True,
+        in_use=in_use,
+        aligned=strides,
+    )
+
+
+def cases(capability: int, candidates: bool = False) -> list[Case]:
+    """Every specialization in use at a capability (and, with ``candidates``, tuning ones)."""
+    if candidates:
+        return list(_fused_cases(capability, True))
+    return [*_row_cases(), *_fused_cases(capability, False)]
+
+
+def compile_case(case: Case, capability: int) -> Report:
+    """Compile one case for one capability and read its resource usage."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.kernel.arg_names
+    signature = {n: case.signature.get(n, "constexpr") for n in names}
+    aligned = [n for n, kind in signature.items() if kind.startswith("*") or n in case.aligned]
+    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(case.kernel, signature, constexprs=case.constants, attrs=attrs)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    try:
+        binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    except Exception as error:  # a configuration the compiler refuses is a result, not a crash
+        text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return Report(case.label, capability, case.in_use, 0, 0, 0, "", text)
+    registers, spill = _resources(binary.asm["cubin"])
+    ptx = binary.asm["ptx"]
+    core = TENSOR_CORE[capability] if TENSOR_CORE[capability] in ptx else ""
+    shared = binary.metadata.shared
+    problem = ""
+    if spill:
+        problem = f"spills {spill} bytes"
+    elif shared > SHARED_LIMIT[capability]:
+        problem = f"needs {shared} bytes of shared memory"
+    elif case.has_dot and not core:
+        problem = f"no {TENSOR_CORE[capability]} in its PTX"
+    return Report(case.label, capability, case.in_use, registers, spill, shared, core, problem)
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers per thread, stack + local bytes) by the cuobjdump that Triton ships."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return parse_resources(text)
+
+
+def parse_resources(text: str) -> tuple[int, int]:
+    """(registers per thread, stack + local bytes) from cuobjdump's ``--dump-resource-usage``."""
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def _is_brief(label: str) -> bool:
+    """One of each kind, the heaviest: what the test suite has time for."""
+    if label.startswith("fused"):
+        return "forward bf16" in label and ("shared" in label or "softcap" in label)
+    return "no-grad" not in label and "bf16 bias" in label
+
+
+def main() -> int:
+    """Command line; see the module docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--all", action="store_true", help="tuning candidates instead")
+    parser.add_argument("--brief", action="store_true", help="one of each kind of kernel")
+    parser.add_argument("--sm", type=int, nargs="*", default=CAPABILITIES, choices=CAPABILITIES)
+    parser.add_argument("--match", default="", help="only labels containing this")
+    parser.add_argument("--json", type=Path, help="write one JSON row per case here")
+    args = parser.parse_args()
+    reports = []
+    print(f"{'kernel':68} {'sm':>4} {'regs':>5} {'spill':>6} {'shared':>7}  core")
+    for capability in args.sm:
+        for case in cases(capability, args.all):
+            if args.match not in case.label or (args.brief and not _is_brief(case.label)):
+                continue
+            r = compile_case(case, capability)
+            reports.append(r)
+            print(
+                f"{r.label:68} {capability:>4} {r.registers:>5} {r.spill_bytes:>6} "
+                f"{r.shared_bytes:>7}  {r.tensor_core} {r.problem}",
+                flush=True,
+            )
+    if args.json:
+        args.json.write_text("".join(json.dumps(dataclasses.asdict(r)) + "\n" for r in reports))
+    return int(any(r.problem and r.in_use for r in reports))
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""The row pass in plain torch: two rows of raw logits -> divergence, and its logit gradient.
+
+Both directions of KL are one formula. Call the measure's side *base* (the teacher for KL(t||s) and
+JSD, the student for KL(s||t)) and the other side *other*; with ``d = z_other - z_base``,
+``c = E_base[d]`` and ``u = d - c`` (KERNELS.md section 3):
+
+    KL(base||other)       = log1p(S) - E_base[u],  S = sum_v p_base (e^u - 1 - u) + E_base[u]
+    log(p_other / p_base) = u - log1p(S) =: r      (E_base[u] is 0 up to rounding)
+    forward gradient      = p_s - p_t = p_t (e^r - 1)
+    reverse gradient      = -p_base (u - E_base[u])
+    JSD gradient          = a p_s (l - E_s[l]),    l = log(p_s/m) = r - log1p(a (e^r - 1)),
+                                                   a = 1 - beta
+
+Every term of S is non-negative, so nothing cancels however close student and teacher are. Far from
+the teacher, where S may overflow, the plain difference of logsumexps is exact enough and takes over.
+
+Shared float32 heads go one step further: the caller hands over ``W (h_s - h_t)`` instead of the
+student's logits (``is_delta``), so that the difference itself is free of cancellation; through a
+soft-cap it stays so by ``tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b)``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SERIES_BELOW = 0.5  # |u| under which e^u - 1 - u is a polynomial; above, it is subtracted
+DIRECT_TOLERANCE = 1e-5  # where the two forms of the value differ by more, times |logits|, direct
+
+
+@dataclass(frozen=True)
+class KLSpec:
+    """Everything about the divergence that is not a tensor."""
+
+    direction: str = "forward"
+    beta: float = 0.5
+    temperature: float = 1.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+def phi(u: Tensor) -> Tensor:
+    """``e^u - 1 - u`` for ``|u| <= 0.5`` by its Taylor series, to the dtype's precision."""
+    terms = 13 if u.dtype == torch.float64 else 7
+    acc = torch.full_like(u, 1.0 / math.factorial(terms + 1))
+    for k in range(terms, 1, -1):
+        acc.mul_(u).add_(1.0 / math.factorial(k))
+    return acc.mul_(u).mul_(u)
+
+
+def head_transform(
+    raw_t: Tensor,  # (C, V) teacher W h + b
+    raw_s: Tensor,  # (C, V) student W h + b, or their difference to the teacher's when is_delta
+    spec: KLSpec,
+    is_delta: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(z_t, z_s - z_t, dz_s/draw_s or None when it is the constant scale / T)."""
+    if spec.softcap is None:
+        gain = spec.logit_scale / spec.temperature
+        delta = raw_s if is_delta else raw_s - raw_t
+        return raw_t * gain, delta * gain, None
+    x_t = raw_t * (spec.logit_scale / spec.softcap)
+    x_d = (raw_s if is_delta else raw_s - raw_t) * (spec.logit_scale / spec.softcap)
+    tanh_t, tanh_s = torch.tanh(x_t), torch.tanh(x_t + x_d)
+    height = spec.softcap / spec.temperature
+    delta = torch.tanh(x_d).mul_(1.0 - tanh_s * tanh_t).mul_(height)
+    slope = (1.0 - tanh_s * tanh_s).mul_(spec.logit_scale / spec.temperature)
+    return tanh_t.mul_(height), delta, slope
+
+
+def _divergence(z_b: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """KL(base||other) and what the gradients need: (kl, u, E[u], log p_base, log E_base[e^u])."""
+    z_o = z_b + d
+    lse_b = torch.logsumexp(z_b, -1, keepdim=True)
+    lse_o = torch.logsumexp(z_o, -1, keepdim=True)
+    log_b = z_b - lse_b
+    p_b = log_b.exp()
+    first = d[:, :1]  # centring in two steps keeps a common offset out of the sum's rounding
+    c = first + (p_b * (d - first)).sum(-1, keepdim=True)
+    u = d - c
+    mean_u = (p_b * u).sum(-1, keepdim=True)
+    clipped = u.clamp(-SERIES_BELOW, SERIES_BELOW)
+    near = phi(clipped).mul_(p_b)
+    far = (log_b + u).exp_().sub_(p_b * (1.0 + u))
+    total = torch.where(u == clipped, near, far).sum(-1, keepdim=True) + mean_u
+    log_ratio = torch.log1p(total)
+    kl = log_ratio - mean_u
+    direct = lse_o - lse_b - c
+    tolerance = DIRECT_TOLERANCE * (1.0 + lse_o.abs() + lse_b.abs() + c.abs())
+    agree = (kl - direct).abs() <= tolerance
+    kl = torch.where(agree, kl, direct)
+    log_ratio = torch.where(agree, log_ratio, direct + mean_u)
+    return kl, u, mean_u, log_b, log_ratio
+
+
+def _jsd(r: Tensor, log_t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """JSD per row and its gradient by the student's z, from r = log(p_s/p_t)."""
+    a = 1.0 - beta
+    p_t, p_s = log_t.exp(), (log_t + r).exp()
+    # log(p_s/m): near the teacher by expm1/log1p of a small ratio, far from it by the larger side
+    near = r.clamp(-SERIES_BELOW, SERIES_BELOW)
+    w = torch.expm1(near)
+    q = torch.exp(-r.abs())
+    log_m = -torch.log(torch.where(r > 0, a + beta * q, beta + a * q))  # -log(m / larger side)
+    is_near = r == near
+    log_sm = torch.where(is_near, near - torch.log1p(a * w), log_m + r.clamp(max=0))
+    log_tm = log_m - r.clamp(min=0)
+    # near: p_t [a h(w) - h(a w)], h(w) = (1+w) log1p(w) - w >= 0
+    h = (1 + w) * near - w
+    aw = a * w
+    h_a = (1 + aw) * torch.log1p(aw) - aw
+    small = w.abs() < 0.1
+    value = torch.where(small, _jsd_series(w, a), a * h - h_a).mul_(p_t)
+    value = torch.where(is_near, value, beta * p_t * log_tm + a * p_s * log_sm)
+    mean = (p_s * log_sm).sum(-1, keepdim=True) / p_s.sum(-1, keepdim=True)
+    return value.sum(-1, keepdim=True), p_s.mul_(log_sm - mean).mul_(a)
+
+
+def _jsd_series(w: Tensor, a: float) -> Tensor:
+    """sum_{k>=2} (-w)^k (a - a^k) / (k (k-1)), to the dtype's precision for |w| < 0.1."""
+    last = 17 if w.dtype == torch.float64 else 8
+    acc = torch.zeros_like(w)
+    for k in range(last, 1, -1):
+        acc.mul_(-w).add_((a - a**k) / (k * (k - 1)))
+    return acc.mul_(w).mul_(w)
+
+
+def row_divergence(
+    raw_t: Tensor,  # (C, V) teacher's raw logits, fp32 or fp64
+    raw_s: Tensor,  # (C, V) student's raw logits, or W (h_s - h_t) when is_delta
+    spec: KLSpec,
+    is_delta: bool,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Divergence per row (C,) and its gradient by the student's raw logits (C, V) or None."""
+    z_t, d, slope = head_transform(raw_t, raw_s, spec, is_delta)
+    if spec.direction == "reverse":
+        z_b, d = z_t + d, -d
+    else:
+        z_b = z_t
+    kl, u, mean_u, log_b, log_ratio = _divergence(z_b, d)
+    grad = None
+    if spec.direction == "jsd":
+        kl, grad = _jsd(u - log_ratio, log_b, spec.beta)
+    elif need_grad and spec.direction == "reverse":
+        grad = log_b.exp().mul_(mean_u - u)
+    elif need_grad:
+        r = u - log_ratio
+        near = r.clamp(-SERIES_BELOW, SERIES_BELOW)
+        p_t = log_b.exp()
+        grad = torch.where(r == near, (phi(near) + near) * p_t, (log_b + r).exp() - p_t)
+    if not need_grad or grad is None:
+        return kl.squeeze(-1), None
+    grad = grad.mul_(spec.logit_scale / spec.temperature) if slope is None else grad.mul_(slope)
+    return kl.squeeze(-1), grad
+
+
+def merge_partials(parts: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge per-row partials of disjoint column ranges into (KL(base||other), merged partials).
+
+    ``parts`` is (K, 6, N) float32: max m and sumexp p of the base's z, centre c = E_base[d], the
+    centred sum s = sum e^(z-m) (e^(d-c) - 1 - (d-c)), and the other side's max and sumexp. The K
+    ranges may come from one device (the tile-fused path) or, later, from vocabulary-parallel ranks.
+    """
+    m, p, c, s, m_o, p_o = parts.double().unbind(1)
+    top, top_o = m.amax(0), m_o.amax(0)
+    shrink = (m - top).exp()
+    p, s = p * shrink, s * shrink
+    p_all, p_o_all = p.sum(0), (p_o * (m_o - top_o).exp()).sum(0)
+    centre = c[0] + (p * (c - c[0])).sum(0) / p_all
+    k = c - centre
+    s_all = (s * k.exp() + p * (torch.expm1(k) - k)).sum(0)
+    kl = torch.log1p(s_all / p_all)
+    lse_o, lse_b = top_o + p_o_all.log(), top + p_all.log()
+    direct = lse_o - lse_b - centre
+    tolerance = DIRECT_TOLERANCE * (1.0 + lse_o.abs() + lse_b.abs() + centre.abs())
+    kl = torch.where((kl - direct).abs() <= tolerance, kl, direct)
+    return kl.float(), torch.stack([top, p_all, centre, s_all, top_o, p_o_all]).float()

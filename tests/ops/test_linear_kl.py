@@ -1,0 +1,418 @@
+"""The linear KL against its float64 oracle: accuracy, options, edges, autograd, compile, memory.
+
+Every test runs for each backend this process has: ``torch``, and ``triton`` when the interpreter is
+on (test_linear_kl_triton.py starts a process with it).
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from es2fast import linear_kl_div
+from es2fast.ops.linear_kl import choose_backend
+from tests.ops.linear_kl_matrix import (
+    BF16,
+    DIRECTIONS,
+    FP16,
+    FP32,
+    Problem,
+    at_divergence,
+    check,
+    make_problem,
+    option_problems,
+    oracle,
+    relative,
+    run,
+)
+
+SWEEP = (0.4, 2e-2, 2e-3, 1e-4, 1e-6)
+
+
+def _skip_unless_usable(name: str) -> str:
+    try:
+        return choose_backend(name, torch.empty(1, 1), None)
+    except ValueError as error:
+        pytest.skip(f"{error} (test_linear_kl_triton.py covers it in the interpreter)")
+
+
+@pytest.fixture(params=("torch", "triton"))
+def backend(request) -> str:
+    return _skip_unless_usable(request.param)
+
+
+# --- accuracy -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spread", (0.5, 6.0), ids=("flat", "peaked"))
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
+def test_sweep_towards_the_teacher(backend, dtype, direction, spread):
+    for target, temperature in itertools.product(SWEEP, (1.0, 2.0)):
+        if backend == "triton" and temperature == 2.0 and target not in (0.4, 1e-6):
+            continue  # the interpreter is slow; the kernel sees the temperature as a factor only
+        problem, _ = at_divergence(
+            target,
+            dtype,
+            n=3 if backend == "triton" else 5,
+            v=1000,
+            spread=spread,
+            direction=direction,
+            temperature=temperature,
+            chunk_tokens=2,
+        )
+        check(problem, backend)
+
+
+@pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_sweep_with_two_heads(backend, dtype, direction):
+    for target in SWEEP:
+        problem, _ = at_divergence(
+            target, dtype, separate=True, direction=direction, chunk_tokens=3
+        )
+        check(problem, backend)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_float16(backend, direction):
+    """No bound is promised; held to bfloat16's. The loss is scaled, as float16 training does."""
+    for target in (0.4, 1e-2, 1e-4):
+        problem, _ = at_divergence(target, FP16, separate=True, direction=direction)
+        check(problem, backend)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("name", option_problems(FP32))
+def test_options(backend, name, direction):
+    problem = option_problems(FP32)[name]
+    problem.options["direction"] = direction
+    check(problem, backend)
+
+
+@pytest.mark.parametrize("name", ("bias, shared head", "weights", "padding", "everything", "none"))
+def test_options_in_bfloat16(backend, name):
+    check(option_problems(BF16)[name], backend)
+
+
+@pytest.mark.parametrize("beta", (0.05, 0.9))
+def test_jsd_beta(backend, beta):
+    check(make_problem(direction="jsd", beta=beta), backend)
+
+
+@pytest.mark.parametrize("v", (32000, 128256 + 3))
+def test_large_vocabulary(backend, v):
+    check(make_problem(BF16, n=1 if backend == "triton" else 3, h=33, v=v), backend)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_logits_up_to_80(backend, direction):
+    problem = make_problem(FP32, spread=25.0, distance=0.05, v=1000, direction=direction)
+    logits = problem.hidden @ problem.weight.t()
+    problem.weight *= 80 / logits.abs().max()
+    check(problem, backend)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_far_apart(backend, direction):
+    """Ratios p_s/p_t beyond float32's range: finite, and the value is right."""
+    problem = make_problem(spread=8.0, distance=3.0, v=300, direction=direction)
+    got, expected = run(problem, backend), oracle(problem)
+    assert relative(got.loss, expected.loss) <= 1e-5
+    assert torch.isfinite(got.dx).all() and torch.isfinite(got.dw).all()
+
+
+def test_far_apart_on_a_few_tokens(backend):
+    """Close but for one unlikely token, whose e^u overflows: S cannot be used, the value stands."""
+    problem = make_problem(v=200, distance=0.0, bias=torch.zeros(200))
+    teacher_bias = torch.zeros(200)
+    teacher_bias[17] = -130.0
+    problem.teacher_weight = problem.weight.clone()
+    problem.options |= dict(teacher_bias=teacher_bias)
+    check(problem, backend)
+
+
+@pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("softcap", (None, 5.0))
+def test_equal_inputs_give_exactly_zero(backend, dtype, direction, softcap):
+    for separate in (False, True):
+        problem = make_problem(dtype, distance=0.0, direction=direction, softcap=softcap)
+        if separate:
+            problem.teacher_weight = problem.weight.clone()
+        got = run(problem, backend)
+        assert got.loss.item() == 0.0
+        assert got.dx.abs().max().item() == 0.0 and got.dw.abs().max().item() == 0.0
+
+
+# --- edges ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+@pytest.mark.parametrize("n", (0, 1))
+def test_no_and_one_token(backend, n, reduction):
+    problem = make_problem(n=n, reduction=reduction)
+    if n:
+        check(problem, backend)
+        return
+    got = run(problem, backend)
+    assert got.loss.shape == ((0,) if reduction == "none" else ())
+    assert got.loss.sum().item() == 0.0
+    assert got.dx.shape == (0, 65) and got.dw.abs().max().item() == 0.0
+
+
+@pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+@pytest.mark.parametrize("hint", (None, 2))
+def test_all_tokens_masked(backend, reduction, hint):
+    problem = make_problem(
+        token_weights=torch.zeros(5, dtype=torch.bool), max_valid_tokens=hint, reduction=reduction
+    )
+    got = run(problem, backend)
+    assert got.loss.abs().sum().item() == 0.0
+    assert got.dx.abs().max().item() == 0.0 and got.dw.abs().max().item() == 0.0
+
+
+def test_masked_tokens_are_not_computed(backend):
+    """A masked token may hold anything: its states are never multiplied."""
+    problem = make_problem(token_weights=torch.tensor([1, 0, 1, 1, 0]))
+    clean = run(problem, backend)
+    problem.hidden[1] = float("nan")
+    problem.teacher_hidden[4] = float("inf")
+    poisoned = run(problem, backend)
+    assert torch.equal(clean.loss, poisoned.loss) and torch.equal(clean.dx, poisoned.dx)
+
+
+def test_hint_too_small_is_loud(backend):
+    problem = make_problem(token_weights=torch.ones(5), max_valid_tokens=3)
+    assert run(problem, backend).loss.isnan().all()
+
+
+def test_padding_gets_no_gradient(backend):
+    problem = make_problem(vocab_size=100)
+    problem.weight[100:] = float("nan")
+    got = run(problem, backend)
+    assert got.loss.isfinite() and torch.count_nonzero(got.dw[100:]) == 0
+
+
+def test_heads_of_different_padding(backend):
+    problem = make_problem(separate=True, vocab_size=100)
+    problem.teacher_weight = problem.teacher_weight[:103]
+    check(problem, backend)
+
+
+def test_only_what_is_asked_for(backend):
+    for gradients in ("x", "w", "b", "xw", ""):
+        problem = make_problem(bias=torch.randn(127))
+        check(problem, backend, gradients)
+
+
+def test_default_backend_on_cpu_is_torch():
+    assert choose_backend(None, torch.empty(1, 1), None) == "torch"
+
+
+# --- autograd -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("softcap", (None, 4.0))
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_gradcheck(direction, softcap):
+    gen = torch.Generator().manual_seed(3)
+    x, t, w = (torch.randn(n, 4, generator=gen, dtype=torch.float64) for n in (3, 3, 11))
+    b = torch.randn(11, generator=gen, dtype=torch.float64)
+    wt = torch.randn(11, 4, generator=gen, dtype=torch.float64)
+    for tensor in (x, w, b):
+        tensor.requires_grad_()
+    weights = torch.tensor([1.0, 0.0, 0.5])
+
+    for reduction in ("mean", "none"):
+
+        def f(x, w, b, reduction=reduction):
+            return linear_kl_div(
+                x,
+                w,
+                t,
+                wt,
+                bias=b,
+                direction=direction,
+                temperature=1.5,
+                logit_scale=0.7,
+                softcap=softcap,
+                token_weights=weights,
+                reduction=reduction,
+                vocab_size=10,
+                chunk_tokens=2,
+            )
+
+        assert torch.autograd.gradcheck(f, (x, w, b))
+
+
+def test_bitwise_repeatable(backend):
+    for dtype in (FP32, BF16):
+        problem = make_problem(dtype, v=1000, chunk_tokens=2)
+        first, second = run(problem, backend), run(problem, backend)
+        assert torch.equal(first.loss, second.loss)
+        assert torch.equal(first.dx, second.dx) and torch.equal(first.dw, second.dw)
+
+
+def test_retain_graph_and_double_use(backend):
+    problem = make_problem()
+    x = problem.hidden.clone().requires_grad_()
+    loss = linear_kl_div(x, problem.weight, problem.teacher_hidden, backend=backend)
+    (once,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (again,) = torch.autograd.grad(3 * loss, x, retain_graph=True)
+    (both,) = torch.autograd.grad(2 * loss + 2 * loss, x)
+    torch.testing.assert_close(again, 3 * once, rtol=1e-6, atol=0)
+    torch.testing.assert_close(both, 4 * once, rtol=1e-6, atol=0)
+
+
+def test_second_derivatives_are_refused(backend):
+    problem = make_problem()
+    x = problem.hidden.clone().requires_grad_()
+    loss = linear_kl_div(x, problem.weight, problem.teacher_hidden, backend=backend)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+@pytest.mark.parametrize("reduction", ("mean", "sum"))
+def test_heads_may_vanish_before_backward(backend, reduction):
+    """ZeRO-3 partitions a gathered weight again after forward: nothing saved may alias it."""
+    problem = make_problem(separate=True, reduction=reduction)
+    expected = run(problem, backend)
+    x, w = problem.hidden.clone().requires_grad_(), problem.weight.clone().requires_grad_()
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        loss = linear_kl_div(
+            x,
+            w,
+            problem.teacher_hidden,
+            problem.teacher_weight,
+            reduction=reduction,
+            backend=backend,
+        )
+    heads = {w.data_ptr(), problem.teacher_weight.data_ptr()}
+    assert not heads & {t.data_ptr() for t in saved}
+    w.data.fill_(float("nan"))
+    problem.teacher_weight.fill_(float("nan"))
+    (8.0 * loss).backward()
+    assert torch.equal(x.grad, expected.dx) and torch.equal(w.grad, expected.dw)
+
+
+# --- torch.compile --------------------------------------------------------------------------------
+
+_needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++")
+
+
+@pytest.mark.parametrize("compiler", ("aot_eager", pytest.param("inductor", marks=_needs_compiler)))
+def test_compiled_equals_eager(backend, compiler):
+    problem = make_problem(BF16, separate=True, token_weights=torch.tensor([1.0, 0, 2, 1, 1]))
+
+    def step(x, w):
+        return 2.0 * linear_kl_div(
+            x * 1.0, w, problem.teacher_hidden, problem.teacher_weight, backend=backend,
+            **problem.options,
+        )  # fmt: skip
+
+    results = []
+    for f in (step, torch.compile(step, fullgraph=True, backend=compiler)):
+        x, w = problem.hidden.clone().requires_grad_(), problem.weight.clone().requires_grad_()
+        loss = f(x, w)
+        loss.backward()
+        results.append((loss.detach(), x.grad, w.grad))
+    torch._dynamo.reset()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_custom_op_contract():
+    problem = make_problem(n=3, h=8, v=20)
+    arguments = (
+        problem.hidden.clone().requires_grad_(), problem.weight.clone().requires_grad_(), None,
+        problem.teacher_hidden, None, None, None, None, "forward", 0.5, 1.0, 1.0, None, 20,
+        "mean", None, "torch", True, True, False,
+    )  # fmt: skip
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.es2fast.linear_kl.default, arguments, test_utils=tests)
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+_MEMORY = """
+import torch
+from es2fast import linear_kl_div
+V, H, C = 16000, 16, 32
+w = torch.randn(V, H, requires_grad={trainable})
+def peak(n):
+    x, t = torch.randn(n, H, requires_grad=True), torch.randn(n, H)
+    linear_kl_div(x, w, t, chunk_tokens=C, direction="{direction}").backward()
+    for line in open("/proc/self/status"):
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+peak(256)  # warm
+small = peak(256)
+print(peak(1024) - small, 768 * V * 4)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+@pytest.mark.parametrize("trainable", (False, True))
+def test_memory_does_not_grow_with_tokens_times_vocabulary(trainable):
+    code = _MEMORY.format(trainable=trainable, direction="forward")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    growth, logits = map(int, done.stdout.split())
+    assert growth < 0.1 * logits, f"peak grew by {growth} bytes from N=256 to 1024"
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def _refusals() -> dict[str, tuple[dict, str]]:
+    x, w = torch.randn(5, 65), torch.randn(127, 65)
+    grad = torch.randn(5, 65, requires_grad=True)
+    return {
+        "direction": (dict(direction="both"), "direction='both': expected one of"),
+        "reduction": (dict(reduction="avg"), "reduction='avg'"),
+        "temperature": (dict(temperature=0.0), "temperature=0.0"),
+        "softcap": (dict(softcap=-1.0), "softcap=-1.0"),
+        "beta": (dict(direction="jsd", beta=1.0), "beta=1.0.*direction='forward'"),
+        "vocab": (dict(vocab_size=128), "vocab_size=128: expected 1 to 127"),
+        "heads": (dict(teacher_weight=w[:100]), "vocab_size"),
+        "width": (dict(teacher_hidden=x[:, :60]), "teacher_hidden is 60 wide"),
+        "tokens": (dict(teacher_hidden=x[:4]), "4: they must be the same tokens"),
+        "dtype": (dict(hidden=x.half()), "cast one of them"),
+        "integer": (dict(hidden=x.long(), weight=w.long()), "torch.int64"),
+        "three dimensions": (dict(hidden=x[None]), "flatten"),
+        "teacher grad": (dict(teacher_hidden=grad), "teacher_hidden.detach()"),
+        "teacher bias": (dict(teacher_bias=torch.zeros(127)), "without teacher_weight"),
+        "bias shape": (dict(bias=torch.zeros(5)), "bias has shape"),
+        "weights shape": (dict(token_weights=torch.ones(4)), r"expected \(5,\)"),
+        "weights grad": (dict(token_weights=torch.ones(5, requires_grad=True)), "detach"),
+        "hint alone": (dict(max_valid_tokens=3), "without token_weights"),
+        "chunk": (dict(chunk_tokens=0), "chunk_tokens=0"),
+        "backend": (dict(backend="cuda"), "backend='cuda': expected one of"),
+        "native": (dict(backend="native"), "not built; use one of"),
+        "float64 on triton": (
+            dict(hidden=x.double(), weight=w.double(), teacher_hidden=x.double(), backend="triton"),
+            "backend='triton' cannot run here",
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", _refusals())
+def test_refusal_names_the_argument_and_the_remedy(name):
+    change, message = _refusals()[name]
+    arguments = dict(
+        hidden=torch.randn(5, 65), weight=torch.randn(127, 65), teacher_hidden=torch.randn(5, 65)
+    )
+    with pytest.raises(ValueError, match=message):
+        linear_kl_div(**(arguments | change))
+
+
+def test_trainable_shared_head_has_no_gradient_through_the_teacher(backend):
+    """The shared head is one tensor; only the student's use of it is trained."""
+    problem: Problem = make_problem()
+    got, expected = run(problem, backend), oracle(problem)
+    assert relative(got.dw, expected.dw) <= 2e-5
