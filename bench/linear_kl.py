@@ -5,8 +5,8 @@
 
 Modes: ``trainable`` (loss, dX, dW; floor 8NHV flop), ``frozen`` (loss, dX; 6NHV), ``no-grad``
 (loss; 4NHV). Two floors stand in every row: ``floor_ms``, the mode's GEMMs alone (bf16, fp32 out
-where ours need it, the same chunks) measured in the same run, and ``limit_ms``, the flop over the
-790 TFLOP/s ceiling of KERNELS.md section 1, which is an H200's. ``of_floor`` and ``of_limit`` are
+where ours need it, the same chunks) measured in the same run, and ``limit_ms``, the flop over 790
+TFLOP/s, the dense bf16 ceiling of an H200. ``of_floor`` and ``of_limit`` are
 their fractions (1 is the floor itself). Peers that are not installed get a row with the reason.
 """
 

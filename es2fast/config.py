@@ -79,7 +79,7 @@ class DataConfig(_Section):
 
 
 class LayersConfig(_Section):
-    """How `layers: auto` chooses (METHOD: probes on the base model's last-prompt-token states)."""
+    """How `layers: auto` chooses (probes on the base model's last-prompt-token states)."""
 
     accuracy: float = Field(0.95, gt=0.5, le=1, description="first block whose probe reaches this")
     depth: float = Field(0.6, gt=0, lt=1, description="second block, as a fraction of the depth")

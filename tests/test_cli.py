@@ -122,9 +122,8 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
 def test_mistakes_are_one_line_and_exit_code_2(
     call: Any, project: Path, command: str, overrides: list[str], words: list[str]
 ) -> None:
-    if words[0] == "train.device":
-        if torch.cuda.is_available():
-            pytest.skip("this machine has a GPU")
+    if words[0] == "train.device" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
     arguments = [item.format(folder=project) for item in overrides]
     done = call(command, project / "run.yaml", *arguments)
     assert done.returncode == 2, done.stdout + done.stderr

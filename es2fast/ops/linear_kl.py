@@ -9,7 +9,7 @@ Value and gradients are made in the forward pass, chunk by chunk of tokens, so t
 ``chunk_tokens`` rows of logits ever exist (:mod:`es2fast.ops.linear_kl_chunked`); backward only
 multiplies the saved gradients by ``grad_output``, out of place. Logits stay in float32 from the
 GEMM's accumulator on and p_s - p_t is formed without cancellation, so that the gradient is right
-where ES2 works, next to the teacher (KERNELS.md section 3).
+where ES2 works, next to the teacher.
 
 What is saved for backward are gradients, never an alias of a weight: under ZeRO-3 the head may be
 partitioned again between forward and backward. One exception, stated in the docstring:
@@ -291,7 +291,7 @@ def linear_kl_div(
     Raises:
         ValueError: for anything not supported; the message names the argument and the alternative.
 
-    Source: KERNELS.md sections 1, 3 and 5; JSD as in Agarwal et al., arXiv 2306.13649.
+    Source: the definitions above; JSD as in Agarwal et al., arXiv 2306.13649.
     """
     _check_options(direction, beta, temperature, softcap, reduction)
     _check_head("", hidden, weight, bias)

@@ -7,8 +7,7 @@ slice of dX and a contribution to dW. What lives at once is bounded by ``chunk_t
 by ``N * V``; dX and dW come from separate GEMMs, so results repeat bit by bit.
 
 Chunks are counted in tokens, not derived from V / H: 1024 rows fill a big GPU in the dX GEMM, and
-a trainable head wants more because its float32 dW is read and written once per chunk (KERNELS.md
-section 1). GEMMs accumulate and return float32: on CUDA by ``torch.mm(..., out_dtype=float32)``,
+a trainable head wants more because its float32 dW is read and written once per chunk. GEMMs accumulate and return float32: on CUDA by ``torch.mm(..., out_dtype=float32)``,
 elsewhere by upcasting a block of the weight at a time.
 """
 

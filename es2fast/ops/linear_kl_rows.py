@@ -2,7 +2,7 @@
 
 Both directions of KL are one formula. Call the measure's side *base* (the teacher for KL(t||s) and
 JSD, the student for KL(s||t)) and the other side *other*; with ``d = z_other - z_base``,
-``c = E_base[d]`` and ``u = d - c`` (KERNELS.md section 3):
+``c = E_base[d]`` and ``u = d - c``:
 
     KL(base||other)       = log1p(S) - E_base[u],  S = sum_v p_base (e^u - 1 - u) + E_base[u]
     log(p_other / p_base) = u - log1p(S) =: r      (E_base[u] is 0 up to rounding)
@@ -12,7 +12,7 @@ JSD, the student for KL(s||t)) and the other side *other*; with ``d = z_other - 
                                                    a = 1 - beta
 
 Every term of S is non-negative, so nothing cancels however close student and teacher are. Far from
-the teacher, where S may overflow, the plain difference of logsumexps is exact enough and takes over.
+the teacher, where S may overflow, the plain difference of logsumexps is exact enough and serves.
 
 Shared float32 heads go one step further: the caller hands over ``W (h_s - h_t)`` instead of the
 student's logits (``is_delta``), so that the difference itself is free of cancellation; through a
