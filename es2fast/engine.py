@@ -7,6 +7,7 @@ of harmless tokens of the step) and one after it (sums for the metrics and the f
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from dataclasses import dataclass
@@ -62,6 +63,9 @@ def train(
     """
     folder = Path(config.output_dir)
     prepared, harmless = prepare(config, formatter, groups, runtime)
+    gc.collect()  # the base model of the preparation is gone before two models are loaded
+    if runtime.device.type == "cuda":
+        torch.cuda.empty_cache()
     if runtime.is_main:
         prepared.save(folder / "layers.json")
         print(f"layers {prepared.layers}: {prepared.reason}", flush=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def prepare(
     Raises:
         UserError: a layer the model does not have; a head that the fused loss does not reproduce.
     """
-    model, run = _load(config, runtime)
+    model, run, release = _load(config, runtime)
     dtype = DTYPES[runtime.dtype]
     probe_ids = torch.tensor([formatter.prompt_ids(groups.harmless[0])], device=runtime.device)
     heads.check_parity(run("parity", input_ids=probe_ids).item(), dtype, model.config)
@@ -91,6 +91,7 @@ def prepare(
         choice.table,
     )
     _check_distances(prepared)
+    release()
     return prepared, harmless
 
 
@@ -103,13 +104,13 @@ def _check_distances(prepared: Prepared) -> None:
             )
 
 
-def _load(config: Config, runtime: Runtime) -> tuple[nn.Module, Any]:
-    """The base model in eval mode, and what to call for a pass."""
+def _load(config: Config, runtime: Runtime) -> tuple[nn.Module, Any, Callable[[], None]]:
+    """The base model in eval mode, what to call for a pass, and what frees ZeRO's partitions."""
     import deepspeed
 
     if zero_stage(config.deepspeed) < 3:
         model = load_causal_lm(config.model, runtime.dtype).to(runtime.device).eval()
-        return model, torch.no_grad()(BaseModel(model))
+        return model, torch.no_grad()(BaseModel(model)), lambda: None
     raw = build_deepspeed(config, world_size=runtime.world_size, dtype=runtime.dtype)
     raw.pop("optimizer", None)
     raw["zero_optimization"].pop("offload_optimizer", None)
@@ -117,7 +118,7 @@ def _load(config: Config, runtime: Runtime) -> tuple[nn.Module, Any]:
         model = load_causal_lm(config.model, runtime.dtype)
     engine, *_ = deepspeed.initialize(model=BaseModel(model), config=raw)
     engine.eval()
-    return model, torch.no_grad()(engine)
+    return model, torch.no_grad()(engine), engine.destroy
 
 
 class zero3_loading:

@@ -51,18 +51,14 @@ def run(config: Config) -> None:
     """
     from es2fast import runtime as runtimes
     from es2fast.data import Formatter, load_groups
-    from es2fast.deepspeed_config import check_batch_sizes
     from es2fast.engine import train
-    from es2fast.metrics import check_trackers
     from es2fast.modeling.load import load_tokenizer
+    from es2fast.validate import validate
 
     runtime = runtimes.start(config)
-    check_batch_sizes(config, runtime.world_size)
-    check_trackers(config.train)
+    validate(config, world_size=runtime.world_size)
+    runtime.barrier()  # every rank has looked at the folder before one writes into it
     folder = Path(config.output_dir)
-    clash = runtime.gather_objects(run_in(folder) and not config.train.overwrite)
-    if any(clash):
-        raise UserError(occupied(folder))
     groups = load_groups(config.data)
     formatter = Formatter(load_tokenizer(config.model), config.data)
     if runtime.is_main:

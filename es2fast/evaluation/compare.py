@@ -20,6 +20,7 @@ from es2fast.data import Formatter, Prompt, PromptGroups, load_groups
 from es2fast.errors import UserError
 from es2fast.evaluation.evaluate import evaluate_model
 from es2fast.evaluation.report import write_report
+from es2fast.model_card import write_model_card
 from es2fast.modeling.load import load_causal_lm, load_tokenizer
 from es2fast.modeling.taps import last_token_states
 from es2fast.runtime import resolve_device, resolve_dtype
@@ -64,6 +65,16 @@ def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
             states[f"{name}_{group}"] = _states(model, formatter, prompts[group], layers[-1])
     np.savez_compressed(run / "states.npz", **states)
     write_report(run, report, states=states, config=config)
+    write_model_card(
+        run / "model",
+        config=config,
+        report=report,
+        base_model=config.model.name,
+        layers=layers,
+        d0={int(layer): d0 for layer, d0 in summary["d0"].items()},
+        data_summary=groups.report.lines(),
+        train=summary,
+    )
     return report
 
 

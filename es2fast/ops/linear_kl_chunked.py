@@ -6,9 +6,10 @@ divergence of each row and, in place, the gradient G by the raw logits, and two 
 slice of dX and a contribution to dW. What lives at once is bounded by ``chunk_tokens * V``, never
 by ``N * V``; dX and dW come from separate GEMMs, so results repeat bit by bit.
 
-Chunks are counted in tokens, not derived from V / H: 1024 rows fill a big GPU in the dX GEMM, and
-a trainable head wants more because its float32 dW is read and written once per chunk. GEMMs accumulate and return float32: on CUDA by ``torch.mm(..., out_dtype=float32)``,
-elsewhere by upcasting a block of the weight at a time.
+Chunks are counted in tokens, not derived from V / H: 1024 rows fill a big GPU in the dX GEMM, and a
+trainable head wants more because its float32 dW is read and written once per chunk. GEMMs
+accumulate and return float32: on CUDA by ``torch.mm(..., out_dtype=float32)``, elsewhere by
+upcasting a block of the weight at a time.
 """
 
 from __future__ import annotations
