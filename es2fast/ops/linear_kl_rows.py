@@ -12,7 +12,7 @@ JSD, the student for KL(s||t)) and the other side *other*; with ``d = z_other - 
                                                    a = 1 - beta
 
 Every term of S is non-negative, so nothing cancels however close student and teacher are. Far from
-the teacher, where S may overflow, the plain difference of logsumexps is exact enough and serves.
+the teacher, where S may overflow, the plain difference of logsumexps is exact enough.
 
 Shared float32 heads go one step further: the caller hands over ``W (h_s - h_t)`` instead of the
 student's logits (``is_delta``), so that the difference itself is free of cancellation; through a
