@@ -43,10 +43,10 @@ def run_demo(
     Raises:
         UserError: `out` holds some other run.
     """
+    _claim(out)
     toy = build_toy(out / "toy", seed=seed)
     config = demo_config(out, toy, seed=seed, steps=steps, device=device)
     if not _trained(out, config):
-        _claim(out)
         path = out / "demo.yaml"
         save_config(config, path)
         launch(path, device=device)

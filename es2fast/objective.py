@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from es2fast.config import Config
+from es2fast.errors import UserError
 from es2fast.modeling import head as heads
 from es2fast.modeling.taps import SeparationTaps, backbone, position_ids
 from es2fast.modeling.teacher import freeze, teacher_hidden
@@ -59,7 +60,7 @@ class ES2Objective(nn.Module):
         self.d0 = d0
         self.norm0 = norm0
         self.config = config
-        self.alphas = dict(zip(layers, config.separation.weights or [1.0] * len(layers)))
+        self.alphas = layer_weights(config, self.layers)
         self.taps = SeparationTaps(student, self.layers)
         self.lm_head, self.transform = heads.install(student, teacher, share_head=share_head)
 
@@ -147,6 +148,28 @@ class ES2Objective(nn.Module):
                 metrics[f"norm/{layer}"] = torch.cat([a, b]).norm(dim=-1).mean()
         assert isinstance(total, Tensor)
         return total, metrics
+
+
+def layer_weights(config: Config, layers: list[int]) -> dict[int, float]:
+    """alpha_l: `separation.weights` in the order in which `layers` names the blocks, else 1.
+
+    Args:
+        config: the run; with `layers: auto` the weights go to the chosen blocks in ascending order.
+        layers: the separated blocks.
+
+    Raises:
+        UserError: another number of weights than of layers.
+    """
+    weights = config.separation.weights
+    if weights is None:
+        return dict.fromkeys(layers, 1.0)
+    named = sorted(layers) if config.layers == "auto" else config.layers
+    if len(weights) != len(named):
+        raise UserError(
+            f"separation.weights: {len(weights)} weights for {len(named)} layers; "
+            "give one per layer"
+        )
+    return dict(zip(named, weights))
 
 
 def gather_rows(rows: Tensor) -> Tensor:

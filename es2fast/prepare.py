@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,23 +122,18 @@ def _load(config: Config, runtime: Runtime) -> tuple[nn.Module, Any, Callable[[]
     return model, torch.no_grad()(engine), engine.destroy
 
 
-class zero3_loading:
+@contextmanager
+def zero3_loading(deepspeed_config: dict[str, Any]) -> Iterator[None]:
     """While this lasts, `from_pretrained` partitions weights as it reads them (ZeRO-3)."""
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    def __init__(self, deepspeed_config: dict[str, Any]):
-        self._config = deepspeed_config
-        self._handle: Any = None
-
-    def __enter__(self) -> None:
-        if self._config.get("zero_optimization", {}).get("stage") == 3:
-            from transformers.integrations import HfDeepSpeedConfig
-
-            self._handle = HfDeepSpeedConfig(self._config)
-
-    def __exit__(self, *exc: object) -> None:
-        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-        self._handle = None
+    stage = deepspeed_config.get("zero_optimization", {}).get("stage")
+    alive = HfDeepSpeedConfig(deepspeed_config) if stage == 3 else None  # held by weak reference
+    try:
+        yield
+    finally:
+        del alive
         unset_hf_deepspeed_config()
 
 
