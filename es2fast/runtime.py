@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,6 +78,13 @@ def start(config: Config) -> Runtime:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
     _quiet(int(os.environ["RANK"]))
+    if os.environ["RANK"] == "0":
+        for lock in stale_locks():
+            print(
+                f"note: {lock} exists: another process is building a DeepSpeed operator, or one was "
+                "killed while it did. If nothing moves for minutes, stop the run and delete it.",
+                flush=True,
+            )
     import deepspeed
 
     if device == "cuda":
@@ -89,6 +97,17 @@ def start(config: Config) -> Runtime:
         device=torch.device(device, index) if index is not None else torch.device(device),
         dtype=resolve_dtype(config.model.dtype, device),
     )
+
+
+def stale_locks() -> list[Path]:
+    """Lock files of torch's extension builder, for which it waits without a word and without end.
+
+    A process that is killed while it builds or loads an operator leaves its lock behind.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    return sorted({*root.glob("*/lock"), *root.glob("*/*/lock")})
 
 
 def stop() -> None:
