@@ -81,8 +81,8 @@ def start(config: Config) -> Runtime:
     if os.environ["RANK"] == "0":
         for lock in stale_locks():
             print(
-                f"note: {lock} exists: another process is building a DeepSpeed operator, or one "
-                "was killed while it did. If nothing moves for minutes, stop the run and delete it.",
+                f"note: {lock} exists: another process is building a DeepSpeed operator, or "
+                "one was killed doing so. If nothing moves for minutes, stop and delete it.",
                 flush=True,
             )
     import deepspeed
