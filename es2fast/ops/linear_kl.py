@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from es2fast.ops import native
 from es2fast.ops.linear_kl_chunked import KLProblem, KLResult, run_torch
 from es2fast.ops.linear_kl_rows import KLSpec
 
@@ -72,14 +73,10 @@ def _run_triton(problem: KLProblem) -> KLResult:
     return run_triton(problem)
 
 
-def _native_missing(problem: KLProblem) -> KLResult:
-    raise RuntimeError("backend='native' is not built")  # unreachable behind why_not
-
-
 BACKENDS: dict[str, Backend] = {
     "torch": Backend(lambda hidden, teacher_weight: None, run_torch),
     "triton": Backend(_triton_why_not, _run_triton),
-    "native": Backend(lambda hidden, teacher_weight: "it is not built", _native_missing),
+    "native": Backend(native.why_not, native.run_native),
 }
 
 
@@ -89,8 +86,8 @@ def choose_backend(name: str | None, hidden: Tensor, teacher_weight: Tensor | No
     Raises ValueError for an unknown name and for one that cannot take these tensors.
     """
     if name is None:
-        on_gpu = hidden.device.type == "cuda"
-        return "triton" if on_gpu and _triton_why_not(hidden, teacher_weight) is None else "torch"
+        name = {"cuda": "triton", "cpu": "native"}.get(hidden.device.type, "torch")
+        return name if BACKENDS[name].why_not(hidden, teacher_weight) is None else "torch"
     if name not in BACKENDS:
         raise ValueError(
             f"backend={name!r}: expected one of {sorted(BACKENDS)} or None (automatic)"

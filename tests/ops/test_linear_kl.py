@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from es2fast import linear_kl_div
+from es2fast.ops import native
 from es2fast.ops.linear_kl import choose_backend
 from tests.ops.linear_kl_matrix import (
     BF16,
@@ -42,7 +43,7 @@ def _skip_unless_usable(name: str) -> str:
         pytest.skip(f"{error} (test_linear_kl_triton.py covers it in the interpreter)")
 
 
-@pytest.fixture(params=("torch", "triton"))
+@pytest.fixture(params=("torch", "native", "triton"))
 def backend(request) -> str:
     return _skip_unless_usable(request.param)
 
@@ -212,8 +213,10 @@ def test_only_what_is_asked_for(backend):
         check(problem, backend, gradients)
 
 
-def test_default_backend_on_cpu_is_torch():
-    assert choose_backend(None, torch.empty(1, 1), None) == "torch"
+def test_default_backend_on_cpu_is_native_where_it_can_be():
+    built = native.why_missing() is None
+    assert choose_backend(None, torch.empty(1, 1), None) == ("native" if built else "torch")
+    assert choose_backend(None, torch.empty(1, 1, dtype=torch.float64), None) == "torch"
 
 
 # --- autograd -------------------------------------------------------------------------------------
@@ -397,7 +400,10 @@ def _refusals() -> dict[str, tuple[dict, str]]:
         "hint alone": (dict(max_valid_tokens=3), "without token_weights"),
         "chunk": (dict(chunk_tokens=0), "chunk_tokens=0"),
         "backend": (dict(backend="cuda"), "backend='cuda': expected one of"),
-        "native": (dict(backend="native"), "not built; use one of"),
+        "float64 on native": (
+            dict(hidden=x.double(), weight=w.double(), teacher_hidden=x.double(), backend="native"),
+            "backend='native' cannot run here: it computes in float32",
+        ),
         "float64 on triton": (
             dict(hidden=x.double(), weight=w.double(), teacher_hidden=x.double(), backend="triton"),
             "backend='triton' cannot run here",

@@ -1,0 +1,47 @@
+// What the portable side of the native library (registration.cpp) asks of the vectorised side.
+//
+// Every kernel is compiled once per instruction set (kernels_default.cpp, kernels_avx2.cpp,
+// kernels_avx512.cpp) behind a table of function pointers; registration.cpp picks the table that
+// torch itself would use on this machine. A kernel works on a range of rows and knows nothing of
+// tensors or threads, so code built for a large instruction set stays inside its own file, and
+// results do not depend on how rows are spread over threads.
+#pragma once
+
+#include <cstdint>
+
+namespace es2fast {
+
+enum class Direction : int64_t { forward = 0, reverse = 1, jsd = 2 };
+
+// Rows of raw logits -> divergences and, in place of the student's logits, their gradient.
+struct KLRows {
+  float* teacher;       // (C, V) raw logits W h; overwritten
+  float* student;       // (C, V) raw logits, or their difference to the teacher's; overwritten by G
+  int64_t pitch;        // elements from one row to the next, in both
+  int64_t vocab;        // V
+  const float* bias_t;  // (V,) or null
+  const float* bias_s;  // (V,) or null
+  const float* scale;   // (C,) factor of each row's gradient
+  float* loss;          // (C,) nats
+  Direction direction;
+  float beta;       // teacher's share in JSD
+  float gain;       // logit_scale / temperature
+  float cap_in;     // logit_scale / softcap; 0: no soft-cap
+  float cap_out;    // softcap / temperature
+  bool is_delta;    // `student` holds the difference
+  bool need_grad;
+  bool half_grad;   // G in bfloat16, packed at the start of each row; else float32
+};
+
+struct Kernels {
+  const char* name;
+  void (*kl_rows)(const KLRows&, int64_t begin, int64_t end);
+};
+
+extern const Kernels kernels_default;
+#ifdef ES2FAST_X86
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+}  // namespace es2fast

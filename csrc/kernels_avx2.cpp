@@ -1,0 +1,8 @@
+// The kernels for the instruction set AVX2; setup.py compiles this file with its flags.
+#define CPU_CAPABILITY AVX2
+#define CPU_CAPABILITY_AVX2
+#include "linear_kl_rows.inl"
+
+namespace es2fast {
+const Kernels kernels_avx2 = {"AVX2", kl_rows};
+}  // namespace es2fast

@@ -1,0 +1,8 @@
+// The kernels for the instruction set AVX512; setup.py compiles this file with its flags.
+#define CPU_CAPABILITY AVX512
+#define CPU_CAPABILITY_AVX512
+#include "linear_kl_rows.inl"
+
+namespace es2fast {
+const Kernels kernels_avx512 = {"AVX512", kl_rows};
+}  // namespace es2fast
