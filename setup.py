@@ -16,12 +16,12 @@ from setuptools.command.build_ext import build_ext
 CSRC = Path("csrc")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # What torch itself compiles its kernels with; registration.cpp chooses among them at run time.
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 INSTRUCTION_SETS = {
-    "kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "kernels_avx512.cpp": [
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
-        *("-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
-    ],
+    "kernels_avx2.cpp": AVX2,
+    "kernels_avx512.cpp": AVX512,
+    "gemm_bf16.cpp": [*AVX512, "-mavx512bf16"],
 }
 
 
@@ -37,9 +37,16 @@ def native_extension() -> list[Extension]:
         print("es2fast: no native CPU kernels on Windows", file=sys.stderr)
         return []
     library = Path(torch.__file__).parent / "lib"
-    sources = ["registration.cpp", "kernels_default.cpp", *(INSTRUCTION_SETS if X86 else ())]
+    sources = ["registration.cpp", "gemm.cpp", "linear_kl.cpp", "kernels_default.cpp"]
+    sources += INSTRUCTION_SETS if X86 else ()
     flags = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
-    flags += ["-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-psabi"]
+    flags += [
+        "-Wall",
+        "-Wno-unknown-pragmas",
+        "-Wno-uninitialized",
+        "-Wno-maybe-uninitialized",
+        "-Wno-psabi",
+    ]
     # torch brings its own OpenMP runtime: a second one would mean a second pool of threads.
     bundled = sorted(library.glob("libgomp*.so*"))
     openmp = [str(bundled[0])] if bundled else ["-fopenmp"] if sys.platform == "linux" else []

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from es2fast.ops import native
 from es2fast.ops.linear_kl_chunked import KLProblem, KLResult, run_torch
+from es2fast.ops.linear_kl_native import run_native
 from es2fast.ops.linear_kl_rows import KLSpec
 
 DIRECTIONS = ("forward", "reverse", "jsd")
@@ -76,7 +77,7 @@ def _run_triton(problem: KLProblem) -> KLResult:
 BACKENDS: dict[str, Backend] = {
     "torch": Backend(lambda hidden, teacher_weight: None, run_torch),
     "triton": Backend(_triton_why_not, _run_triton),
-    "native": Backend(native.why_not, native.run_native),
+    "native": Backend(native.why_not, run_native),
 }
 
 

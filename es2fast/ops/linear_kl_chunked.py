@@ -139,7 +139,19 @@ def add_weight_gradient(dw: Tensor, g: Tensor, x: Tensor, first: bool) -> None:
             torch.addmm(block, part.t(), x, beta=beta, out=block)
 
 
-def run_chunked(problem: KLProblem, row_pass: RowPass) -> KLResult:
+@dataclass(frozen=True)
+class Gemms:
+    """The three products of the chunk loop; each keeps its accumulator's precision."""
+
+    logits_into: Callable[[Tensor, Tensor, Tensor], None]
+    input_gradient: Callable[[Tensor, Tensor, torch.dtype], Tensor]
+    add_weight_gradient: Callable[[Tensor, Tensor, Tensor, bool], None]
+
+
+TORCH_GEMMS = Gemms(logits_into, input_gradient, add_weight_gradient)
+
+
+def run_chunked(problem: KLProblem, row_pass: RowPass, gemms: Gemms = TORCH_GEMMS) -> KLResult:
     """Divergence of every packed row and the gradients asked for."""
     p, acc = problem, problem.accum_dtype
     (vocab, width), device = p.weight.shape, p.hidden.device
@@ -159,10 +171,10 @@ def run_chunked(problem: KLProblem, row_pass: RowPass) -> KLResult:
         stop = min(start + chunk, p.rows)
         x = p.take(p.hidden, start, stop)
         zt, zs = raw_t[: stop - start, :vocab], raw_s[: stop - start, :vocab]
-        _chunk_logits(p, x, start, stop, zt, zs)
+        _chunk_logits(p, gemms, x, start, stop, zt, zs)
         result.rows[start:stop], gradient = row_pass(zt, zs, p.scale[start:stop], p)
         if gradient is not None:
-            _chunk_gradients(p, result, gradient, x, start, stop)
+            _chunk_gradients(p, gemms, result, gradient, x, start, stop)
     if p.rows == 0:
         for grad in (result.dx, result.dw):
             if grad is not None:
@@ -170,18 +182,26 @@ def run_chunked(problem: KLProblem, row_pass: RowPass) -> KLResult:
     return result
 
 
-def _chunk_logits(p: KLProblem, x: Tensor, start: int, stop: int, zt: Tensor, zs: Tensor) -> None:
+def _chunk_logits(
+    p: KLProblem, gemms: Gemms, x: Tensor, start: int, stop: int, zt: Tensor, zs: Tensor
+) -> None:
     x_t = p.take(p.teacher_hidden, start, stop)
-    logits_into(x_t, p.weight if p.teacher_weight is None else p.teacher_weight, zt)
-    logits_into(x - x_t if p.is_delta else x, p.weight, zs)
+    gemms.logits_into(x_t, p.weight if p.teacher_weight is None else p.teacher_weight, zt)
+    gemms.logits_into(x - x_t if p.is_delta else x, p.weight, zs)
 
 
 def _chunk_gradients(
-    p: KLProblem, result: KLResult, gradient: RowGradient, x: Tensor, start: int, stop: int
+    p: KLProblem,
+    gemms: Gemms,
+    result: KLResult,
+    gradient: RowGradient,
+    x: Tensor,
+    start: int,
+    stop: int,
 ) -> None:
     g, unit, row_unit = gradient.g, gradient.unit, gradient.row_unit
     if result.dx is not None:
-        dx = input_gradient(g, p.weight, p.accum_dtype)
+        dx = gemms.input_gradient(g, p.weight, p.accum_dtype)
         dx = dx if row_unit is None else dx.mul_(row_unit)
         dx = (dx if unit is None else dx.mul_(unit)).to(result.dx.dtype)
         if p.index is None:
@@ -190,7 +210,7 @@ def _chunk_gradients(
             result.dx.index_copy_(0, p.index[start:stop], dx)
     if result.dw is not None:
         x = x if row_unit is None else (x * row_unit).to(x.dtype)
-        add_weight_gradient(result.dw, g, x, first=start == 0)
+        gemms.add_weight_gradient(result.dw, g, x, start == 0)
         if unit is not None and stop == p.rows:
             result.dw.mul_(unit)
     if result.db is not None:
