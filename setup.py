@@ -37,8 +37,8 @@ def native_extension() -> list[Extension]:
         print("es2fast: no native CPU kernels on Windows", file=sys.stderr)
         return []
     library = Path(torch.__file__).parent / "lib"
-    sources = ["registration.cpp", "gemm.cpp", "linear_kl.cpp", "kernels_default.cpp"]
-    sources += INSTRUCTION_SETS if X86 else ()
+    sources = ["registration.cpp", "gemm.cpp", "linear_kl.cpp", "moments.cpp", "separation.cpp"]
+    sources += ["kernels_default.cpp", *(INSTRUCTION_SETS if X86 else ())]
     flags = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
     flags += [
         "-Wall",

@@ -33,9 +33,45 @@ struct KLRows {
   bool half_grad;   // G in bfloat16, packed at the start of each row; else float32
 };
 
+// Rows of raw student logits -> maximum, sum of exponentials and, in place, G = p_s - p_t.
+struct MomentRows {
+  float* student;          // (C, V) raw products; overwritten by z, then by G
+  int64_t pitch;           // elements from one row to the next
+  int64_t vocab;           // V
+  const float* row_gain;   // (C,) z = row_gain x + bias_gain bias
+  const float* bias;       // (V,) or null
+  float bias_gain;
+  const int32_t* top_ids;  // (C, K) anchors of each row
+  const float* top_probs;  // (C, K) the teacher's probabilities there
+  int64_t anchors;         // K
+  float* anchor_grad;      // (C, K) scratch
+  float* row_max;          // (C,)
+  float* row_sum;          // (C,)
+  bool need_grad;
+  bool half_grad;  // G in bfloat16, packed at the start of each row; else float32
+};
+
+enum class PairKind : int64_t { hinge = 0, l2 = 1, log = 2, softplus = 3, squared = 4, cosine = 5 };
+
+// Squared distances -> loss of each row and, in place, the gradient's coefficients.
+struct PairRows {
+  float* tile;     // (C, M)
+  int64_t pitch;   // elements from one row to the next
+  int64_t columns;  // M
+  const float* u;  // (C,) weights
+  const float* v;  // (M,)
+  float* values;   // (C,)
+  PairKind kind;
+  float margin, scale;
+  float log_floor;  // of d / scale
+  bool need_grad;
+};
+
 struct Kernels {
   const char* name;
   void (*kl_rows)(const KLRows&, int64_t begin, int64_t end);
+  void (*moment_rows)(const MomentRows&, int64_t begin, int64_t end);
+  void (*pair_rows)(const PairRows&, int64_t begin, int64_t end);
 };
 
 extern const Kernels kernels_default;

@@ -7,6 +7,7 @@
 
 #include <optional>
 #include <string>
+#include <tuple>
 
 namespace es2fast {
 
@@ -24,6 +25,17 @@ at::Tensor kl_rows(
     const at::Tensor& teacher, const at::Tensor& student, const std::optional<at::Tensor>& bias_t,
     const std::optional<at::Tensor>& bias_s, const at::Tensor& scale, int64_t direction, double beta,
     double gain, double cap_in, double cap_out, bool is_delta, bool need_grad, bool half_grad);
+
+// moments.cpp
+std::tuple<at::Tensor, at::Tensor> moment_rows(
+    const at::Tensor& student, const at::Tensor& row_gain, const std::optional<at::Tensor>& bias,
+    double bias_gain, const at::Tensor& top_ids, const at::Tensor& top_probs, bool need_grad,
+    bool half_grad);
+
+// separation.cpp
+at::Tensor pair_rows(
+    const at::Tensor& tile, const at::Tensor& u, const at::Tensor& v, int64_t kind, double margin,
+    double scale, double log_floor, bool need_grad);
 
 // gemm.cpp: float32 results of float32, bfloat16 or float16 inputs
 bool has_gemm_bf16();

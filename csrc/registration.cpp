@@ -51,6 +51,12 @@ TORCH_LIBRARY_FRAGMENT(es2fast, m) {
       "native_kl_rows(Tensor(a!) teacher, Tensor(b!) student, Tensor? bias_t, Tensor? bias_s, "
       "Tensor scale, int direction, float beta, float gain, float cap_in, float cap_out, "
       "bool is_delta, bool need_grad, bool half_grad) -> Tensor");
+  m.def(
+      "native_moment_rows(Tensor(a!) student, Tensor row_gain, Tensor? bias, float bias_gain, "
+      "Tensor top_ids, Tensor top_probs, bool need_grad, bool half_grad) -> (Tensor, Tensor)");
+  m.def(
+      "native_pair_rows(Tensor(a!) tile, Tensor u, Tensor v, int kind, float margin, float scale, "
+      "float log_floor, bool need_grad) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(es2fast, CPU, m) {
@@ -58,6 +64,8 @@ TORCH_LIBRARY_IMPL(es2fast, CPU, m) {
   m.impl("native_gemm_nn", &gemm_nn);
   m.impl("native_gemm_tn", &gemm_tn);
   m.impl("native_kl_rows", &kl_rows);
+  m.impl("native_moment_rows", &moment_rows);
+  m.impl("native_pair_rows", &pair_rows);
 }
 
 }  // namespace es2fast

@@ -51,6 +51,14 @@ if MISSING is None:
     def _(teacher, student, bias_t, bias_s, scale, *options):
         return torch.empty_like(scale)
 
+    @torch.library.register_fake("es2fast::native_moment_rows")
+    def _(student, row_gain, *rest):
+        return torch.empty_like(row_gain), torch.empty_like(row_gain)
+
+    @torch.library.register_fake("es2fast::native_pair_rows")
+    def _(tile, u, *rest):
+        return torch.empty_like(u)
+
     @torch.library.register_fake("es2fast::native_gemm_nt")
     def _(a, b, out):
         return None
