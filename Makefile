@@ -36,6 +36,10 @@ sanitize: $(VENV)/installed
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		$(abspath $(BIN))/python -m pytest -q tests/ops -k "native and not compile" $(PYTEST)
 
+# pytest-benchmark on the CPU; `make bench PYTEST=--benchmark-compare` sets it against the last run.
+bench: $(VENV)/installed
+	$(BIN)/python -m pytest bench --benchmark-autosave $(PYTEST)
+
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*)

@@ -169,26 +169,41 @@ struct RowPass {
     Vec value, p_s, log_sm;  // value's term; p_s; log(p_s / m)
   };
 
+  // sum_k (-w)^k (a - a^k) / (k (k-1)): the value's term over p_t for small w = p_s/p_t - 1.
+  static Vec jsd_series(const Vec& w, float a) {
+    Vec series(0.0f);
+    for (int k = 8; k >= 2; --k) {
+      const float c = (a - std::pow(a, static_cast<float>(k))) / static_cast<float>(k * (k - 1));
+      series = at::vec::fmadd(series, w.neg(), Vec(c));
+    }
+    return series * w * w;
+  }
+
+  // Near the teacher, where all of a vector mostly is, without the logarithms of the far forms.
+  template <bool NEED_VALUE>
   JSDTerms jsd_terms(const Vec& z_b, const Vec& r, const Vec& m, const Vec& inv_p) const {
     const float b = q.beta, a = 1.0f - b;
     const Vec one(1.0f), near = r.abs() <= Vec(SERIES_BELOW), x = clip(r, SERIES_BELOW);
-    const Vec p_t = vexp(z_b - m) * inv_p, p_s = vexp(z_b - m + r) * inv_p;
-    const Vec w = x + vphi(x), aw = Vec(a) * w, log_aw = aw.log1p();
+    const Vec p_t = vexp(z_b - m) * inv_p, w = x + vphi(x), aw = Vec(a) * w, log_aw = aw.log1p();
+    JSDTerms t{Vec(0.0f), p_t * (one + w), x - log_aw};
+    if constexpr (NEED_VALUE) {
+      const Vec small = w.abs() < Vec(0.1f);
+      t.value = jsd_series(w, a);
+      if (!all(small)) {
+        const Vec parts = Vec(a) * ((one + w) * x - w) - ((one + aw) * log_aw - aw);
+        t.value = Vec::blendv(parts, t.value, small);
+      }
+      t.value = t.value * p_t;
+    }
+    if (all(near)) return t;
+    const Vec p_s = vexp(z_b - m + r) * inv_p;
     const Vec q_abs = vexp(r.abs().neg());  // the smaller side over the larger one
     const Vec mix = Vec::blendv(Vec(b) + Vec(a) * q_abs, Vec(a) + Vec(b) * q_abs, r > Vec(0.0f));
-    const Vec far = mix.log().neg();
-    const Vec log_sm = Vec::blendv(far + at::vec::minimum(r, Vec(0.0f)), x - log_aw, near);
+    const Vec far = mix.log().neg(), log_sm = far + at::vec::minimum(r, Vec(0.0f));
     const Vec log_tm = far - at::vec::maximum(r, Vec(0.0f));
-    const Vec parts = Vec(a) * ((one + w) * x - w) - ((one + aw) * log_aw - aw);
-    Vec series(0.0f);  // sum_k (-w)^k (a - a^k) / (k (k-1)) for small w
-    for (int k = 8; k >= 2; --k) {
-      const float c = (a - std::pow(a, static_cast<float>(k))) / static_cast<float>(k * (k - 1));
-      series = series * w.neg() + Vec(c);
-    }
-    series = series * w * w;
-    const Vec value_near = p_t * Vec::blendv(parts, series, w.abs() < Vec(0.1f));
-    const Vec value_far = Vec(b) * p_t * log_tm + Vec(a) * p_s * log_sm;
-    return {Vec::blendv(value_far, value_near, near), p_s, log_sm};
+    const Vec value = Vec(b) * p_t * log_tm + Vec(a) * p_s * log_sm;
+    return {Vec::blendv(value, t.value, near), Vec::blendv(p_s, t.p_s, near),
+            Vec::blendv(log_sm, t.log_sm, near)};
   }
 
   double jsd(double kl) {
@@ -198,7 +213,7 @@ struct RowPass {
     for (int64_t begin = 0; begin < q.vocab; begin += BLOCK) {
       Vec value_v(0.0f), moment_v(0.0f), mass_v(0.0f);
       for_vectors(begin, std::min(begin + BLOCK, q.vocab), [&](int64_t j, int64_t n) {
-        const JSDTerms t = jsd_terms(load(z + j, n), shift.from(load(d + j, n)), m, inv_p);
+        const JSDTerms t = jsd_terms<true>(load(z + j, n), shift.from(load(d + j, n)), m, inv_p);
         value_v = value_v + only(t.value, 0.0f, n);
         moment_v = moment_v + only(t.p_s * t.log_sm, 0.0f, n);
         mass_v = mass_v + only(t.p_s, 0.0f, n);
@@ -209,7 +224,7 @@ struct RowPass {
       const Vec mean(static_cast<float>(moment / mass)), factor((1.0f - q.beta) * scale);
       for_vectors(0, q.vocab, [&](int64_t j, int64_t n) {
         const Vec z_b = load(z + j, n), diff = load(d + j, n);
-        const JSDTerms t = jsd_terms(z_b, shift.from(diff), m, inv_p);
+        const JSDTerms t = jsd_terms<false>(z_b, shift.from(diff), m, inv_p);
         put(j, t.p_s * (t.log_sm - mean) * slope(z_b, diff) * factor, n);
       });
     }
