@@ -40,11 +40,11 @@ def moments_of(problem: Problem, top_k: int = 16, head: Tensor | None = None) ->
     """The teacher of a problem reduced; ``head`` replaces the student's (its float16 copy)."""
     options = {k: v for k, v in problem.options.items() if k in MOMENT_OPTIONS}
     weight = problem.weight if head is None else head
-    shared = problem.teacher_weight is None
+    teacher_weight = weight if problem.teacher_weight is None else problem.teacher_weight
     return teacher_moments(
         problem.teacher_hidden,
-        weight if shared else problem.teacher_weight,
-        None if shared else weight,
+        teacher_weight,
+        None if problem.teacher_weight is None else weight,
         top_k=top_k,
         chunk_tokens=problem.options.get("chunk_tokens"),
         **options,

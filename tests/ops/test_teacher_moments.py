@@ -102,7 +102,9 @@ def test_anchors_are_what_a_peaked_teacher_needs():
 @pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
 @pytest.mark.parametrize("name", options_without_softcap(FP32))
 def test_options(backend, name, dtype):
-    check(options_without_softcap(dtype)[name], backend)
+    """bfloat16 states with a float16 head: some options make a flat teacher close by."""
+    problem = options_without_softcap(dtype)[name]
+    check(problem, backend, head=problem.weight.half() if dtype == BF16 else None)
 
 
 @pytest.mark.parametrize("top_k", (0, 1, 5, 127))
