@@ -164,11 +164,43 @@ def _fused_case(
     )
 
 
+def _moment_cases() -> Iterator[Case]:
+    from es2fast.ops.triton import teacher_moments as kernels
+
+    config = kernels.ROW_CONFIG
+    signature = dict.fromkeys(("zs_ptr", "row_gain_ptr", "probs_ptr"), "*fp32")
+    signature |= {"max_ptr": "*fp32", "sum_ptr": "*fp32", "ids_ptr": "*i32"}
+    signature |= dict.fromkeys(("V", "pitch", "stride_g"), "i32")
+    signature |= dict.fromkeys(("gain", "unit"), "fp32")
+    for dtype, k, bias in itertools.product(("bf16", "fp16", "fp32"), (0, 16), (False, True)):
+        for need_grad in (True, False):
+            name = f"moments {dtype} {k} anchors{' bias' if bias else ''}"
+            yield Case(
+                kernels.moment_row_kernel,
+                name if need_grad else f"{name} no-grad",
+                signature | {"g_ptr": f"*{dtype}", "b_ptr": f"*{dtype}"},
+                dict(
+                    K=k,
+                    BLOCK_K=max(1, k),
+                    HAS_BIAS=bias,
+                    NEED_GRAD=need_grad,
+                    BLOCK=config.block,
+                    STAGES=config.stages,
+                ),
+                config.num_warps,
+                3,
+                config.max_registers,
+                has_dot=False,
+                in_use=True,
+                aligned=("pitch", "stride_g"),
+            )
+
+
 def cases(capability: int, candidates: bool = False) -> list[Case]:
     """Every specialization in use at a capability (and, with ``candidates``, tuning ones)."""
     if candidates:
         return list(_fused_cases(capability, True))
-    return [*_row_cases(), *_fused_cases(capability, False)]
+    return [*_row_cases(), *_moment_cases(), *_fused_cases(capability, False)]
 
 
 def compile_case(case: Case, capability: int) -> Report:
@@ -226,6 +258,8 @@ def _is_brief(label: str) -> bool:
     """One of each kind, the heaviest: what the test suite has time for."""
     if label.startswith("fused"):
         return "forward bf16" in label and ("shared" in label or "softcap" in label)
+    if label.startswith("moments"):
+        return label.endswith("fp16 16 anchors bias")
     heavy = ("row jsd fp32 bias+softcap no-grad", "row forward fp32 bias+softcap")
     return label in heavy or label.endswith("bf16 bias+softcap")
 

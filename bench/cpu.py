@@ -30,10 +30,10 @@ from bench._harness import Rows, conditions, extra_memory
 from bench.linear_kl import MODES, Inputs, eager_loss, floor_step, make_inputs
 from es2fast import linear_kl_div
 from es2fast.ops import native
-from es2fast.ops.linear_kl import CPU_CHUNK
 from es2fast.ops.linear_kl_chunked import KLProblem, torch_row_pass
 from es2fast.ops.linear_kl_native import kl_row_pass
 from es2fast.ops.linear_kl_rows import KLSpec
+from es2fast.ops.tokens import CPU_CHUNK
 
 Step = Callable[[], Any]
 

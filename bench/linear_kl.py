@@ -4,10 +4,12 @@
     python bench/linear_kl.py --device cpu --quick   # a smoke run anywhere, small shapes
 
 Modes: ``trainable`` (loss, dX, dW; floor 8NHV flop), ``frozen`` (loss, dX; 6NHV), ``no-grad``
-(loss; 4NHV). Two floors stand in every row: ``floor_ms``, the mode's GEMMs alone (bf16, fp32 out
-where ours need it, the same chunks) measured in the same run, and ``limit_ms``, the flop over 790
-TFLOP/s, the dense bf16 ceiling of an H200. ``of_floor`` and ``of_limit`` are
-their fractions (1 is the floor itself). Peers that are not installed get a row with the reason.
+(loss; 4NHV), ``moments`` (loss, dX against a teacher reduced to moments before the timed call;
+4NHV; a row of its own says what making the moments takes). Two floors stand in every row:
+``floor_ms``, the mode's GEMMs alone (bf16, fp32 out where ours need it, the same chunks) measured
+in the same run, and ``limit_ms``, the flop over 790 TFLOP/s, the dense bf16 ceiling of an H200.
+``of_floor`` and ``of_limit`` are their fractions (1 is the floor itself). Peers that are not
+installed get a row with the reason.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ import torch
 from torch import Tensor
 
 from bench._harness import Rows, conditions, measure
-from es2fast import linear_kl_div
+from es2fast import half_head, linear_kl_div, moment_kl_div, teacher_moments
 from es2fast.ops.linear_kl_chunked import add_weight_gradient, input_gradient, logits_into
 
-MODES = {"trainable": 8, "frozen": 6, "no-grad": 4}  # flop in units of N H V
+MODES = {"trainable": 8, "frozen": 6, "no-grad": 4, "moments": 4}  # flop in units of N H V
 CEILING = 790e12  # dense bf16 flop/s, measured ceiling of an H200
 SHAPES = tuple(
     (n, h, v)
@@ -87,7 +89,8 @@ def floor_step(i: Inputs, chunk: int) -> Step:
         for start in range(0, n, chunk):
             rows = slice(start, min(start + chunk, n))
             count = rows.stop - rows.start
-            logits_into(x_t[rows], w_t, logits[:count])
+            if i.mode != "moments":
+                logits_into(x_t[rows], w_t, logits[:count])
             logits_into(x[rows], w, logits[:count])
             if i.mode != "no-grad":
                 input_gradient(g[:count], w, torch.float32)
@@ -150,6 +153,20 @@ def contestants(i: Inputs, device: str) -> Iterator[tuple[str, Callable[[], Step
     yield "flash-linear-attention fused_kl_div", lambda: i.step(_fla(i))
 
 
+def moment_contestants(i: Inputs, device: str) -> Iterator[tuple[str, Callable[[], Step]]]:
+    """As ``contestants``, for the mode ``moments``: nobody else has it."""
+
+    def loss(w: Tensor, backend: str | None = None) -> Step:
+        moments = teacher_moments(i.x_t, w)
+        return i.step(lambda: moment_kl_div(i.x, w, moments, backend=backend))
+
+    yield "es2fast moments", lambda: loss(i.w)
+    yield "es2fast moments, fp16 head", lambda: loss(half_head(i.w).weight)
+    if device == "cuda":
+        yield "es2fast moments, torch backend", lambda: loss(i.w, "torch")
+    yield "making the moments", lambda: lambda: teacher_moments(i.x_t, i.w)
+
+
 def bench_shape(rows: Rows, shape: tuple[int, int, int], mode: str, device: str) -> None:
     """Every contestant on one shape and mode; the floor first."""
     n, h, v = shape
@@ -161,7 +178,8 @@ def bench_shape(rows: Rows, shape: tuple[int, int, int], mode: str, device: str)
     about = dict(op="linear_kl", mode=mode, n=n, h=h, v=v, dtype=str(dtype)[6:], limit_ms=limit)
     floor = measure(floor_step(i, chunk), device)
     rows.add(name="GEMMs alone (floor)", **about, **floor)
-    for name, make in contestants(i, device):
+    makers = moment_contestants if mode == "moments" else contestants
+    for name, make in makers(i, device):
         try:
             step = make()
         except ImportError as error:

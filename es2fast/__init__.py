@@ -1,5 +1,7 @@
 """es2fast: Embedding Space Separation (arXiv 2603.20206) for safer open LLMs."""
 
 from es2fast.ops.linear_kl import linear_kl_div
+from es2fast.ops.moments_cache import TeacherMoments, half_head
+from es2fast.ops.teacher_moments import moment_kl_div, teacher_moments
 
-__all__ = ["linear_kl_div"]
+__all__ = ["TeacherMoments", "half_head", "linear_kl_div", "moment_kl_div", "teacher_moments"]

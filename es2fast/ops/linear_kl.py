@@ -30,13 +30,21 @@ from es2fast.ops import native
 from es2fast.ops.linear_kl_chunked import KLProblem, KLResult, run_torch
 from es2fast.ops.linear_kl_native import run_native
 from es2fast.ops.linear_kl_rows import KLSpec
+from es2fast.ops.tokens import (
+    REDUCTIONS,
+    check_head,
+    check_tokens,
+    default_chunk,
+    pack,
+    reduce_rows,
+    refuse,
+    row_scale,
+    saved_dtype,
+    scale_gradient,
+    vocabulary,
+)
 
 DIRECTIONS = ("forward", "reverse", "jsd")
-REDUCTIONS = ("mean", "sum", "none")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-GPU_CHUNK = 1024  # fills the SMs of a big GPU in dX
-GPU_CHUNK_TRAINABLE = 2048  # fewer passes over the float32 dW
-CPU_CHUNK = 256
 
 
 # --- backends -------------------------------------------------------------------------------------
@@ -103,39 +111,6 @@ def choose_backend(name: str | None, hidden: Tensor, teacher_weight: Tensor | No
 # --- checks ---------------------------------------------------------------------------------------
 
 
-def _refuse(condition: bool, message: str) -> None:
-    if condition:
-        raise ValueError(message)
-
-
-def _check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    for name, tensor in ((f"{side}hidden", hidden), (f"{side}weight", weight)):
-        _refuse(
-            tensor.dim() != 2,
-            f"{name} has shape {tuple(tensor.shape)}: expected two dimensions; flatten batch and "
-            "sequence into tokens first",
-        )
-        _refuse(
-            tensor.dtype not in DTYPES,
-            f"{name} has dtype {tensor.dtype}: expected one of {DTYPES}",
-        )
-    _refuse(
-        hidden.shape[1] != weight.shape[1],
-        f"{side}hidden is {hidden.shape[1]} wide and {side}weight {weight.shape[1]}: a head of "
-        "another width needs its own teacher_weight; a sharded (ZeRO-3) one must be gathered first",
-    )
-    _refuse(
-        hidden.dtype != weight.dtype,
-        f"{side}hidden is {hidden.dtype} and {side}weight {weight.dtype}: cast one of them, for "
-        f"instance {side}hidden.to({weight.dtype})",
-    )
-    _refuse(
-        bias is not None and tuple(bias.shape) != (weight.shape[0],),
-        f"{side}bias has shape {None if bias is None else tuple(bias.shape)}: expected "
-        f"({weight.shape[0]},), one entry per row of {side}weight",
-    )
-
-
 def _check_teacher(
     hidden: Tensor,
     weight: Tensor,
@@ -143,23 +118,23 @@ def _check_teacher(
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
 ) -> None:
-    _refuse(
+    refuse(
         teacher_weight is None and teacher_bias is not None,
         "teacher_bias is given without teacher_weight: a shared head shares its bias; pass "
         "teacher_weight too, or drop teacher_bias",
     )
-    _check_head(
+    check_head(
         "teacher_",
         teacher_hidden,
         weight if teacher_weight is None else teacher_weight,
         teacher_bias,
     )
-    _refuse(
+    refuse(
         hidden.shape[0] != teacher_hidden.shape[0],
         f"hidden has {hidden.shape[0]} tokens and teacher_hidden {teacher_hidden.shape[0]}: they "
         "must be the same tokens",
     )
-    _refuse(
+    refuse(
         (hidden.dtype == torch.float64) != (teacher_hidden.dtype == torch.float64),
         f"hidden is {hidden.dtype} and teacher_hidden {teacher_hidden.dtype}: float64 goes with "
         "float64 only; cast the other side",
@@ -169,7 +144,7 @@ def _check_teacher(
             teacher_hidden=teacher_hidden, teacher_weight=teacher_weight, teacher_bias=teacher_bias
         )
         for name, tensor in teacher.items():
-            _refuse(
+            refuse(
                 tensor is not None and tensor.requires_grad,
                 f"{name} requires grad: the teacher is not trained; pass {name}.detach()"
                 + (" or teacher_weight=None for a shared head" if name != "teacher_hidden" else ""),
@@ -179,54 +154,18 @@ def _check_teacher(
 def _check_options(
     direction: str, beta: float, temperature: float, softcap: float | None, reduction: str
 ) -> None:
-    _refuse(direction not in DIRECTIONS, f"direction={direction!r}: expected one of {DIRECTIONS}")
-    _refuse(reduction not in REDUCTIONS, f"reduction={reduction!r}: expected one of {REDUCTIONS}")
-    _refuse(not temperature > 0, f"temperature={temperature}: expected a positive number")
-    _refuse(
+    refuse(direction not in DIRECTIONS, f"direction={direction!r}: expected one of {DIRECTIONS}")
+    refuse(reduction not in REDUCTIONS, f"reduction={reduction!r}: expected one of {REDUCTIONS}")
+    refuse(not temperature > 0, f"temperature={temperature}: expected a positive number")
+    refuse(
         softcap is not None and not softcap > 0,
         f"softcap={softcap}: expected a positive number, or None for a head without soft-cap",
     )
-    _refuse(
+    refuse(
         direction == "jsd" and not 0 < beta < 1,
         f"beta={beta}: JSD is zero outside 0 < beta < 1; for its limits use direction='forward' "
         "or 'reverse'",
     )
-
-
-def _check_tokens(token_weights: Tensor | None, max_valid_tokens: int | None, n: int) -> None:
-    if token_weights is None:
-        _refuse(
-            max_valid_tokens is not None,
-            f"max_valid_tokens={max_valid_tokens} without token_weights: pass both or neither",
-        )
-        return
-    _refuse(
-        tuple(token_weights.shape) != (n,),
-        f"token_weights has shape {tuple(token_weights.shape)}: expected ({n},), one per token",
-    )
-    _refuse(
-        token_weights.requires_grad,
-        "token_weights requires grad: weights are constants; pass token_weights.detach(), or "
-        "reduction='none' and weigh the result",
-    )
-    _refuse(
-        token_weights.is_complex(), f"token_weights has dtype {token_weights.dtype}: expected float"
-    )
-
-
-def _vocabulary(weight: Tensor, teacher_weight: Tensor | None, vocab_size: int | None) -> int:
-    sizes = [w.shape[0] for w in (weight, teacher_weight) if w is not None]
-    _refuse(
-        vocab_size is None and min(sizes) != max(sizes),
-        f"weight has {sizes[0]} rows and teacher_weight {sizes[-1]}: name the real tokens' "
-        "number as vocab_size (rows beyond it are padding)",
-    )
-    vocab = sizes[0] if vocab_size is None else vocab_size
-    _refuse(
-        not 1 <= vocab <= min(sizes),
-        f"vocab_size={vocab}: expected 1 to {min(sizes)}, the rows of the smaller head",
-    )
-    return vocab
 
 
 # --- the public op --------------------------------------------------------------------------------
@@ -292,14 +231,14 @@ def linear_kl_div(
     Source: the definitions above; JSD as in Agarwal et al., arXiv 2306.13649.
     """
     _check_options(direction, beta, temperature, softcap, reduction)
-    _check_head("", hidden, weight, bias)
+    check_head("", hidden, weight, bias)
     _check_teacher(hidden, weight, teacher_hidden, teacher_weight, teacher_bias)
-    _check_tokens(token_weights, max_valid_tokens, hidden.shape[0])
-    _refuse(
+    check_tokens(token_weights, max_valid_tokens, hidden.shape[0])
+    refuse(
         chunk_tokens is not None and chunk_tokens < 1,
         f"chunk_tokens={chunk_tokens}: expected a positive number, or None for the default",
     )
-    vocab = _vocabulary(weight, teacher_weight, vocab_size)
+    vocab = vocabulary(weight, teacher_weight, vocab_size)
     chosen = choose_backend(backend, hidden, teacher_weight)
     grad = torch.is_grad_enabled()
     outputs = torch.ops.es2fast.linear_kl(
@@ -330,40 +269,11 @@ def linear_kl_div(
 # --- the custom op --------------------------------------------------------------------------------
 
 
-def _pack(
-    hidden: Tensor, token_weights: Tensor | None, max_valid: int | None, dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor]:
-    """(indices of the rows that count, or None for all; their weights on hidden's device)."""
-    device = hidden.device
-    if token_weights is None:
-        return None, torch.ones(hidden.shape[0], dtype=dtype, device=device)
-    if max_valid is None:
-        index = token_weights.nonzero().squeeze(1)  # on the CPU: no synchronization
-        kept = token_weights.index_select(0, index)
-        return index.to(device, non_blocking=True), kept.to(device, dtype, non_blocking=True)
-    weights = token_weights.to(device, dtype, non_blocking=True)
-    index = torch.argsort((weights == 0).to(torch.uint8), stable=True)[:max_valid]
-    overflow = (weights != 0).sum() > index.shape[0]
-    kept = weights.index_select(0, index)
-    return index, torch.where(overflow, float("nan"), kept)
-
-
-def _default_chunk(hidden: Tensor, need_dw: bool) -> int:
-    if hidden.device.type != "cuda":
-        return CPU_CHUNK
-    return GPU_CHUNK_TRAINABLE if need_dw else GPU_CHUNK
-
-
-def _saved_dtype(like: Tensor) -> torch.dtype:
-    """What a gradient is kept in until backward; float16 would underflow before loss scaling."""
-    return torch.float32 if like.dtype == torch.float16 else like.dtype
-
-
 def _padded(gradient: Tensor | None, like: Tensor | None) -> Tensor:
     """A gradient in ``like``'s size, zero on padding rows; empty when not asked for."""
     if gradient is None or like is None:
         return torch.empty(0)
-    dtype = _saved_dtype(like)
+    dtype = saved_dtype(like)
     if gradient.shape == like.shape:
         return gradient.to(dtype)
     full = torch.zeros(like.shape, dtype=dtype, device=gradient.device)
@@ -396,11 +306,8 @@ def _linear_kl(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, dX, dW, db); a gradient that is not needed is an empty tensor."""
     accum = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    index, weights = _pack(hidden, token_weights, max_valid_tokens, accum)
-    scale = weights
-    if reduction == "mean":
-        total = weights.sum()
-        scale = torch.where(total == 0, 0.0, weights / total)
+    index, weights = pack(hidden, token_weights, max_valid_tokens, accum)
+    scale = row_scale(weights, reduction)
     result = BACKENDS[backend].run(
         KLProblem(
             hidden=hidden,
@@ -412,20 +319,14 @@ def _linear_kl(
             index=index,
             scale=scale,
             spec=KLSpec(direction, beta, temperature, logit_scale, softcap),
-            chunk_tokens=chunk_tokens or _default_chunk(hidden, need_dw),
+            chunk_tokens=chunk_tokens or default_chunk(hidden, need_dw),
             fused=chunk_tokens is None,
             need_dx=need_dx,
             need_dw=need_dw,
             need_db=need_db,
         )
     )
-    rows = result.rows * scale
-    if reduction != "none":
-        loss = rows.sum()
-    elif index is None:
-        loss = rows
-    else:
-        loss = rows.new_zeros(hidden.shape[0]).index_copy_(0, index, rows)
+    loss = reduce_rows(result.rows * scale, reduction, index, hidden.shape[0])
     dx = torch.empty(0) if result.dx is None else result.dx
     return loss, dx, _padded(result.dw, weight), _padded(result.db, bias)
 
@@ -438,7 +339,7 @@ def _(hidden, weight, bias, *rest):
     return (
         hidden.new_empty(shape, dtype=accum),
         *(
-            torch.empty(like.shape, dtype=_saved_dtype(like), device=like.device)
+            torch.empty(like.shape, dtype=saved_dtype(like), device=like.device)
             if needed
             else torch.empty(0)
             for like, needed in ((hidden, need_dx), (weight, need_dw), (bias, need_db))
@@ -474,9 +375,8 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
     else:
         made, factor = ctx.saved_tensors, grad_loss
     for i in range(3):
-        if ctx.needs[i] and factor is not None:  # out of place: backward may run more than once
-            column = factor[:, None] if ctx.reduction == "none" else factor
-            gradients[i] = (made[i] * column).to(ctx.dtypes[i])
+        if ctx.needs[i] and factor is not None:
+            gradients[i] = scale_gradient(made[i], factor, ctx.reduction, ctx.dtypes[i])
         elif ctx.needs[i]:
             gradients[i] = made[i].to(ctx.dtypes[i])
     return tuple(gradients)

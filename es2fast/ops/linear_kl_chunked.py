@@ -26,8 +26,47 @@ UPCAST_ROWS = 4096  # weight rows upcast at a time where no mixed-precision GEMM
 LINE = 128  # logit rows start at multiples of this many elements, so that odd V stay aligned
 
 
+class PackedTokens:
+    """Tokens of which ``index`` count, each with the factor ``scale``."""
+
+    hidden: Tensor  # (N, H)
+    index: Tensor | None  # (M,) rows that count; None: all
+    scale: Tensor  # (M,) factor of each row's gradient, in the accumulation dtype
+
+    @property
+    def rows(self) -> int:
+        return self.scale.shape[0]
+
+    @property
+    def accum_dtype(self) -> torch.dtype:
+        return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+
+    @property
+    def saved_dtype(self) -> torch.dtype:
+        """What dX is kept in until backward: float16 would lose it before grad_output scales it."""
+        return torch.float32 if self.hidden.dtype == torch.float16 else self.hidden.dtype
+
+    def take(self, tensor: Tensor, start: int, stop: int) -> Tensor:
+        """Rows ``start:stop`` of the packed tokens of ``tensor``, contiguous."""
+        if self.index is None:
+            return tensor[start:stop].contiguous()
+        return tensor.index_select(0, self.index[start:stop])
+
+    def empty_dx(self) -> Tensor:
+        """(N, H) for dX; zero where a token does not count."""
+        make = torch.empty if self.index is None else torch.zeros
+        return make(self.hidden.shape, dtype=self.saved_dtype, device=self.hidden.device)
+
+    def put(self, dx: Tensor, start: int, stop: int, rows: Tensor) -> None:
+        """Write the packed rows ``start:stop`` of dX."""
+        if self.index is None:
+            dx[start:stop] = rows
+        else:
+            dx.index_copy_(0, self.index[start:stop], rows.to(dx.dtype))
+
+
 @dataclass(frozen=True)
-class KLProblem:
+class KLProblem(PackedTokens):
     """One call, checked: what a backend gets. Weights are already cut to the real vocabulary."""
 
     hidden: Tensor  # (N, H)
@@ -50,29 +89,10 @@ class KLProblem:
         return self.need_dx or self.need_dw or self.need_db
 
     @property
-    def rows(self) -> int:
-        return self.scale.shape[0]
-
-    @property
-    def accum_dtype(self) -> torch.dtype:
-        return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
-
-    @property
-    def saved_dtype(self) -> torch.dtype:
-        """What dX is kept in until backward: float16 would lose it before grad_output scales it."""
-        return torch.float32 if self.hidden.dtype == torch.float16 else self.hidden.dtype
-
-    @property
     def is_delta(self) -> bool:
         """Shared full-precision head: the student's side is W (h_s - h_t), free of cancellation."""
         full = self.hidden.dtype in (torch.float32, torch.float64)
         return self.teacher_weight is None and full
-
-    def take(self, tensor: Tensor, start: int, stop: int) -> Tensor:
-        """Rows ``start:stop`` of the packed tokens of ``tensor``, contiguous."""
-        if self.index is None:
-            return tensor[start:stop].contiguous()
-        return tensor.index_select(0, self.index[start:stop])
 
 
 @dataclass
@@ -161,8 +181,7 @@ def run_chunked(problem: KLProblem, row_pass: RowPass, gemms: Gemms = TORCH_GEMM
     raw_s = torch.empty(chunk, pitch, dtype=acc, device=device)
     result = KLResult(torch.empty(p.rows, dtype=acc, device=device))
     if p.need_dx:
-        make = torch.empty if p.index is None else torch.zeros
-        result.dx = make(p.hidden.shape, dtype=p.saved_dtype, device=device)
+        result.dx = p.empty_dx()
     if p.need_dw:
         result.dw = torch.empty(vocab, width, dtype=acc, device=device)
     if p.need_db:
@@ -203,11 +222,7 @@ def _chunk_gradients(
     if result.dx is not None:
         dx = gemms.input_gradient(g, p.weight, p.accum_dtype)
         dx = dx if row_unit is None else dx.mul_(row_unit)
-        dx = (dx if unit is None else dx.mul_(unit)).to(result.dx.dtype)
-        if p.index is None:
-            result.dx[start:stop] = dx
-        else:
-            result.dx.index_copy_(0, p.index[start:stop], dx)
+        p.put(result.dx, start, stop, dx if unit is None else dx.mul_(unit))
     if result.dw is not None:
         x = x if row_unit is None else (x * row_unit).to(x.dtype)
         gemms.add_weight_gradient(result.dw, g, x, start == 0)

@@ -15,10 +15,6 @@ from es2fast.ops.linear_kl_chunked import KLProblem, KLResult, RowGradient, run_
 DIRECTION = {"forward": 0, "reverse": 1, "jsd": 2}
 
 
-def _as_float(vector: Tensor | None) -> Tensor | None:
-    return None if vector is None else vector.float().contiguous()
-
-
 def kl_row_pass(
     zt: Tensor,  # (C, V) float32 raw logits of the teacher; overwritten
     zs: Tensor,  # (C, V) float32 raw logits of the student, or the difference; becomes G
@@ -32,8 +28,8 @@ def kl_row_pass(
     rows = torch.ops.es2fast.native_kl_rows(
         zt,
         zs,
-        _as_float(bias_t),
-        None if p.is_delta else _as_float(p.bias),
+        native.as_float(bias_t),
+        None if p.is_delta else native.as_float(p.bias),
         scale.contiguous(),
         DIRECTION[p.spec.direction],
         p.spec.beta,
@@ -46,15 +42,7 @@ def kl_row_pass(
     )
     if not p.need_grad:
         return rows, None
-    return rows, RowGradient(_packed_half(zs) if half else zs)
-
-
-def _packed_half(zs: Tensor) -> Tensor:
-    """The bfloat16 matrix that starts where each row of ``zs`` does: (C, V) -> (C, V)."""
-    count, vocab = zs.shape
-    pitch = zs.stride(0)
-    halves = zs.as_strided((count, pitch), (pitch, 1)).view(torch.bfloat16)
-    return halves[:, :vocab]
+    return rows, RowGradient(native.packed_half(zs) if half else zs)
 
 
 def run_native(problem: KLProblem) -> KLResult:

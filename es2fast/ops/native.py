@@ -98,6 +98,22 @@ def why_not(hidden: Tensor, teacher_weight: Tensor | None) -> str | None:
     return MISSING
 
 
+# --- what the row passes' callers share -----------------------------------------------------------
+
+
+def as_float(vector: Tensor | None) -> Tensor | None:
+    """A float32 copy where one is needed; the kernels take nothing else."""
+    return None if vector is None else vector.float().contiguous()
+
+
+def packed_half(rows: Tensor) -> Tensor:
+    """The bfloat16 matrix that starts where each row of ``rows`` does: float32 (C, V) -> (C, V)."""
+    count, vocab = rows.shape
+    pitch = rows.stride(0)
+    halves = rows.as_strided((count, pitch), (pitch, 1)).view(torch.bfloat16)
+    return halves[:, :vocab]
+
+
 # --- GEMMs with float32 results -------------------------------------------------------------------
 
 
