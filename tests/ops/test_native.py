@@ -12,6 +12,7 @@ import torch
 
 from es2fast.ops import native
 from tests.ops.linear_kl_matrix import BF16, FP16, FP32, make_problem, relative, run
+from tests.ops.moments_matrix import run as run_moments
 
 ROOT = Path(__file__).resolve().parents[2]
 built = pytest.mark.skipif(native.why_missing() is not None, reason=str(native.why_missing()))
@@ -75,11 +76,37 @@ def test_one_thread_and_two_give_the_same_bits(dtype: torch.dtype) -> None:
 
 
 @built
+def test_one_thread_and_two_give_the_same_moments_loss() -> None:
+    problem = make_problem(BF16, n=70, h=130, v=1001, chunk_tokens=32)
+    threads = torch.get_num_threads()
+    try:
+        outcomes = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            outcomes.append(run_moments(problem, "native"))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(outcomes[0].loss, outcomes[1].loss)
+    assert torch.equal(outcomes[0].dx, outcomes[1].dx)
+
+
+@built
 def test_operators_have_fakes() -> None:
-    z = torch.randn(3, 20)
-    arguments = (z, z.clone(), None, None, torch.ones(3), 0, 0.5, 1.0, 0.0, 0.0, False, True, False)
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.es2fast.native_kl_rows.default, arguments, test_utils=tests)
+    z, ones = torch.randn(3, 20), torch.ones(3)
+    ids, probs = torch.zeros(3, 1, dtype=torch.int32), torch.full((3, 1), 0.1)
+    a, ops = torch.randn(4, 8), torch.ops.es2fast
+    calls = {
+        ops.native_kl_rows: (z, z.clone(), None, None, ones, 0, 0.5, 1.0, 0.0, 0.0, False, True,
+                             False),
+        ops.native_moment_rows: (z, ones, None, 1.0, ids, probs, True, False),
+        ops.native_pair_rows: (z.square(), ones, torch.ones(20), 0, 4.0, 1.0, 1e-12, True),
+        ops.native_gemm_nt: (a, a, torch.empty(4, 4)),
+        ops.native_gemm_nn: (a, a.t().contiguous(), torch.empty(4, 4), False),
+        ops.native_gemm_tn: (a, a, torch.empty(8, 8), False),
+    }  # fmt: skip
+    for op, arguments in calls.items():
+        tests = ("test_schema", "test_faketensor")
+        torch.library.opcheck(op.default, arguments, test_utils=tests)
 
 
 @built
