@@ -124,21 +124,21 @@ def pairwise_distances(a: Tensor, b: Tensor) -> Tensor:
 
 def _pair_values(d: Tensor, loss: str, margin: float | None, scale: float) -> Tensor:  # like d
     """The loss of each pair from its distance."""
-    if loss in ("hinge", "softplus") and margin is None:
-        raise ValueError(f"separation: loss={loss!r} needs a margin, in the units of the input")
-    if loss == "l2" or (loss == "fisher" and margin is None):
-        return -d / scale
-    if loss in ("hinge", "fisher"):
-        return (margin - d).relu() / scale
     if loss == "log":
         return -(d / scale).clamp_min(1e-12).log()
-    if loss == "softplus":
-        return torch.nn.functional.softplus((margin - d) / scale, threshold=100.0)
+    if loss == "l2" or (loss == "fisher" and margin is None):
+        return -d / scale
     if loss == "squared" and margin is None:
         return -d.square() / scale**2
+    if loss not in SEPARATION_LOSSES:
+        raise ValueError(f"separation: unknown loss {loss!r}; use one of {SEPARATION_LOSSES}")
+    if margin is None:
+        raise ValueError(f"separation: loss={loss!r} needs a margin, in the units of the input")
     if loss == "squared":
         return (margin**2 - d.square()).relu() / scale**2
-    raise ValueError(f"separation: unknown loss {loss!r}; use one of {SEPARATION_LOSSES}")
+    if loss == "softplus":
+        return torch.nn.functional.softplus((margin - d) / scale, threshold=100.0)
+    return (margin - d).relu() / scale
 
 
 def separation(

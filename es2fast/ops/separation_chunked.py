@@ -20,7 +20,7 @@ synchronization per tile on a GPU; the Triton backend has none.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +65,7 @@ class PairProblem:
 
     @property
     def accum_dtype(self) -> torch.dtype:
-        return torch.float64 if self.a.dtype == torch.float64 else torch.float32
+        return self.u.dtype
 
 
 @dataclass
@@ -235,6 +235,19 @@ def run_chunked(p: PairProblem, pair_pass: PairPass) -> PairResult:
                 da_tile = None if da is None else da[top : top + chunk]
                 _gradients(tile, a, b, touching, da_tile, db_tile)
     return PairResult(values.sum(), da, db)
+
+
+def distance_tiles(a: Tensor, b: Tensor, chunk_rows: int) -> Iterator[Tensor]:
+    """The distances of all pairs, tile by tile, without weights or gradient."""
+    dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
+    u, v = (torch.ones(x.shape[0], dtype=dtype, device=x.device) for x in (a, b))
+    spec = PairSpec("l2", 0.0, 1.0)
+    mean = shared_mean(PairProblem(a, b, u, v, spec, False, chunk_rows, False, False))
+    for left in range(0, b.shape[0], COLUMNS):
+        columns = _block(b, v, mean, left, COLUMNS)
+        for top in range(0, a.shape[0], chunk_rows):
+            rows = _block(a, u, mean, top, chunk_rows)
+            yield squared_distances(rows, columns)[0].clamp_min_(0).sqrt_()
 
 
 def run_torch(problem: PairProblem) -> PairResult:

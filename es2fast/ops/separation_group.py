@@ -80,8 +80,7 @@ def gather_groups(
                 f"max_rows={max_rows}: this rank has {own[0]} harmful and {own[1]} harmless rows; "
                 "raise it on every rank, or pass None"
             )
-        counts = [most] * world
-        counts[rank] = own
+        counts = [most] * world  # own rows are padded too: the same sums on every rank
     with torch.no_grad():
         x = torch.cat([_padded(harmful.x, most[0]), _padded(harmless.x, most[1])])
         w = torch.cat([_padded(harmful.w, most[0]), _padded(harmless.w, most[1])])
@@ -92,9 +91,10 @@ def gather_groups(
     for side, mine in enumerate((harmful, harmless)):
         first = 0 if side == 0 else most[0]
         parts = [slice(first, first + count[side]) for count in counts]
-        rows = [mine.x if r == rank else xs[r][parts[r]] for r in range(world)]
-        weights = [mine.w if r == rank else ws[r][parts[r]] for r in range(world)]
-        gathered.append(Rows(torch.cat(rows), torch.cat(weights)))
+        rows = [x[part] for x, part in zip(xs, parts)]
+        rows[rank] = torch.cat([mine.x, rows[rank][own[side] :]])  # with its gradient
+        weights = torch.cat([w[part] for w, part in zip(ws, parts)])
+        gathered.append(Rows(torch.cat(rows), weights))
     return gathered[0], gathered[1]
 
 
