@@ -53,6 +53,29 @@ class Backend:
     run: Callable[[PairProblem], PairResult]
 
 
+def _triton_why_not(harmful: Tensor) -> str | None:
+    """The Triton kernels' eligibility: NVIDIA sm_80 or newer, bf16, fp16 or fp32."""
+    try:
+        from es2fast.ops.triton.separation import INTERPRETED
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    if harmful.dtype == torch.float64:
+        return "it computes in float32 and harmful is float64"
+    if INTERPRETED and harmful.device.type == "cpu":
+        return None
+    if harmful.device.type != "cuda" or torch.version.hip is not None:
+        return f"it needs an NVIDIA GPU and harmful is on {harmful.device}"
+    if torch.cuda.get_device_capability(harmful.device) < (8, 0):
+        return "it needs compute capability 8.0 or newer"
+    return None
+
+
+def _run_triton(problem: PairProblem) -> PairResult:
+    from es2fast.ops.triton.separation import run_triton
+
+    return run_triton(problem)
+
+
 def _native_missing(problem: PairProblem) -> PairResult:
     raise RuntimeError("backend='native' is not built")  # unreachable behind why_not
 
@@ -60,6 +83,7 @@ def _native_missing(problem: PairProblem) -> PairResult:
 # native: run_chunked(problem, its own PairPass), see separation_chunked.PairPass
 BACKENDS: dict[str, Backend] = {
     "torch": Backend(lambda harmful: None, run_torch),
+    "triton": Backend(_triton_why_not, _run_triton),
     "native": Backend(lambda harmful: "it is not built", _native_missing),
 }
 
@@ -70,7 +94,8 @@ def choose_backend(name: str | None, harmful: Tensor) -> str:
     Raises ValueError for an unknown name and for one that cannot take these rows.
     """
     if name is None:
-        return "torch"
+        on_gpu = harmful.device.type == "cuda"
+        return "triton" if on_gpu and _triton_why_not(harmful) is None else "torch"
     if name not in BACKENDS:
         raise ValueError(
             f"backend={name!r}: expected one of {sorted(BACKENDS)} or None (automatic)"
@@ -201,8 +226,8 @@ def pairwise_separation(
         whitening: for fisher.
         max_rows: with ``group``, upper bounds of any rank's n and m, the same on all ranks: then
             nothing synchronises with the host (else one exchange of row counts does).
-        chunk_rows: rows of the n x m matrix that exist at once, times at most 4096 columns.
-            None: 512 on a CPU, 4096 on a GPU.
+        chunk_rows: rows of the n x m matrix that exist at once. None: torch 512 on a CPU and 4096
+            on a GPU, of at most 4096 columns; triton 2^24 pairs, at least 256 rows.
         backend: "triton", "torch", "native", or None for the best one on harmful's device.
 
     Returns:
