@@ -63,8 +63,19 @@ struct PairRows {
   float* values;   // (C,)
   PairKind kind;
   float margin, scale;
+  float start;      // squared: margin^2, cosine: 1 - margin, of their double
   float log_floor;  // of d / scale
   bool need_grad;
+};
+
+// Products a.b -> squared distances, and which of them are close.
+struct PairDistances {
+  float* tile;       // (C, M)
+  int64_t pitch;     // elements from one row to the next
+  int64_t columns;   // M
+  const float* a_sq;  // (C,) squared norms
+  const float* b_sq;  // (M,)
+  float close;       // a pair is close when d^2 < close (|a|^2 + |b|^2)
 };
 
 struct Kernels {
@@ -72,6 +83,7 @@ struct Kernels {
   void (*kl_rows)(const KLRows&, int64_t begin, int64_t end);
   void (*moment_rows)(const MomentRows&, int64_t begin, int64_t end);
   void (*pair_rows)(const PairRows&, int64_t begin, int64_t end);
+  int64_t (*pair_distances_row)(const PairDistances&, int64_t row, int32_t* close);
 };
 
 extern const Kernels kernels_default;

@@ -6,5 +6,5 @@
 #include "pair_rows.inl"
 
 namespace es2fast {
-const Kernels kernels_default = {"DEFAULT", kl_rows, moment_rows, pair_rows};
+const Kernels kernels_default = {"DEFAULT", kl_rows, moment_rows, pair_rows, pair_distances_row};
 }  // namespace es2fast

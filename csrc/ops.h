@@ -33,6 +33,8 @@ std::tuple<at::Tensor, at::Tensor> moment_rows(
     bool half_grad);
 
 // separation.cpp
+at::Tensor pair_distances(
+    const at::Tensor& tile, const at::Tensor& a_sq, const at::Tensor& b_sq, double close);
 at::Tensor pair_rows(
     const at::Tensor& tile, const at::Tensor& u, const at::Tensor& v, int64_t kind, double margin,
     double scale, double log_floor, bool need_grad);

@@ -22,7 +22,7 @@ inline PairTerms pair_terms(const Vec& d2, const PairRows& q) {
   if constexpr (K == PairKind::squared || K == PairKind::cosine) {
     const bool squared = K == PairKind::squared;
     const float factor = squared ? 1.0f / (q.scale * q.scale) : 1.0f;
-    const Vec rest = squared ? Vec(q.margin * q.margin) - d2 : Vec(1.0f - q.margin) - d2 * Vec(0.5f);
+    const Vec rest = Vec(q.start) - (squared ? d2 : d2 * Vec(0.5f));
     const Vec slope = Vec::blendv(zero, Vec(squared ? -2 * factor : -1.0f), rest > zero);
     return {at::vec::maximum(rest, zero) * Vec(factor), slope};
   }
@@ -59,6 +59,27 @@ float pair_row(const PairRows& q, int64_t row) {
     loss += sum(loss_v);
   }
   return static_cast<float>(loss * q.u[row]);
+}
+
+// Gram row -> squared distances in place; the columns of the close pairs, in order. Returns how many.
+int64_t pair_distances_row(const PairDistances& q, int64_t row, int32_t* close) {
+  float* tile = q.tile + row * q.pitch;
+  const Vec a(q.a_sq[row]), bound(q.close);
+  int64_t found = 0;
+  for_vectors(0, q.columns, [&](int64_t j, int64_t n) {
+    const Vec sizes = a + load(q.b_sq + j, n), gram = load(tile + j, n);
+    const Vec d2 = at::vec::maximum(at::vec::fmadd(gram, Vec(-2.0f), sizes), Vec(0.0f));
+    store(tile + j, d2, n);
+    const Vec far = only(d2 >= sizes * bound, 1.0f, n);
+    if (!all(far)) {
+      float flags[W];
+      far.store(flags);
+      for (int64_t i = 0; i < n; ++i) {
+        if (flags[i] == 0.0f) close[found++] = static_cast<int32_t>(j + i);
+      }
+    }
+  });
+  return found;
 }
 
 void pair_rows(const PairRows& q, int64_t begin, int64_t end) {

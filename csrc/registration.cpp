@@ -55,6 +55,8 @@ TORCH_LIBRARY_FRAGMENT(es2fast, m) {
       "native_moment_rows(Tensor(a!) student, Tensor row_gain, Tensor? bias, float bias_gain, "
       "Tensor top_ids, Tensor top_probs, bool need_grad, bool half_grad) -> (Tensor, Tensor)");
   m.def(
+      "native_pair_distances(Tensor(a!) tile, Tensor a_sq, Tensor b_sq, float close) -> Tensor");
+  m.def(
       "native_pair_rows(Tensor(a!) tile, Tensor u, Tensor v, int kind, float margin, float scale, "
       "float log_floor, bool need_grad) -> Tensor");
 }
@@ -65,6 +67,7 @@ TORCH_LIBRARY_IMPL(es2fast, CPU, m) {
   m.impl("native_gemm_tn", &gemm_tn);
   m.impl("native_kl_rows", &kl_rows);
   m.impl("native_moment_rows", &moment_rows);
+  m.impl("native_pair_distances", &pair_distances);
   m.impl("native_pair_rows", &pair_rows);
 }
 
