@@ -19,6 +19,7 @@ This file holds the contract: the checks, the choice of the backend, the packing
 autograd glue, as one ``torch.library.custom_op`` (torch.compile sees one node).
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -131,6 +132,12 @@ def _check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) 
         f"{side}hidden is {hidden.dtype} and {side}weight {weight.dtype}: cast one of them, for "
         f"instance {side}hidden.to({weight.dtype})",
     )
+    for name, tensor in ((f"{side}weight", weight), (f"{side}bias", bias)):
+        _refuse(
+            tensor is not None and tensor.device != hidden.device,
+            f"{name} is on {None if tensor is None else tensor.device} and {side}hidden on "
+            f"{hidden.device}: move one of them",
+        )
     _refuse(
         bias is not None and tuple(bias.shape) != (weight.shape[0],),
         f"{side}bias has shape {None if bias is None else tuple(bias.shape)}: expected "
@@ -155,6 +162,11 @@ def _check_teacher(
         teacher_hidden,
         weight if teacher_weight is None else teacher_weight,
         teacher_bias,
+    )
+    _refuse(
+        hidden.device != teacher_hidden.device,
+        f"hidden is on {hidden.device} and teacher_hidden on {teacher_hidden.device}: move one of "
+        "them",
     )
     _refuse(
         hidden.shape[0] != teacher_hidden.shape[0],
@@ -284,6 +296,9 @@ def linear_kl_div(
             stores no logits.
         backend: "triton", "torch", "native", or None for the best one on hidden's device.
 
+    Precision follows the inputs' dtype, whatever autocast says. float32 GEMMs on a GPU follow
+    ``torch.set_float32_matmul_precision``: the accuracy tested here is that of the default.
+
     Returns:
         The loss in nats. Gradients flow to hidden, and to weight and bias if they require grad
         (only then is dW computed). First derivatives only.
@@ -350,6 +365,13 @@ def _pack(
     return index, torch.where(overflow, float("nan"), kept)
 
 
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """Autocast would round a float32 head's GEMMs to 16 bits: the inputs' dtype decides here."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def _default_chunk(hidden: Tensor, need_dw: bool) -> int:
     if hidden.device.type != "cuda":
         return CPU_CHUNK
@@ -403,24 +425,24 @@ def _linear_kl(
     if reduction == "mean":
         total = weights.sum()
         scale = torch.where(total == 0, 0.0, weights / total)
-    result = BACKENDS[backend].run(
-        KLProblem(
-            hidden=hidden,
-            weight=weight[:vocab],
-            bias=None if bias is None else bias[:vocab],
-            teacher_hidden=teacher_hidden,
-            teacher_weight=None if teacher_weight is None else teacher_weight[:vocab],
-            teacher_bias=None if teacher_bias is None else teacher_bias[:vocab],
-            index=index,
-            scale=scale,
-            spec=KLSpec(direction, beta, temperature, logit_scale, softcap),
-            chunk_tokens=chunk_tokens or _default_chunk(hidden, need_dw),
-            fused=chunk_tokens is None,
-            need_dx=need_dx,
-            need_dw=need_dw,
-            need_db=need_db,
-        )
+    problem = KLProblem(
+        hidden=hidden,
+        weight=weight[:vocab],
+        bias=None if bias is None else bias[:vocab],
+        teacher_hidden=teacher_hidden,
+        teacher_weight=None if teacher_weight is None else teacher_weight[:vocab],
+        teacher_bias=None if teacher_bias is None else teacher_bias[:vocab],
+        index=index,
+        scale=scale,
+        spec=KLSpec(direction, beta, temperature, logit_scale, softcap),
+        chunk_tokens=chunk_tokens or _default_chunk(hidden, need_dw),
+        fused=chunk_tokens is None,
+        need_dx=need_dx,
+        need_dw=need_dw,
+        need_db=need_db,
     )
+    with _without_autocast(hidden.device.type):
+        result = BACKENDS[backend].run(problem)
     rows = result.rows * scale
     if reduction != "none":
         loss = rows.sum()

@@ -18,6 +18,7 @@ sum s, other's max and sumexp. Offsets of rows and of head entries are 64-bit: N
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -566,7 +567,8 @@ def _scalars(p: KLProblem) -> dict[str, float]:
 def _biases(p: KLProblem) -> tuple[Tensor | None, Tensor | None]:
     """(teacher's bias, student's bias) as the kernels add them; a shared one cancels in a delta."""
     bias_t = p.bias if p.teacher_weight is None else p.teacher_bias
-    return bias_t, None if p.is_delta else p.bias
+    bias_s = None if p.is_delta else p.bias
+    return tuple(None if b is None else b.contiguous() for b in (bias_t, bias_s))
 
 
 def _gradient_place(zs: Tensor, dtype: torch.dtype) -> Tensor:
@@ -703,7 +705,9 @@ def launch_fused(
 
 
 def run_triton(problem: KLProblem) -> KLResult:
-    """The ``triton`` backend."""
-    if _fused_reason(problem) is None:
-        return _run_fused(problem)
-    return run_chunked(problem, _row_pass)
+    """The ``triton`` backend. Kernels start on the tensors' GPU, which need not be the current."""
+    on_gpu = problem.hidden.is_cuda
+    with torch.cuda.device(problem.hidden.device) if on_gpu else contextlib.nullcontext():
+        if _fused_reason(problem) is None:
+            return _run_fused(problem)
+        return run_chunked(problem, _row_pass)
