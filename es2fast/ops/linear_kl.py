@@ -132,10 +132,10 @@ def _check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) 
         f"{side}hidden is {hidden.dtype} and {side}weight {weight.dtype}: cast one of them, for "
         f"instance {side}hidden.to({weight.dtype})",
     )
-    for name, tensor in ((f"{side}weight", weight), (f"{side}bias", bias)):
+    for name, other in ((f"{side}weight", weight), (f"{side}bias", bias)):
         _refuse(
-            tensor is not None and tensor.device != hidden.device,
-            f"{name} is on {None if tensor is None else tensor.device} and {side}hidden on "
+            other is not None and other.device != hidden.device,
+            f"{name} is on {None if other is None else other.device} and {side}hidden on "
             f"{hidden.device}: move one of them",
         )
     _refuse(

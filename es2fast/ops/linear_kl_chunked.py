@@ -7,11 +7,12 @@ slice of dX and a contribution to dW. What lives at once is bounded by ``chunk_t
 by ``N * V``; dX and dW come from separate GEMMs, so results repeat bit by bit.
 
 Chunks are counted in tokens, not derived from V / H: 1024 rows fill a big GPU in the dX GEMM, and a
-trainable head wants more because its float32 dW is read and written once per chunk. GEMMs
-accumulate and return float32: on CUDA by ``torch.mm`` and ``torch.addmm`` with ``out_dtype=float32``
-(torch 2.10 and newer take a float32 ``dw`` there), elsewhere by upcasting a block of the weight at a
-time. Outputs are written in place: their inner stride is 1, so cuBLAS takes the padded row pitch as
-its leading dimension and nothing is copied. Offsets are torch's own, 64-bit.
+trainable head wants more because its float32 dW is read and written once per chunk.
+
+GEMMs accumulate and return float32: on CUDA by ``torch.mm`` and ``torch.addmm`` with ``out_dtype``
+(a float32 ``dw`` there needs torch 2.10), elsewhere by upcasting a block of the weight at a time.
+Outputs are written in place: their inner stride is 1, so cuBLAS takes the padded row pitch as its
+leading dimension and copies nothing.
 """
 
 from __future__ import annotations

@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from es2fast import linear_kl_div
+from es2fast.ops import linear_kl_chunked
 from es2fast.ops.linear_kl import choose_backend
+from es2fast.ops.linear_kl_rows import KLSpec
 from tests.ops.linear_kl_matrix import (
     BF16,
     DIRECTIONS,
@@ -96,9 +98,32 @@ def test_options(backend, name, direction):
     check(problem, backend)
 
 
-@pytest.mark.parametrize("name", ("bias, shared head", "weights", "padding", "everything", "none"))
+@pytest.mark.parametrize("name", option_problems(BF16))
 def test_options_in_bfloat16(backend, name):
     check(option_problems(BF16)[name], backend)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
+@pytest.mark.parametrize("shared", (True, False), ids=("shared head", "two heads"))
+def test_every_input_strided(backend, dtype, direction, shared):
+    """Rows, columns and vectors that lie apart in memory, in the teacher and the biases too."""
+    gen = torch.Generator().manual_seed(5)
+
+    def sparse(*shape: int, factor: float = 1.0) -> torch.Tensor:
+        return (factor * torch.randn(*shape, generator=gen)).to(dtype)[..., ::2]
+
+    head, other = sparse(127, 130, factor=0.25), sparse(127, 66, factor=0.25)
+    options = dict(bias=sparse(254), token_weights=torch.tensor([1.0, 9, 0, 9, 2, 9, 1, 9])[::2])
+    if shared:
+        problem = Problem(sparse(4, 130), head, sparse(65, 8).t(), None, options)
+    else:
+        options |= dict(teacher_bias=sparse(254))
+        problem = Problem(sparse(65, 8).t(), head, sparse(4, 66), other, options)
+    tensors = (problem.hidden, head, problem.teacher_hidden, other, *options.values())
+    assert not any(t.is_contiguous() for t in tensors)
+    problem.options |= dict(direction=direction, chunk_tokens=2)
+    check(problem, backend)
 
 
 @pytest.mark.parametrize("beta", (0.05, 0.9))
@@ -106,17 +131,51 @@ def test_jsd_beta(backend, beta):
     check(make_problem(direction="jsd", beta=beta), backend)
 
 
-@pytest.mark.parametrize("v", (32000, 128256 + 3))
-def test_large_vocabulary(backend, v):
-    check(make_problem(BF16, n=1 if backend == "triton" else 3, h=33, v=v), backend)
+@pytest.mark.parametrize("v", (127, 32000, 128256 + 3))
+@pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
+def test_sweep_over_vocabularies(backend, dtype, v):
+    """The ends and the knee of the sweep at every vocabulary (1000 is the sweep's own)."""
+    slow = backend == "triton"
+    directions = DIRECTIONS if not slow or v == 127 else ("forward",)
+    for direction, target, temperature in itertools.product(
+        directions, (0.4, 2e-3, 1e-6), (1.0, 2.0)
+    ):
+        if slow and v > 1000 and (target, temperature) not in ((2e-3, 1.0), (1e-6, 2.0)):
+            continue  # 256 tiles a row: seconds each in the interpreter
+        problem, _ = at_divergence(
+            target,
+            dtype,
+            n=1 if slow else 3,
+            h=33,
+            v=v,
+            direction=direction,
+            temperature=temperature,
+        )
+        check(problem, backend)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_logits_up_to_80(backend, direction):
-    problem = make_problem(FP32, spread=25.0, distance=0.05, v=1000, direction=direction)
-    logits = problem.hidden @ problem.weight.t()
-    problem.weight *= 80 / logits.abs().max()
-    check(problem, backend)
+@pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
+@pytest.mark.parametrize("shared", (True, False), ids=("shared head", "two heads"))
+def test_logits_up_to_80(backend, dtype, direction, shared):
+    for distance in (0.05, 1e-3):
+        problem = make_problem(
+            FP32, spread=25.0, distance=distance, v=1000, direction=direction, separate=not shared
+        )
+        factor = 80 / (problem.hidden @ problem.weight.t()).abs().max()
+        problem.weight *= factor
+        if problem.teacher_weight is not None:
+            problem.teacher_weight *= factor
+        problem = problem.cast(dtype)
+        largest = (problem.hidden.double() @ problem.weight.double().t()).abs().max()
+        assert 79 < largest < 81
+        check(problem, backend)
+
+
+def test_autocast_does_not_round_float32(backend):
+    """GEMMs inside the op follow the inputs' dtype, not the region they are called from."""
+    with torch.autocast("cpu", torch.bfloat16):
+        check(make_problem(), backend)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -142,13 +201,20 @@ def test_far_apart_on_a_few_tokens(backend):
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("softcap", (None, 5.0))
 def test_equal_inputs_give_exactly_zero(backend, dtype, direction, softcap):
-    for separate in (False, True):
-        problem = make_problem(dtype, distance=0.0, direction=direction, softcap=softcap)
+    for separate, scale in itertools.product((False, True), (1.0, 0.3)):
+        bias = torch.linspace(-3, 3, 127).to(dtype)
+        problem = make_problem(
+            dtype, distance=0.0, direction=direction, softcap=softcap, bias=bias, logit_scale=scale,
+            temperature=1.7,
+        )  # fmt: skip
         if separate:
             problem.teacher_weight = problem.weight.clone()
+            problem.options["teacher_bias"] = bias.clone()
         got = run(problem, backend)
         assert got.loss.item() == 0.0
-        assert got.dx.abs().max().item() == 0.0 and got.dw.abs().max().item() == 0.0
+        assert not any(g.count_nonzero() for g in (got.dx, got.dw, got.db))
+        for chunk in (2, None):
+            assert run(problem, backend, "", chunk_tokens=chunk).loss.item() == 0.0
 
 
 # --- edges ----------------------------------------------------------------------------------------
@@ -170,12 +236,20 @@ def test_no_and_one_token(backend, n, reduction):
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
 @pytest.mark.parametrize("hint", (None, 2))
 def test_all_tokens_masked(backend, reduction, hint):
-    problem = make_problem(
-        token_weights=torch.zeros(5, dtype=torch.bool), max_valid_tokens=hint, reduction=reduction
-    )
-    got = run(problem, backend)
-    assert got.loss.abs().sum().item() == 0.0
-    assert got.dx.abs().max().item() == 0.0 and got.dw.abs().max().item() == 0.0
+    for dtype in (FP32, BF16):
+        problem = make_problem(
+            dtype,
+            token_weights=torch.zeros(5, dtype=torch.bool),
+            max_valid_tokens=hint,
+            reduction=reduction,
+            bias=torch.ones(127, dtype=dtype),
+        )
+        got = run(problem, backend)
+        assert got.loss.abs().sum().item() == 0.0
+        for gradient, like in ((got.dx, problem.hidden), (got.dw, problem.weight)):
+            assert gradient.shape == like.shape and gradient.count_nonzero() == 0
+        assert got.db.count_nonzero() == 0
+        assert run(problem, backend, "").loss.abs().sum().item() == 0.0
 
 
 def test_masked_tokens_are_not_computed(backend):
@@ -210,6 +284,40 @@ def test_only_what_is_asked_for(backend):
     for gradients in ("x", "w", "b", "xw", ""):
         problem = make_problem(bias=torch.randn(127))
         check(problem, backend, gradients)
+
+
+@pytest.mark.parametrize("dtype", (BF16, FP16, FP32), ids=str)
+@pytest.mark.parametrize("shared", (True, False), ids=("shared head", "two heads"))
+def test_gemms_of_a_gpu_by_their_shape_functions(monkeypatch, dtype, shared):
+    """The calls that only a GPU makes, on tensors without data: signatures, dtypes, strides.
+
+    ``has_mixed_gemm`` is what says that 16-bit matrices multiply into float32 here.
+    """
+    monkeypatch.setattr(linear_kl_chunked, "has_mixed_gemm", lambda x: True)
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    teacher_weight = None if shared else empty(131, 33)
+    problem = linear_kl_chunked.KLProblem(
+        empty(7, 65), empty(131, 65), empty(131), empty(7, 65 if shared else 33), teacher_weight,
+        None, None, torch.empty(7, device="meta"), KLSpec(), 3, False, True, True, True,
+    )  # fmt: skip
+    result = linear_kl_chunked.run_torch(problem)
+    assert result.dx is not None and result.dw is not None and result.db is not None
+    assert result.dx.shape == (7, 65) and result.dx.dtype == problem.saved_dtype
+    assert result.dw.shape == (131, 65) and result.dw.dtype == FP32
+    assert result.db.shape == (131,) and result.rows.shape == (7,)
+
+
+def test_only_vectorized_rows_go_to_the_tile_fused_kernel():
+    pytest.importorskip("triton")
+    from es2fast.ops.triton.linear_kl import has_aligned_rows
+
+    x = torch.empty(8, 96, dtype=BF16)
+    assert has_aligned_rows(x) and has_aligned_rows(x[:, ::3])  # the second will be copied
+    assert not has_aligned_rows(x[:, :95]) and not has_aligned_rows(x[:, 1:81])
+    assert not has_aligned_rows(torch.empty(8, 97, dtype=BF16)[:, :96])
 
 
 def test_default_backend_on_cpu_is_torch():
@@ -260,15 +368,16 @@ def test_bitwise_repeatable(backend):
         assert torch.equal(first.dx, second.dx) and torch.equal(first.dw, second.dw)
 
 
-def test_retain_graph_and_double_use(backend):
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_retain_graph_and_double_use(backend, reduction):
     problem = make_problem()
-    x = problem.hidden.clone().requires_grad_()
-    loss = linear_kl_div(x, problem.weight, problem.teacher_hidden, backend=backend)
-    (once,) = torch.autograd.grad(loss, x, retain_graph=True)
-    (again,) = torch.autograd.grad(3 * loss, x, retain_graph=True)
-    (both,) = torch.autograd.grad(2 * loss + 2 * loss, x)
-    torch.testing.assert_close(again, 3 * once, rtol=1e-6, atol=0)
-    torch.testing.assert_close(both, 4 * once, rtol=1e-6, atol=0)
+    x, w = problem.hidden.clone().requires_grad_(), problem.weight.clone().requires_grad_()
+    loss = linear_kl_div(x, w, problem.teacher_hidden, backend=backend, reduction=reduction).sum()
+    once = torch.autograd.grad(loss, (x, w), retain_graph=True)
+    again = torch.autograd.grad(4 * loss, (x, w), retain_graph=True)
+    both = torch.autograd.grad(2 * loss + 2 * loss, (x, w))
+    for first, second, third in zip(once, again, both, strict=True):  # powers of two: exact
+        assert torch.equal(second, 4 * first) and torch.equal(third, 4 * first)
 
 
 def test_second_derivatives_are_refused(backend):
@@ -309,14 +418,22 @@ _needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="induct
 
 
 @pytest.mark.parametrize("compiler", ("aot_eager", pytest.param("inductor", marks=_needs_compiler)))
-def test_compiled_equals_eager(backend, compiler):
-    problem = make_problem(BF16, separate=True, token_weights=torch.tensor([1.0, 0, 2, 1, 1]))
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_compiled_equals_eager(backend, compiler, reduction):
+    dtype, separate = (BF16, True) if reduction == "mean" else (FP32, False)
+    problem = make_problem(
+        dtype,
+        separate=separate,
+        token_weights=torch.tensor([1.0, 0, 2, 1, 1]),
+        reduction=reduction,
+    )
 
     def step(x, w):
-        return 2.0 * linear_kl_div(
+        loss = linear_kl_div(
             x * 1.0, w, problem.teacher_hidden, problem.teacher_weight, backend=backend,
             **problem.options,
         )  # fmt: skip
+        return 2.0 * loss.sum()
 
     results = []
     for f in (step, torch.compile(step, fullgraph=True, backend=compiler)):
@@ -348,7 +465,8 @@ V, H, C = 16000, 16, 32
 w = torch.randn(V, H, requires_grad={trainable})
 def peak(n):
     x, t = torch.randn(n, H, requires_grad=True), torch.randn(n, H)
-    linear_kl_div(x, w, t, chunk_tokens=C, direction="{direction}").backward()
+    options = dict(direction="{direction}", reduction="{reduction}")
+    linear_kl_div(x, w, t, chunk_tokens=C, **options).sum().backward()
     for line in open("/proc/self/status"):
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024
@@ -359,9 +477,12 @@ print(peak(1024) - small, 768 * V * 4)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
-@pytest.mark.parametrize("trainable", (False, True))
-def test_memory_does_not_grow_with_tokens_times_vocabulary(trainable):
-    code = _MEMORY.format(trainable=trainable, direction="forward")
+@pytest.mark.parametrize(
+    ("trainable", "direction", "reduction"),
+    ((False, "forward", "mean"), (True, "reverse", "mean"), (True, "jsd", "none")),
+)
+def test_memory_does_not_grow_with_tokens_times_vocabulary(trainable, direction, reduction):
+    code = _MEMORY.format(trainable=trainable, direction=direction, reduction=reduction)
     # every tensor a mapping of its own: what malloc keeps of freed ones would count as ours
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", code]
@@ -387,6 +508,11 @@ def _refusals() -> dict[str, tuple[dict, str]]:
         "width": (dict(teacher_hidden=x[:, :60]), "teacher_hidden is 60 wide"),
         "tokens": (dict(teacher_hidden=x[:4]), "4: they must be the same tokens"),
         "dtype": (dict(hidden=x.half()), "cast one of them"),
+        "device": (dict(weight=w.to("meta")), "weight is on meta and hidden on cpu"),
+        "teacher's device": (
+            dict(teacher_hidden=x.to("meta"), teacher_weight=w.to("meta")),
+            "teacher_hidden on meta",
+        ),
         "integer": (dict(hidden=x.long(), weight=w.long()), "torch.int64"),
         "three dimensions": (dict(hidden=x[None]), "flatten"),
         "teacher grad": (dict(teacher_hidden=grad), "teacher_hidden.detach()"),
