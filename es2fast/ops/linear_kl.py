@@ -285,8 +285,9 @@ def linear_kl_div(
             gathered chunk by chunk. Their number must be known to the host: weights on the CPU
             cost no synchronization (recommended: the mask comes from the data loader), weights on
             a GPU cost one per call, or none with ``max_valid_tokens``.
-        max_valid_tokens: an upper bound on the non-zero weights that the caller knows. A bound that
-            is too small makes the loss NaN instead of dropping tokens.
+        max_valid_tokens: an upper bound on the non-zero weights that the caller knows; N when there
+            are no zeros to drop. A bound that is too small makes the loss NaN instead of dropping
+            tokens; up to the bound, tokens of weight zero are computed and must be finite.
         reduction: "mean" is sum(w_i KL_i) / sum(w_i) (0 when all weights are 0), "sum", or "none",
             the (N,) values w_i KL_i. "none" with a trainable head recomputes in backward, where
             head and hidden states must still be there: with ZeRO-3 use "mean" or "sum".
@@ -359,6 +360,8 @@ def _pack(
         kept = token_weights.index_select(0, index)
         return index.to(device, non_blocking=True), kept.to(device, dtype, non_blocking=True)
     weights = token_weights.to(device, dtype, non_blocking=True)
+    if max_valid >= hidden.shape[0]:
+        return None, weights
     index = torch.argsort((weights == 0).to(torch.uint8), stable=True)[:max_valid]
     overflow = (weights != 0).sum() > index.shape[0]
     kept = weights.index_select(0, index)

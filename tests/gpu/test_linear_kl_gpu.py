@@ -133,6 +133,7 @@ def test_no_synchronization():
         {},
         dict(token_weights=weights.pin_memory()),
         dict(token_weights=weights.cuda(), max_valid_tokens=32),
+        dict(token_weights=weights.cuda(), max_valid_tokens=64),  # as the LM head calls it
     )
     for options in cases:
         for check_it in (False, True):

@@ -226,6 +226,7 @@ def option_problems(dtype: torch.dtype, h: int = 65) -> dict[str, Problem]:
         "mask": make_problem(**base, token_weights=mask),
         "weights": make_problem(**base, token_weights=factors),
         "weights, hinted": make_problem(**base, token_weights=factors, max_valid_tokens=4),
+        "weights, all kept": make_problem(**base, token_weights=factors, max_valid_tokens=5),
         "sum": make_problem(**base, reduction="sum", token_weights=factors),
         "none": make_problem(**base, reduction="none", token_weights=factors),
         "none, no weights": make_problem(**base, reduction="none"),
