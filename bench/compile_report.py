@@ -1,7 +1,7 @@
 """Compile every Triton kernel ahead of time and print what it uses; needs no GPU.
 
     python bench/compile_report.py            # the configurations in use, sm_80, sm_90, sm_100
-    python bench/compile_report.py --distinct # without those that differ in a type's name only
+    python bench/compile_report.py --distinct # without float16 where it equals bfloat16
     python bench/compile_report.py --all      # candidates for tuning instead
     python bench/compile_report.py --json out.jsonl
 
@@ -12,9 +12,10 @@ without tensor cores. ``tests/ops/test_compile_report.py`` runs it with ``--dist
 
 Triton compiles another binary for arguments divisible by 16, so each kernel comes with a V that is
 (128256) and one that is not ("odd-V"); strides always are, because the tile-fused kernel is not
-launched on others. float16 kernels are bfloat16's with
-another type in loads, mma and stores: registers and shared memory were equal in every pair (both in
-the full report), so ``--distinct`` leaves them out, but for the one float16 feature, G's row unit.
+launched on others. float16 kernels are bfloat16's with another type in loads, mma and stores: every
+pair had the same registers and shared memory, except with a bias and an aligned V (up to 16
+registers apart, for those loads are vectorized). ``--distinct`` compiles of float16 those and G's
+row unit, which bfloat16 does not have.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Case:
     has_dot: bool
     in_use: bool
     aligned: tuple[str, ...]  # arguments divisible by 16
-    is_distinct: bool = True  # False: another case differs in the name of a type only
+    is_distinct: bool = True  # False: another case was found to cost the same
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,12 @@ def _row_cases() -> Iterator[Case]:
                 has_dot=False,
                 in_use=True,
                 aligned=("pitch", "stride_g", *(() if "odd" in head else ("V",))),
-                is_distinct=dtype != "fp16" or bool(constants["ROW_UNIT"]),
+                is_distinct=_is_distinct(dtype, head) or bool(constants["ROW_UNIT"]),
             )
+
+
+def _is_distinct(dtype: str, features: str) -> bool:
+    return dtype != "fp16" or ("bias" in features and "odd-V" not in features)
 
 
 # "tail": H is no multiple of BLOCK_K. What is left out is weaker than what is in: less to load, or
@@ -180,7 +185,7 @@ def _fused_case(
         has_dot=True,
         in_use=in_use,
         aligned=strides if "odd-V" in features else ("N", "V", *strides),
-        is_distinct=dtype != "fp16",
+        is_distinct=_is_distinct(dtype, features),
     )
 
 
