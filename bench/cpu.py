@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from bench._harness import Rows, conditions, extra_memory
-from bench.linear_kl import MODES, Inputs, eager_loss, floor_step, make_inputs
+from bench._linear_kl_contestants import Inputs, eager_loss, make_inputs
+from bench.linear_kl import MODES, floor_step
 from es2fast import linear_kl_div
 from es2fast.ops import native
 from es2fast.ops.linear_kl_chunked import KLProblem, torch_row_pass
@@ -64,7 +65,7 @@ def bench_op(
     rows: Rows, shape: tuple[int, int, int], mode: str, dtype: torch.dtype, n: int
 ) -> None:
     """The whole op in one mode and dtype; eager torch runs in the inputs' dtype."""
-    i = make_inputs(*shape, mode, dtype, "cpu")
+    i = make_inputs(shape, mode, "cpu", dtype=dtype)
 
     def ours(backend: str) -> Step:
         return i.step(lambda: linear_kl_div(i.x, i.w, i.x_t, i.w_t, backend=backend))

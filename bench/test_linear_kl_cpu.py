@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.linear_kl import make_inputs
+from bench._linear_kl_contestants import make_inputs
 from es2fast import linear_kl_div
 from es2fast.ops.linear_kl import choose_backend
 
@@ -24,6 +24,6 @@ def test_linear_kl(benchmark, backend: str, dtype: torch.dtype, mode: str) -> No
         choose_backend(backend, torch.empty(1, 1), None)
     except ValueError as error:
         pytest.skip(str(error))
-    i = make_inputs(*SHAPE, mode, dtype, "cpu")
+    i = make_inputs(SHAPE, mode, "cpu", dtype=dtype)
     benchmark.group = f"{mode} {str(dtype)[6:]}"
     benchmark(i.step(lambda: linear_kl_div(i.x, i.w, i.x_t, i.w_t, backend=backend)))

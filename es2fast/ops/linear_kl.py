@@ -42,6 +42,7 @@ from es2fast.ops.tokens import (
     saved_dtype,
     scale_gradient,
     vocabulary,
+    without_autocast,
 )
 
 DIRECTIONS = ("forward", "reverse", "jsd")
@@ -130,6 +131,11 @@ def _check_teacher(
         teacher_bias,
     )
     refuse(
+        hidden.device != teacher_hidden.device,
+        f"hidden is on {hidden.device} and teacher_hidden on {teacher_hidden.device}: move one of "
+        "them",
+    )
+    refuse(
         hidden.shape[0] != teacher_hidden.shape[0],
         f"hidden has {hidden.shape[0]} tokens and teacher_hidden {teacher_hidden.shape[0]}: they "
         "must be the same tokens",
@@ -210,8 +216,9 @@ def linear_kl_div(
             gathered chunk by chunk. Their number must be known to the host: weights on the CPU
             cost no synchronization (recommended: the mask comes from the data loader), weights on
             a GPU cost one per call, or none with ``max_valid_tokens``.
-        max_valid_tokens: an upper bound on the non-zero weights that the caller knows. A bound that
-            is too small makes the loss NaN instead of dropping tokens.
+        max_valid_tokens: an upper bound on the non-zero weights that the caller knows; N when there
+            are no zeros to drop. A bound that is too small makes the loss NaN instead of dropping
+            tokens; up to the bound, tokens of weight zero are computed and must be finite.
         reduction: "mean" is sum(w_i KL_i) / sum(w_i) (0 when all weights are 0), "sum", or "none",
             the (N,) values w_i KL_i. "none" with a trainable head recomputes in backward, where
             head and hidden states must still be there: with ZeRO-3 use "mean" or "sum".
@@ -220,6 +227,9 @@ def linear_kl_div(
             trained, 256 on a CPU. Under no_grad None also allows the tile-fused kernel, which
             stores no logits.
         backend: "triton", "torch", "native", or None for the best one on hidden's device.
+
+    Precision follows the inputs' dtype, whatever autocast says. float32 GEMMs on a GPU follow
+    ``torch.set_float32_matmul_precision``: the accuracy tested here is that of the default.
 
     Returns:
         The loss in nats. Gradients flow to hidden, and to weight and bias if they require grad
@@ -308,24 +318,24 @@ def _linear_kl(
     accum = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     index, weights = pack(hidden, token_weights, max_valid_tokens, accum)
     scale = row_scale(weights, reduction)
-    result = BACKENDS[backend].run(
-        KLProblem(
-            hidden=hidden,
-            weight=weight[:vocab],
-            bias=None if bias is None else bias[:vocab],
-            teacher_hidden=teacher_hidden,
-            teacher_weight=None if teacher_weight is None else teacher_weight[:vocab],
-            teacher_bias=None if teacher_bias is None else teacher_bias[:vocab],
-            index=index,
-            scale=scale,
-            spec=KLSpec(direction, beta, temperature, logit_scale, softcap),
-            chunk_tokens=chunk_tokens or default_chunk(hidden, need_dw),
-            fused=chunk_tokens is None,
-            need_dx=need_dx,
-            need_dw=need_dw,
-            need_db=need_db,
-        )
+    problem = KLProblem(
+        hidden=hidden,
+        weight=weight[:vocab],
+        bias=None if bias is None else bias[:vocab],
+        teacher_hidden=teacher_hidden,
+        teacher_weight=None if teacher_weight is None else teacher_weight[:vocab],
+        teacher_bias=None if teacher_bias is None else teacher_bias[:vocab],
+        index=index,
+        scale=scale,
+        spec=KLSpec(direction, beta, temperature, logit_scale, softcap),
+        chunk_tokens=chunk_tokens or default_chunk(hidden, need_dw),
+        fused=chunk_tokens is None,
+        need_dx=need_dx,
+        need_dw=need_dw,
+        need_db=need_db,
     )
+    with without_autocast(hidden.device.type):
+        result = BACKENDS[backend].run(problem)
     loss = reduce_rows(result.rows * scale, reduction, index, hidden.shape[0])
     dx = torch.empty(0) if result.dx is None else result.dx
     return loss, dx, _padded(result.dw, weight), _padded(result.db, bias)

@@ -7,9 +7,12 @@ slice of dX and a contribution to dW. What lives at once is bounded by ``chunk_t
 by ``N * V``; dX and dW come from separate GEMMs, so results repeat bit by bit.
 
 Chunks are counted in tokens, not derived from V / H: 1024 rows fill a big GPU in the dX GEMM, and a
-trainable head wants more because its float32 dW is read and written once per chunk. GEMMs
-accumulate and return float32: on CUDA by ``torch.mm(..., out_dtype=float32)``, elsewhere by
-upcasting a block of the weight at a time.
+trainable head wants more because its float32 dW is read and written once per chunk.
+
+GEMMs accumulate and return float32: on CUDA by ``torch.mm`` and ``torch.addmm`` with ``out_dtype``
+(a float32 ``dw`` there needs torch 2.10), elsewhere by upcasting a block of the weight at a time.
+Outputs are written in place: their inner stride is 1, so cuBLAS takes the padded row pitch as its
+leading dimension and copies nothing.
 """
 
 from __future__ import annotations
@@ -118,11 +121,16 @@ class RowGradient:
 RowPass = Callable[[Tensor, Tensor, Tensor, KLProblem], tuple[Tensor, RowGradient | None]]
 
 
+def has_mixed_gemm(x: Tensor) -> bool:
+    """Whether 16-bit matrices multiply into float32 where ``x`` lives (cuBLAS does)."""
+    return x.is_cuda
+
+
 def logits_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
     """``out = x @ weight.T`` with the accumulator's precision kept in ``out``."""
     if x.dtype == out.dtype == weight.dtype:
         torch.mm(x, weight.t(), out=out)
-    elif x.is_cuda and x.dtype == weight.dtype:
+    elif has_mixed_gemm(x) and x.dtype == weight.dtype:
         torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
     else:
         x = x.to(out.dtype)
@@ -135,7 +143,7 @@ def input_gradient(g: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``g @ weight`` in ``dtype``."""
     if g.dtype == weight.dtype == dtype:
         return torch.mm(g, weight)
-    if g.is_cuda and g.dtype == weight.dtype:
+    if has_mixed_gemm(g) and g.dtype == weight.dtype:
         return torch.mm(g, weight, out_dtype=dtype)
     dx = torch.zeros(g.shape[0], weight.shape[1], dtype=dtype, device=g.device)
     for v in range(0, weight.shape[0], UPCAST_ROWS):
@@ -149,7 +157,7 @@ def add_weight_gradient(dw: Tensor, g: Tensor, x: Tensor, first: bool) -> None:
     beta = 0 if first else 1
     if g.dtype == x.dtype == dw.dtype:
         torch.addmm(dw, g.t(), x, beta=beta, out=dw)
-    elif g.is_cuda and g.dtype == x.dtype:
+    elif has_mixed_gemm(g) and g.dtype == x.dtype:
         torch.addmm(dw, g.t(), x, out_dtype=dw.dtype, beta=beta, out=dw)
     else:
         x = x.to(dw.dtype)
@@ -248,7 +256,7 @@ def torch_row_pass(
     if g is None:
         return rows, None
     g.mul_(scale[:, None])
-    half = g.is_cuda and p.hidden.dtype == torch.bfloat16
+    half = has_mixed_gemm(g) and p.hidden.dtype == torch.bfloat16
     return rows, RowGradient(g.to(torch.bfloat16) if half else g)
 
 

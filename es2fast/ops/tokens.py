@@ -6,6 +6,8 @@ as "mean" ``sum(w_i l_i) / sum(w_i)`` (0 when all weights are 0), "sum" or "none
 scaled by the row's factor, and only multiplied by ``grad_output`` afterwards.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,12 @@ def check_head(
         f"{side}hidden is {hidden.dtype} and {side}weight {weight.dtype}: cast one of them, for "
         f"instance {side}hidden.to({weight.dtype})",
     )
+    for name, other in ((f"{side}weight", weight), (f"{side}bias", bias)):
+        refuse(
+            other is not None and other.device != hidden.device,
+            f"{name} is on {None if other is None else other.device} and {side}hidden on "
+            f"{hidden.device}: move one of them",
+        )
     refuse(
         bias is not None and tuple(bias.shape) != (weight.shape[0],),
         f"{side}bias has shape {None if bias is None else tuple(bias.shape)}: expected "
@@ -110,10 +118,19 @@ def pack(
         kept = token_weights.index_select(0, index)
         return index.to(device, non_blocking=True), kept.to(device, dtype, non_blocking=True)
     weights = token_weights.to(device, dtype, non_blocking=True)
+    if max_valid >= hidden.shape[0]:
+        return None, weights
     index = torch.argsort((weights == 0).to(torch.uint8), stable=True)[:max_valid]
     overflow = (weights != 0).sum() > index.shape[0]
     kept = weights.index_select(0, index)
     return index, torch.where(overflow, float("nan"), kept)
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """Autocast would round a float32 head's GEMMs to 16 bits: the inputs' dtype decides here."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def default_chunk(hidden: Tensor, need_dw: bool) -> int:
