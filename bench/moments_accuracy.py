@@ -262,6 +262,8 @@ def measure_case(rows: Rows, case: Case) -> None:
     truth = case.oracle()
     (n, h), v = case.x.shape, case.w.shape[0]
     for name, got, value, k in variants(case):
+        finite = bool(got.isfinite().all())
+        error = float((got.double() - truth.dx).norm() / truth.dx.norm()) if finite else None
         rows.add(
             op="moments_accuracy",
             case=case.name,
@@ -272,8 +274,9 @@ def measure_case(rows: Rows, case: Case) -> None:
             kl=truth.kl,
             mass_16=truth.mass,
             anchors=k,
-            dx_error=float((got.double() - truth.dx).norm() / truth.dx.norm()),
+            dx_error=error,
             value_error=None if value is None else _largest(value.double() - truth.values),
+            error=None if finite else "overflow",
         )
 
 
@@ -282,13 +285,13 @@ def table(path: Path) -> str:
     found = [json.loads(line) for line in path.read_text().splitlines()]
     cases = list(dict.fromkeys((r["case"], r["kl"], r["mass_16"]) for r in found))
     names = list(dict.fromkeys(r["variant"] for r in found))
-    errors = {(r["variant"], r["case"], r["kl"]): r["dx_error"] for r in found}
+    errors = {(r["variant"], r["case"], r["kl"]): r["error"] or r["dx_error"] for r in found}
     lines = ["| variant | " + " | ".join(f"{c}, KL {k:.1g}" for c, k, _ in cases) + " |"]
     lines.append("|---|" + "---|" * len(cases))
     lines.append("| *mass of 16 anchors* | " + " | ".join(f"{m:.2f}" for *_, m in cases) + " |")
     for name in names:
         cells = [errors.get((name, case, kl)) for case, kl, _ in cases]
-        texts = ["" if e is None else f"{100 * e:.2g} %" for e in cells]
+        texts = [f"{100 * e:.2g} %" if isinstance(e, float) else e or "" for e in cells]
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 

@@ -23,7 +23,7 @@ def test_value_and_gradient_on_real_tokens(cases, kind):
     seen = []
     for case in cases:
         truth = case.oracle()
-        if case.name != kind or truth.kl < 2e-4:
+        if case.name != kind or truth.kl < 1.5e-4:  # the cases aim at 2e-4
             continue
         seen.append(truth.kl)
         for w in (case.w, half_head(case.w).weight):
