@@ -32,7 +32,9 @@ from es2fast.ops.teacher_moments_chunked import MomentProblem, make_moments, run
 from es2fast.ops.teacher_moments_native import run_native
 from es2fast.ops.tokens import (
     REDUCTIONS,
+    check_bias,
     check_head,
+    check_matrix,
     check_tokens,
     default_chunk,
     pack,
@@ -51,7 +53,9 @@ def _run_triton(problem: MomentProblem) -> tuple[Tensor, Tensor | None]:
     return run_triton(problem)
 
 
-# A backend of linear_kl_div that has a row pass for the moments too.
+# The backends of linear_kl_div that have a row pass for the moments too. Another one is a line:
+# "native": lambda problem: run_moments(problem, native_row_pass); the contract of a row pass stands
+# in teacher_moments_chunked.
 RUN: dict[str, Callable[[MomentProblem], tuple[Tensor, Tensor | None]]] = {
     "torch": run_torch,
     "triton": _run_triton,
@@ -173,8 +177,8 @@ def teacher_moments(
     _check_chunk(chunk_tokens)
     t_bias = bias if shared else teacher_bias
     check_head("teacher_", teacher_hidden, teacher_weight, t_bias, half_head=True)
-    refuse(student.dim() != 2, f"weight has shape {tuple(student.shape)}: expected two dimensions")
-    check_head("", student, student, bias)
+    check_matrix("weight", student)
+    check_bias("", student, bias)
     vocab = vocabulary(teacher_weight, weight, vocab_size)
     refuse(
         not 0 <= top_k <= vocab,

@@ -27,20 +27,31 @@ def refuse(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def check_matrix(name: str, tensor: Tensor) -> None:
+    """Two dimensions and a floating dtype that the ops know."""
+    refuse(
+        tensor.dim() != 2,
+        f"{name} has shape {tuple(tensor.shape)}: expected two dimensions; flatten batch and "
+        "sequence into tokens first",
+    )
+    refuse(tensor.dtype not in DTYPES, f"{name} has dtype {tensor.dtype}: expected one of {DTYPES}")
+
+
+def check_bias(side: str, weight: Tensor, bias: Tensor | None) -> None:
+    """One entry per row of the head."""
+    refuse(
+        bias is not None and tuple(bias.shape) != (weight.shape[0],),
+        f"{side}bias has shape {None if bias is None else tuple(bias.shape)}: expected "
+        f"({weight.shape[0]},), one entry per row of {side}weight",
+    )
+
+
 def check_head(
     side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, half_head: bool = False
 ) -> None:
     """Shapes and dtypes of one side; ``half_head``: bf16 states may meet an fp16 head."""
-    for name, tensor in ((f"{side}hidden", hidden), (f"{side}weight", weight)):
-        refuse(
-            tensor.dim() != 2,
-            f"{name} has shape {tuple(tensor.shape)}: expected two dimensions; flatten batch and "
-            "sequence into tokens first",
-        )
-        refuse(
-            tensor.dtype not in DTYPES,
-            f"{name} has dtype {tensor.dtype}: expected one of {DTYPES}",
-        )
+    check_matrix(f"{side}hidden", hidden)
+    check_matrix(f"{side}weight", weight)
     refuse(
         hidden.shape[1] != weight.shape[1],
         f"{side}hidden is {hidden.shape[1]} wide and {side}weight {weight.shape[1]}: a head of "
@@ -58,11 +69,7 @@ def check_head(
             f"{name} is on {None if other is None else other.device} and {side}hidden on "
             f"{hidden.device}: move one of them",
         )
-    refuse(
-        bias is not None and tuple(bias.shape) != (weight.shape[0],),
-        f"{side}bias has shape {None if bias is None else tuple(bias.shape)}: expected "
-        f"({weight.shape[0]},), one entry per row of {side}weight",
-    )
+    check_bias(side, weight, bias)
 
 
 def check_tokens(token_weights: Tensor | None, max_valid_tokens: int | None, n: int) -> None:
