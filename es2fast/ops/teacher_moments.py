@@ -53,9 +53,7 @@ def _run_triton(problem: MomentProblem) -> tuple[Tensor, Tensor | None]:
     return run_triton(problem)
 
 
-# The backends of linear_kl_div that have a row pass for the moments too. Another one is a line:
-# "native": lambda problem: run_moments(problem, native_row_pass); the contract of a row pass stands
-# in teacher_moments_chunked.
+# The row passes' contract stands in teacher_moments_chunked.
 RUN: dict[str, Callable[[MomentProblem], tuple[Tensor, Tensor | None]]] = {
     "torch": run_torch,
     "triton": _run_triton,

@@ -155,5 +155,7 @@ def test_only_vectorized_rows_go_to_the_tile_fused_kernel():
     assert not has_aligned_rows(torch.empty(8, 97, dtype=BF16)[:, :96])
 
 
-def test_default_backend_on_cpu_is_torch():
-    assert choose_backend(None, torch.empty(1, 1), None) == "torch"
+def test_default_backend_on_cpu_is_native_where_it_can_be():
+    built = native.why_missing() is None
+    assert choose_backend(None, torch.empty(1, 1), None) == ("native" if built else "torch")
+    assert choose_backend(None, torch.empty(1, 1, dtype=torch.float64), None) == "torch"
