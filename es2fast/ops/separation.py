@@ -436,9 +436,12 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
     gradients: list[Tensor | None] = [None] * 12
     if grad_loss is None:
         return tuple(gradients)
+    # On a CPU, by far the usual factor 1 costs no copy: half of the memory of a large call.
+    # Autograd clones what is still saved for another backward; tracing sees no plain tensor.
+    is_one = type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and bool(grad_loss == 1)
     for i, made in enumerate(ctx.saved_tensors):
         if ctx.needs[i]:  # out of place: backward may run more than once
-            gradients[i] = (made * grad_loss).to(ctx.dtypes[i])
+            gradients[i] = (made if is_one else made * grad_loss).to(ctx.dtypes[i])
     return tuple(gradients)
 
 

@@ -133,9 +133,9 @@ def shared_mean(p: PairProblem) -> Tensor:  # (H,)
     total = torch.zeros(p.a.shape[1], dtype=p.accum_dtype, device=p.a.device)
     count = torch.zeros((), dtype=p.accum_dtype, device=p.a.device)
     for rows, weights in ((p.a, p.u), (p.b, p.v)):
-        for start in range(0, rows.shape[0], COLUMNS):
-            kept = weights[start : start + COLUMNS, None] != 0
-            block = rows[start : start + COLUMNS].to(p.accum_dtype)
+        for start in range(0, rows.shape[0], CPU_ROWS):
+            kept = weights[start : start + CPU_ROWS, None] != 0
+            block = rows[start : start + CPU_ROWS].to(p.accum_dtype)
             total += torch.where(kept, block, 0.0).sum(0)
             count += kept.sum()
     return total / count.clamp_min(1)
@@ -143,7 +143,7 @@ def shared_mean(p: PairProblem) -> Tensor:  # (H,)
 
 def centred(rows: Tensor, weights: Tensor, mean: Tensor) -> Tensor:
     """``rows - mean`` in the mean's dtype; rows of weight 0 become 0, so that NaN stays out."""
-    return torch.where(weights[:, None] != 0, rows.to(mean.dtype) - mean, 0.0)
+    return (rows - mean).masked_fill_(weights[:, None] == 0, 0.0)
 
 
 # --- the loop -------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ class _Block:
 def _block(rows: Tensor, weights: Tensor, mean: Tensor, start: int, size: int) -> _Block:
     part = slice(start, start + size)
     x = centred(rows[part], weights[part], mean)
-    return _Block(rows[part], x, x.square().sum(1), weights[part])
+    return _Block(rows[part], x, torch.linalg.vector_norm(x, dim=1).square_(), weights[part])
 
 
 def _differences(a: _Block, b: _Block, i: Tensor, j: Tensor) -> Tensor:  # (K, H)

@@ -18,6 +18,7 @@ from tests.ops.separation_matrix import (
     FP32,
     FP64,
     PAIR_CASES,
+    SIZES,
     Problem,
     check,
     make_problem,
@@ -36,8 +37,32 @@ def backend(request, monkeypatch) -> str:
     except ValueError as error:
         pytest.skip(f"{error} (test_separation_triton.py covers it in the interpreter)")
     if request.param == "triton gemm":
-        monkeypatch.setattr("es2fast.ops.triton.separation.SMALL", 0)
+        module = "es2fast.ops.triton.separation"
+        monkeypatch.setattr(f"{module}.SMALL", 0)
+        for name in ("PREPARE", "PAIRS", "FINISH", "CLOSE"):  # several tiles of everything
+            monkeypatch.setattr(f"{module}.{name}", triton_config(16, 4))
+        for name in ("WIDTH", "SUM_ROWS", "SUM_COLUMNS"):
+            monkeypatch.setattr(f"{module}.{name}", 32)
     return chosen
+
+
+def triton_config(block: int, num_warps: int):
+    from es2fast.ops.triton.separation import Config
+
+    return Config(block, num_warps)
+
+
+def few(backend: str, case: str, cases: tuple[str, ...] = ("hinge", "log")) -> None:
+    """Closed forms know no backend, and the interpreter gets a selection."""
+    if backend != "torch" and case not in PAIR_CASES:
+        pytest.skip("no pairs: the same for every backend")
+    if backend == "triton" and case not in cases:
+        pytest.skip("the interpreter is slow")
+
+
+def sized(backend: str, case: str, dtype: torch.dtype, **options) -> Problem:
+    n, m, h = SIZES[backend]
+    return make_problem(case, dtype, **(dict(n=n, m=m, h=h) | options))
 
 
 # --- accuracy -------------------------------------------------------------------------------------
@@ -47,7 +72,10 @@ def backend(request, monkeypatch) -> str:
 @pytest.mark.parametrize("dtype", (FP32, BF16, FP16), ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_losses(backend, case, dtype, weights):
-    check(make_problem(case, dtype, weights=weights, chunk_rows=16), backend)
+    if backend == "triton" and (dtype == FP16 or not weights):
+        pytest.skip("the interpreter is slow")
+    few(backend, case, tuple(CASES))
+    check(sized(backend, case, dtype, weights=weights, chunk_rows=4), backend)
 
 
 @pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
@@ -55,12 +83,14 @@ def test_losses(backend, case, dtype, weights):
 def test_large_common_mean(backend, case, dtype):
     """The anisotropic case: ||mean|| = 1000 x spread. bf16 rounds the inputs, not the result."""
     bound = 1e-3 if dtype == BF16 else 2e-4  # float32 inputs carry no rounding the oracle lacks
-    check(make_problem(case, dtype, mean=1000.0), backend, bound)
+    few(backend, case, ("hinge", "log", "cosine"))
+    check(sized(backend, case, dtype, mean=1000.0), backend, bound)
 
 
 @pytest.mark.parametrize("case", PAIR_CASES)
 def test_sum_is_mean_times_total_weight(backend, case):
-    problem = make_problem(case, FP32, weights=True)
+    few(backend, case)
+    problem = sized(backend, case, FP32, weights=True)
     u, v = problem.options["harmful_weights"], problem.options["harmless_weights"]
     total = run(problem, backend, reduction="sum").loss
     assert relative(total, oracle(problem).loss * u.sum() * v.sum()) < 2e-5
@@ -69,12 +99,14 @@ def test_sum_is_mean_times_total_weight(backend, case):
 @pytest.mark.parametrize("n,m", ((1, 1), (1, 50), (50, 1), (3, 2)))
 @pytest.mark.parametrize("case", CASES)
 def test_few_rows(backend, case, n, m):
-    check(make_problem(case, BF16, n=n, m=m), backend)
-    check(make_problem(case, FP32, n=n, m=m), backend)
+    few(backend, case)
+    for dtype in (BF16, FP32):
+        check(sized(backend, case, dtype, n=n, m=m), backend)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_rows(backend, case):
+    few(backend, case)
     for n, m in ((0, 4), (4, 0), (0, 0)):
         got = run(make_problem(case, FP32, n=n, m=m), backend)
         assert got.loss == 0 and not got.da.any() and not got.db.any()
@@ -83,8 +115,9 @@ def test_no_rows(backend, case):
 @pytest.mark.parametrize("case", CASES)
 def test_duplicates_and_close_pairs(backend, case):
     """Equal rows, and rows far closer than their norms, where the Gram form has no digits."""
+    few(backend, case, ("hinge", "log", "l2"))
     for dtype in (FP32, BF16):
-        problem = make_problem(case, dtype)
+        problem = sized(backend, case, dtype, n=14)
         a, b = problem.harmful, problem.harmless
         b[:5] = a[:5]
         b[5] = b[6] = a[0]
@@ -96,7 +129,8 @@ def test_duplicates_and_close_pairs(backend, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_all_equal(backend, case):
-    problem = make_problem(case, FP32, n=4, m=6)
+    few(backend, case)
+    problem = sized(backend, case, FP32, n=4, m=6)
     problem.harmful[:] = problem.harmless[:] = problem.harmful[0].clone()
     got, want = run(problem, backend), oracle(problem)
     assert got.da.isfinite().all() and got.db.isfinite().all()
@@ -107,20 +141,21 @@ def test_all_equal(backend, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_rows_of_weight_zero_are_ignored(backend, case):
-    problem = make_problem(case, FP32, weights=True)
+    few(backend, case)
+    problem = sized(backend, case, FP32, weights=True)
     want = oracle(problem)
     problem.harmful[problem.options["harmful_weights"] == 0] = float("nan")
     problem.harmless[problem.options["harmless_weights"] == 0] = float("inf")
     got = run(problem, backend)
     for name in ("loss", "da", "db"):
         assert relative(getattr(got, name), getattr(want, name)) < 2e-5
-    nothing = run(problem, backend, harmful_weights=torch.zeros(37))
+    nothing = run(problem, backend, harmful_weights=torch.zeros_like(problem.harmful[:, 0]))
     assert nothing.loss == 0 and not nothing.da.any() and not nothing.db.any()
 
 
 @pytest.mark.parametrize("margin", (0.2, -0.5))
 def test_cosine_of_zero_rows_is_zero(backend, margin):
-    problem = make_problem("cosine", FP32)
+    problem = sized(backend, "cosine", FP32)
     problem.options["margin"] = margin
     problem.harmful[3] = 0
     got, want = run(problem, backend), oracle(problem)
@@ -129,7 +164,7 @@ def test_cosine_of_zero_rows_is_zero(backend, margin):
 
 
 def test_the_hinge_rests_beyond_the_margin(backend):
-    problem = make_problem("hinge", BF16)
+    problem = sized(backend, "hinge", BF16)
     problem.harmful += 100
     got = run(problem, backend)
     assert got.loss == 0 and not got.da.any() and not got.db.any()
@@ -149,7 +184,8 @@ def test_gradcheck(case):
 
 @pytest.mark.parametrize("case", ("hinge", "cosine", "squared"))
 def test_double_use_retain_graph_and_one_sided(backend, case):
-    problem = make_problem(case, FP32)
+    few(backend, case)
+    problem = sized(backend, case, FP32)
     want = oracle(problem)
     a = problem.harmful.requires_grad_()
     loss = pairwise_separation(a, problem.harmless, backend=backend, **problem.options)
@@ -163,7 +199,8 @@ def test_double_use_retain_graph_and_one_sided(backend, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_bitwise_repeatable(backend, case):
-    problem = make_problem(case, BF16, n=150, m=130, weights=True, chunk_rows=64)
+    few(backend, case)
+    problem = sized(backend, case, BF16, n=20, weights=True, chunk_rows=8)
     problem.harmless[:9] = problem.harmful[:9]
     first, second = run(problem, backend), run(problem, backend)
     for name in ("loss", "da", "db"):
@@ -173,7 +210,7 @@ def test_bitwise_repeatable(backend, case):
 def test_chunks_do_not_change_the_result(backend, monkeypatch):
     monkeypatch.setattr("es2fast.ops.separation_chunked.COLUMNS", 20)
     for case in ("hinge", "log"):
-        check(make_problem(case, FP32, weights=True, chunk_rows=7), backend)
+        check(sized(backend, case, FP32, weights=True, chunk_rows=7), backend)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -197,7 +234,7 @@ def test_opcheck():
 
 
 def test_second_derivatives_are_refused(backend):
-    problem = make_problem("l2", FP32)
+    problem = sized(backend, "l2", FP32)
     a = problem.harmful.requires_grad_()
     loss = pairwise_separation(a, problem.harmless, backend=backend, **problem.options)
     with pytest.raises(RuntimeError, match="second derivatives"):
@@ -205,8 +242,9 @@ def test_second_derivatives_are_refused(backend):
 
 
 def test_non_contiguous_rows(backend):
-    problem = make_problem("hinge", BF16)
-    wide = torch.randn(37, 2 * 129).to(BF16)
+    problem = sized(backend, "hinge", BF16)
+    n, h = problem.harmful.shape
+    wide = torch.randn(n, 2 * h).to(BF16)
     wide[:, ::2] = problem.harmful
     strided = Problem(wide[:, ::2], problem.harmless.t().contiguous().t(), problem.options)
     check(strided, backend)

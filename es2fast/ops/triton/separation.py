@@ -14,9 +14,9 @@ for values and the largest coefficient, then for the coefficients divided by it.
 ``finish_kernel`` give the gradients. There are no atomics: results repeat bit by bit.
 
 Pairs with ``d^2`` below ``CLOSE_HALF`` (float32: ``CLOSE_FULL``) of ``|a|^2 + |b|^2`` are beyond
-the rounded Gram form. pair_kernel recomputes their distance from the rows as given, leaves them out of the coefficients and marks
-their squared distance by its sign; ``close_kernel`` adds their gradients, one owner per row. It
-costs a scan of flagged rows, nothing where there are none.
+the rounded Gram form. pair_kernel recomputes their distance from the rows as given, leaves them out
+of the coefficients and marks their squared distance by its sign; ``close_kernel`` adds their
+gradients, one owner per row. It costs a scan of flagged rows, nothing where there are none.
 
 Nothing here synchronises with the host. Formulas: :mod:`es2fast.ops.separation_chunked`.
 """
@@ -121,6 +121,13 @@ def _power_of_two(x):
 
 
 @triton.jit
+def _reciprocal(power):
+    """1 / power for a power of two, exactly and without a division."""
+    bits = 0x7F000000 - power.to(tl.int32, bitcast=True)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _exact_square(x_row, y_row, H, WIDTH: tl.constexpr):
     """||x - y||^2 of two rows as given."""
     offs = tl.arange(0, WIDTH)
@@ -180,7 +187,7 @@ def prepare_kernel(
     row = tl.program_id(0).to(tl.int64)
     width = tl.where(tl.load(w_ptr + row) != 0, H, 0)  # a row of weight 0 is not read
     offs = tl.arange(0, BLOCK)
-    unit = 1.0
+    unit = tl.full((), 1.0, tl.float32)
     if HALF:
         largest = tl.zeros((BLOCK,), tl.float32)
         for h in range(0, H, BLOCK):
@@ -194,7 +201,7 @@ def prepare_kernel(
         mask = h + offs < width
         x = tl.load(x_ptr + row * stride_x + h + offs, mask=mask, other=0.0).to(tl.float32)
         x -= tl.load(mean_ptr + h + offs, mask=mask, other=0.0)
-        x = (x / unit).to(out_ptr.dtype.element_ty)
+        x = (x * _reciprocal(unit)).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + row * H + h + offs, x, mask=h + offs < H)
         total += x.to(tl.float32) * x.to(tl.float32)
     tl.store(unit_ptr + row, unit)
@@ -270,7 +277,7 @@ def pair_kernel(
     tl.store(value_ptr + row, tl.sum(values, 0) * u)
     if NEED_GRAD:
         tl.store(flag_ptr + row, flag)
-        unit = 1.0
+        unit = tl.full((), 1.0, tl.float32)
         if HALF:
             unit = _power_of_two(tl.max(largest, 0)) * 2.0
         tl.debug_barrier()  # the second sweep reads what other threads stored
@@ -283,9 +290,10 @@ def pair_kernel(
             d2 = tl.load(gram_row + cols, mask=mask, other=0.0)
             is_close = (d2 < 0) | (d2 == 0)  # at distance 0 every slope that matters is 0
             _, slope = _pair(tl.abs(d2), margin, scale, KIND)
-            q = (tl.where(is_close, 0.0, v * slope * b_unit) / unit).to(q_ptr.dtype.element_ty)
+            q = tl.where(is_close, 0.0, v * slope * b_unit) * _reciprocal(unit)
+            q = q.to(q_ptr.dtype.element_ty)
             tl.store(q_ptr + row * pitch + cols, q, mask=mask)
-            total += tl.where(mask, q.to(tl.float32) / b_unit, 0.0)
+            total += tl.where(mask, q.to(tl.float32) * _reciprocal(b_unit), 0.0)
         tl.store(sum_ptr + row, tl.sum(total, 0))
         tl.store(weight_ptr + row, u * unit)
 
