@@ -6,6 +6,10 @@ when the interpreter is on (test_separation_triton.py starts a process with it).
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -229,7 +233,7 @@ def test_compiled_equals_eager(case):
 def test_opcheck():
     a, b = torch.randn(5, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
     u, v = torch.full((5,), 0.2), torch.full((4,), 0.25)
-    arguments = (a, b, u, v, "hinge", 4.0, 1.0, False, None, "torch", True, True)
+    arguments = (a, b, u, v, "hinge", 4.0, 1.0, False, False, None, "torch", True, True)
     torch.library.opcheck(torch.ops.es2fast.separation.default, arguments)
 
 
@@ -281,3 +285,30 @@ ROWS = torch.zeros(3, 8)
 def test_mistakes(match, change):
     with pytest.raises(ValueError, match=match):
         pairwise_separation(ROWS, **({"harmless": ROWS} | change))
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+PEAK = """
+from pathlib import Path
+import torch
+from es2fast import pairwise_separation
+def resident(key):
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if key in x)
+    return int(line.split()[1]) * 1024
+def call(n):
+    a, b = torch.randn(n, 16, requires_grad=True), torch.randn(n, 16, requires_grad=True)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    pairwise_separation(a, b, margin=6.0, backend="torch").backward()
+    return resident("VmHWM") - before
+call(64)
+print(call(8192))
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
+def test_memory_is_a_tile():
+    """8192 x 8192 float32 distances are 268 MB; a tile and its temporaries are about 30 MB."""
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 80e6

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from es2fast.ops.separation_chunked import KINDS, LOG_FLOOR, PairProblem, PairResult
+from es2fast.ops.separation_chunked import KINDS, LOG_FLOOR, PairProblem, PairResult, nothing
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 KIND = {name: i for i, name in enumerate(KINDS)}
@@ -638,10 +638,5 @@ def run_triton(problem: PairProblem) -> PairResult:
     p = replace(problem, a=_row_major(problem.a), b=_row_major(problem.b))
     n, m = p.a.shape[0], p.b.shape[0]
     if min(n, m) == 0:
-        zero = torch.zeros((), dtype=torch.float32, device=p.a.device)
-        da, db = (
-            torch.zeros(x.shape, dtype=torch.float32, device=x.device) if needed else None
-            for x, needed in ((p.a, p.need_da), (p.b, p.need_db))
-        )
-        return PairResult(zero, da, db)
+        return nothing(p)
     return _run_small(p) if max(n, m) <= SMALL else _run_chunked(p)
