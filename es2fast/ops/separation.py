@@ -80,7 +80,7 @@ def _native_missing(problem: PairProblem) -> PairResult:
     raise RuntimeError("backend='native' is not built")  # unreachable behind why_not
 
 
-# native: run_chunked(problem, its own PairPass), see separation_chunked.PairPass
+# native's place: run = run_chunked(problem, a PairPass of its own), see separation_chunked.PairPass
 BACKENDS: dict[str, Backend] = {
     "torch": Backend(lambda harmful: None, run_torch),
     "triton": Backend(_triton_why_not, _run_triton),

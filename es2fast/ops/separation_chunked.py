@@ -198,6 +198,14 @@ def squared_distances(a: _Block, b: _Block) -> tuple[Tensor, tuple[Tensor, Tenso
     return d2, (i[kept], j[kept])
 
 
+def _add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
+    """``out[index] += rows`` in a fixed order: of the two ways one is so on each kind of device."""
+    if out.device.type == "cpu":
+        out.index_add_(0, index, rows)
+    else:
+        out.index_put_((index,), rows, accumulate=True)
+
+
 def _add_touching(
     touching: tuple[Tensor, Tensor],
     weights: Tensor,  # (K,)
@@ -212,9 +220,9 @@ def _add_touching(
         rows, columns = i[start : start + step], j[start : start + step]
         pull = _differences(a, b, rows, columns) * weights[start : start + step, None]
         if da is not None:
-            da.index_put_((rows,), pull, accumulate=True)
+            _add_rows(da, rows, pull)
         if db is not None:
-            db.index_put_((columns,), -pull, accumulate=True)
+            _add_rows(db, columns, pull.neg_())
 
 
 class _Gradient:
