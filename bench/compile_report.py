@@ -228,7 +228,9 @@ def _separation_pair_cases(name: str, row: str, made: str, half: bool, kind: int
         )  # fmt: skip
     yield _separation_case(
         f"small-pairs {name}", s.small_pairs_kernel, rows,
-        dict(KIND=kind, NEED_GRAD=True, BLOCK_M=s.SMALL, WIDTH=s.SMALL_WIDTH), 4,
+        dict(
+            KIND=kind, NEED_GRAD=True, BLOCK_M=s.SMALL, WIDTH=s.SMALL_WIDTH, STAGES=s.SMALL_STAGES
+        ), 4,
     )  # fmt: skip
     yield _separation_case(
         f"small-gradient {name}", s.small_gradient_kernel, rows,

@@ -58,6 +58,7 @@ CLOSE = Config(512, 4)
 WIDTH = 1024  # of H per step where two rows are subtracted
 SUM_ROWS, SUM_COLUMNS = 128, 128  # of a column_sum_kernel tile
 SMALL_WIDTH = 64  # of H per step or program of the small kernels
+SMALL_STAGES = 3  # steps in flight
 
 
 # --- device functions -----------------------------------------------------------------------------
@@ -406,21 +407,20 @@ def small_pairs_kernel(
     NEED_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_M)
     u = tl.load(u_ptr + row)
     v = tl.load(v_ptr + cols, mask=cols < M, other=0.0)
-    v = tl.where(u != 0, v, 0.0)
-    counts = v != 0
-    width = tl.where(u != 0, H, 0)
+    counts = tl.where(u != 0, v, 0.0) != 0  # rows of weight 0 are read, and dropped below
     offs = tl.arange(0, WIDTH)
     total = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-    for h in range(0, H, WIDTH):
-        mask = h + offs < width
+    for h in tl.range(0, H, WIDTH, num_stages=STAGES):
+        mask = h + offs < H
         a = tl.load(a_ptr + row * stride_a + h + offs, mask=mask, other=0.0).to(tl.float32)
         place = b_ptr + cols[:, None].to(tl.int64) * stride_b + h + offs[None, :]
-        b = tl.load(place, mask=counts[:, None] & mask[None, :], other=0.0).to(tl.float32)
+        b = tl.load(place, mask=(cols < M)[:, None] & mask[None, :], other=0.0).to(tl.float32)
         total += (a[None, :] - b) * (a[None, :] - b)
     value, slope = _pair(tl.sum(total, 1), margin, scale, KIND)
     tl.store(value_ptr + row, u * tl.sum(tl.where(counts, v * value, 0.0), 0))
@@ -455,11 +455,9 @@ def small_gradient_kernel(
     place = own_ptr + rows[:, None].to(tl.int64) * stride_own + offs[None, :]
     own = tl.load(place, mask=counts[:, None] & in_width[None, :], other=0.0).to(tl.float32)
     total = tl.zeros((ROWS, WIDTH), tl.float32)
-    for k in range(0, N_OTHER):
-        width = tl.where(tl.load(other_w_ptr + k) != 0, H, 0)
-        other = tl.load(other_ptr + k * stride_other + offs, mask=offs < width, other=0.0).to(
-            tl.float32
-        )
+    for k in tl.range(0, N_OTHER, loop_unroll_factor=4):
+        other = tl.load(other_ptr + k * stride_other + offs, mask=in_width, other=0.0)
+        other = tl.where(tl.load(other_w_ptr + k) != 0, other.to(tl.float32), 0.0)
         c = tl.load(c_ptr + rows * stride_c_own + k * stride_c_other, mask=in_rows, other=0.0)
         total += c[:, None] * (own - other[None, :])
     place = out_ptr + rows[:, None].to(tl.int64) * H + offs[None, :]
@@ -556,7 +554,7 @@ def _run_small(p: PairProblem) -> PairResult:
     small_pairs_kernel[(n,)](
         p.a, p.b, p.u, p.v, c, values, m, h, p.a.stride(0), p.b.stride(0),
         p.spec.margin, p.spec.scale, KIND[p.spec.kind], p.need_grad,
-        BLOCK_M=_next_power(m), WIDTH=SMALL_WIDTH, num_warps=4,
+        BLOCK_M=_next_power(m), WIDTH=SMALL_WIDTH, STAGES=SMALL_STAGES, num_warps=4,
     )  # fmt: skip
     result = PairResult(values.sum())
     if p.need_da:
