@@ -100,10 +100,10 @@ def test_sum_is_mean_times_total_weight(backend, case):
     assert relative(total, oracle(problem).loss * u.sum() * v.sum()) < 2e-5
 
 
-@pytest.mark.parametrize("n,m", ((1, 1), (1, 50), (50, 1), (3, 2)))
+@pytest.mark.parametrize("n,m", ((1, 1), (1, 20), (20, 1), (3, 2)))
 @pytest.mark.parametrize("case", CASES)
 def test_few_rows(backend, case, n, m):
-    few(backend, case)
+    few(backend, case, ("hinge",))
     for dtype in (BF16, FP32):
         check(sized(backend, case, dtype, n=n, m=m), backend)
 
@@ -203,7 +203,7 @@ def test_double_use_retain_graph_and_one_sided(backend, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_bitwise_repeatable(backend, case):
-    few(backend, case)
+    few(backend, case, ("hinge",))
     problem = sized(backend, case, BF16, n=20, weights=True, chunk_rows=8)
     problem.harmless[:9] = problem.harmful[:9]
     first, second = run(problem, backend), run(problem, backend)
