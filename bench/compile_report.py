@@ -168,7 +168,12 @@ def _fused_case(
 
 
 def _separation_case(
-    name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int
+    name: str,
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    warps: int,
+    max_registers: int | None = None,
 ) -> Case:
     """Arguments not named in ``types`` or ``constants``: float32 pointers, else 32-bit integers."""
     signature = {}
@@ -179,7 +184,7 @@ def _separation_case(
     floats = {n: "fp32" for n in ("margin", "scale", "close") if n in signature}
     aligned = tuple(n for n in signature if n in ("H", "pitch") or n.startswith("stride_"))
     return Case(
-        kernel, f"separation {name}", signature | floats, constants, warps, 3, None,
+        kernel, f"separation {name}", signature | floats, constants, warps, 3, max_registers,
         has_dot=False, in_use=True, aligned=aligned,
     )  # fmt: skip
 
@@ -218,7 +223,7 @@ def _separation_pair_cases(name: str, row: str, made: str, half: bool, kind: int
             f"pairs {name}{'' if need_grad else ' no-grad'}", s.pair_kernel,
             rows | flags | {"q_ptr": made},
             dict(KIND=kind, HALF=half, NEED_GRAD=need_grad, BLOCK=s.PAIRS.block, WIDTH=s.WIDTH),
-            s.PAIRS.num_warps,
+            s.PAIRS.num_warps, s.PAIRS.max_registers,
         )  # fmt: skip
     for by_column in (False, True):
         yield _separation_case(
@@ -301,7 +306,7 @@ def _is_brief(label: str) -> bool:
     if label.startswith("fused"):
         return "forward bf16" in label and ("shared" in label or "softcap" in label)
     if label.startswith("separation"):
-        return label.endswith("softplus bf16 in fp16") or label.endswith("prepare bf16 in fp16")
+        return label.endswith(("softplus bf16 in fp16", "pairs l2 fp32 in fp16"))
     heavy = ("row jsd fp32 bias+softcap no-grad", "row forward fp32 bias+softcap")
     return label in heavy or label.endswith("bf16 bias+softcap")
 

@@ -49,10 +49,11 @@ class Config:
 
     block: int
     num_warps: int
+    max_registers: int | None = None  # per thread; None: ptxas decides
 
 
 PREPARE = Config(1024, 4)
-PAIRS = Config(1024, 4)
+PAIRS = Config(1024, 4, 128)  # left alone, ptxas trades 8 spilled bytes for occupancy
 FINISH = Config(1024, 4)
 CLOSE = Config(512, 4)
 WIDTH = 1024  # of H per step where two rows are subtracted
@@ -598,7 +599,7 @@ def _run_chunk(
         gram, q, a.raw, b.raw, a.unit, b.unit, a.sq, b.sq, a.w, b.w, values, sums, weights, flags,
         m, h, m, a.raw.stride(0), b.raw.stride(0), p.spec.margin, p.spec.scale,
         CLOSE_HALF if half else CLOSE_FULL, KIND[p.spec.kind], half, p.need_grad,
-        BLOCK=PAIRS.block, WIDTH=WIDTH, num_warps=PAIRS.num_warps,
+        BLOCK=PAIRS.block, WIDTH=WIDTH, num_warps=PAIRS.num_warps, maxnreg=PAIRS.max_registers,
     )  # fmt: skip
     if da is not None:
         one = torch.ones((), dtype=torch.float32, device=device)
