@@ -197,9 +197,10 @@ def _moment_cases() -> Iterator[Case]:
     signature |= {"max_ptr": "*fp32", "sum_ptr": "*fp32", "ids_ptr": "*i32"}
     signature |= dict.fromkeys(("V", "pitch", "stride_g"), "i32")
     signature |= dict.fromkeys(("gain", "unit"), "fp32")
-    for dtype, k, bias in itertools.product(("bf16", "fp16", "fp32"), (0, 16), (False, True)):
+    options = itertools.product(("bf16", "fp16", "fp32"), (0, 16), ("", " bias", " bias odd-V"))
+    for dtype, k, head in options:
         for need_grad in (True, False):
-            name = f"moments {dtype} {k} anchors{' bias' if bias else ''}"
+            name = f"moments {dtype} {k} anchors{head}"
             yield Case(
                 kernels.moment_row_kernel,
                 name if need_grad else f"{name} no-grad",
@@ -207,7 +208,7 @@ def _moment_cases() -> Iterator[Case]:
                 dict(
                     K=k,
                     BLOCK_K=max(1, k),
-                    HAS_BIAS=bias,
+                    HAS_BIAS="bias" in head,
                     NEED_GRAD=need_grad,
                     BLOCK=config.block,
                     STAGES=config.stages,
@@ -217,15 +218,100 @@ def _moment_cases() -> Iterator[Case]:
                 config.max_registers,
                 has_dot=False,
                 in_use=True,
-                aligned=("pitch", "stride_g"),
+                aligned=("pitch", "stride_g", *(() if "odd" in head else ("V",))),
+                is_distinct=_is_distinct(dtype, head),
             )
+
+
+# --- separation -----------------------------------------------------------------------------------
+
+
+def _separation_case(
+    name: str,
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    warps: int,
+    max_registers: int | None = None,
+) -> Case:
+    """Arguments not named in ``types`` or ``constants``: float32 pointers, else 32-bit integers."""
+    signature = {}
+    for argument in kernel.arg_names:
+        if argument not in constants:
+            is_pointer = argument.endswith("_ptr")
+            signature[argument] = types.get(argument, "*fp32" if is_pointer else "i32")
+    floats = {n: "fp32" for n in ("margin", "scale", "close") if n in signature}
+    aligned = tuple(n for n in signature if n in ("H", "pitch") or n.startswith("stride_"))
+    return Case(
+        kernel, f"separation {name}", signature | floats, constants, warps, 3, max_registers,
+        has_dot=False, in_use=True, aligned=aligned, is_distinct="fp16" not in name.split()[1:2],
+    )  # fmt: skip
+
+
+def _separation_cases() -> Iterator[Case]:
+    from es2fast.ops.triton import separation as s
+
+    for dtype, half in (("bf16", True), ("fp16", True), ("fp32", True), ("fp32", False)):
+        name = f"{dtype}{' in fp16' if half else ''}"
+        row, made = f"*{dtype}", "*fp16" if half else "*fp32"
+        kinds = s.KIND if dtype in ("bf16", "fp32") else {"hinge": s.KIND["hinge"]}
+        yield _separation_case(
+            f"prepare {name}", s.prepare_kernel, {"x_ptr": row, "out_ptr": made},
+            dict(HALF=half, BLOCK=s.PREPARE.block), s.PREPARE.num_warps,
+        )  # fmt: skip
+        yield _separation_case(
+            f"finish {name}", s.finish_kernel, {"x_ptr": row},
+            dict(ADD=True, BLOCK=s.FINISH.block), s.FINISH.num_warps,
+        )  # fmt: skip
+        for x, mask_only in ((row, True), (made, False)):
+            yield _separation_case(
+                f"column-sum {x[1:]} {name}", s.column_sum_kernel, {"x_ptr": x},
+                dict(MASK_ONLY=mask_only, ROWS=s.SUM_ROWS, COLUMNS=s.SUM_COLUMNS, STEP=16), 4,
+            )  # fmt: skip
+        for kind, number in kinds.items():
+            yield from _separation_pair_cases(f"{kind} {name}", row, made, half, number)
+
+
+def _separation_pair_cases(name: str, row: str, made: str, half: bool, kind: int) -> Iterator[Case]:
+    from es2fast.ops.triton import separation as s
+
+    rows = {"a_ptr": row, "b_ptr": row, "own_ptr": row, "other_ptr": row}
+    flags = {"flag_ptr": "*i32"}
+    for need_grad in (True, False):
+        yield _separation_case(
+            f"pairs {name}{'' if need_grad else ' no-grad'}", s.pair_kernel,
+            rows | flags | {"q_ptr": made},
+            dict(KIND=kind, HALF=half, NEED_GRAD=need_grad, BLOCK=s.PAIRS.block, WIDTH=s.WIDTH),
+            s.PAIRS.num_warps, s.PAIRS.max_registers,
+        )  # fmt: skip
+    for by_column in (False, True):
+        yield _separation_case(
+            f"close {name}{' by column' if by_column else ''}", s.close_kernel, rows | flags,
+            dict(KIND=kind, BY_COLUMN=by_column, BLOCK=s.CLOSE.block, WIDTH=s.WIDTH),
+            s.CLOSE.num_warps,
+        )  # fmt: skip
+    yield _separation_case(
+        f"small-pairs {name}", s.small_pairs_kernel, rows,
+        dict(
+            KIND=kind, NEED_GRAD=True, BLOCK_M=s.SMALL, WIDTH=s.SMALL_WIDTH, STAGES=s.SMALL_STAGES
+        ), 4,
+    )  # fmt: skip
+    yield _separation_case(
+        f"small-gradient {name}", s.small_gradient_kernel, rows,
+        dict(ROWS=32, WIDTH=s.SMALL_WIDTH), 4,
+    )  # fmt: skip
 
 
 def cases(capability: int, candidates: bool = False) -> list[Case]:
     """Every specialization in use at a capability (and, with ``candidates``, tuning ones)."""
     if candidates:
         return list(_fused_cases(capability, True))
-    return [*_row_cases(), *_moment_cases(), *_fused_cases(capability, False)]
+    return [
+        *_row_cases(),
+        *_moment_cases(),
+        *_fused_cases(capability, False),
+        *_separation_cases(),
+    ]
 
 
 def compile_case(case: Case, capability: int) -> Report:

@@ -24,11 +24,11 @@ from es2fast.ops.separation_chunked import (
 KIND = {name: number for number, name in enumerate(KINDS)}
 
 
-def _distances(a: Block, b: Block) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def _distances(a: Block, b: Block) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     tile = torch.empty(a.x.shape[0], b.x.shape[0])
     torch.ops.es2fast.native_gemm_nt(a.x, b.x, tile)
     close = torch.ops.es2fast.native_pair_distances(tile, a.sq, b.sq, CLOSE)
-    return tile, (close[0], close[1])
+    return tile, (close[0], close[1]) if close.shape[1] else None
 
 
 def _pair_pass(d2: Tensor, u: Tensor, v: Tensor, spec: PairSpec, need_grad: bool) -> Tensor:
@@ -37,14 +37,11 @@ def _pair_pass(d2: Tensor, u: Tensor, v: Tensor, spec: PairSpec, need_grad: bool
     )
 
 
-def _add_pulls(c: Tensor, a: Block, b: Block, da: Tensor | None, db: Tensor | None) -> None:
-    if da is not None:
-        torch.ops.es2fast.native_gemm_nn(c, -b.x, da.addcmul_(a.x, c.sum(1)[:, None]), True)
-    if db is not None:
-        torch.ops.es2fast.native_gemm_tn(c, -a.x, db.addcmul_(b.x, c.sum(0)[:, None]), True)
+def _product(out: Tensor, c: Tensor, x: Tensor, add: bool) -> None:
+    torch.ops.es2fast.native_gemm_nn(c, x, out, add)
 
 
-NATIVE_TILE = TileWork(_distances, _pair_pass, _add_pulls)
+NATIVE_TILE = TileWork(_distances, _pair_pass, _product)
 
 
 def run_native(problem: PairProblem) -> PairResult:

@@ -49,7 +49,8 @@ def reports(tmp_path_factory) -> dict[int, tuple[int, list[dict], str]]:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_configurations_in_use(reports, capability):
     status, rows, errors = reports[capability]
-    assert {r["label"].split()[0] for r in rows} == {"row", "moments", "fused"}, errors[-3000:]
+    kinds = {"row", "moments", "fused", "separation"}
+    assert {r["label"].split()[0] for r in rows} == kinds, errors[-3000:]
     problems = [f"{r['label']}: {r['problem']}" for r in rows if r["problem"]]
     assert not problems and status == 0, "\n".join(problems)
     assert all(r["tensor_core"] for r in rows if r["label"].startswith("fused"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from es2fast import linear_kl_div
-from es2fast.ops import linear_kl_chunked
+from es2fast.ops import linear_kl_chunked, native
 from es2fast.ops.linear_kl import choose_backend
 from es2fast.ops.linear_kl_rows import KLSpec
 from tests.ops.linear_kl_matrix import BF16, FP16, FP32, make_problem

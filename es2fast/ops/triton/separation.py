@@ -14,9 +14,9 @@ for values and the largest coefficient, then for the coefficients divided by it.
 ``finish_kernel`` give the gradients. There are no atomics: results repeat bit by bit.
 
 Pairs with ``d^2`` below ``CLOSE_HALF`` (float32: ``CLOSE_FULL``) of ``|a|^2 + |b|^2`` are beyond
-the rounded Gram form. pair_kernel recomputes their distance from the rows as given, leaves them out of the coefficients and marks
-their squared distance by its sign; ``close_kernel`` adds their gradients, one owner per row. It
-costs a scan of flagged rows, nothing where there are none.
+the rounded Gram form. pair_kernel recomputes their distance from the rows as given, leaves them out
+of the coefficients and marks their squared distance by its sign; ``close_kernel`` adds their
+gradients, one owner per row. It costs a scan of flagged rows, nothing where there are none.
 
 Nothing here synchronises with the host. Formulas: :mod:`es2fast.ops.separation_chunked`.
 """
@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from es2fast.ops.separation_chunked import KINDS, LOG_FLOOR, PairProblem, PairResult
+from es2fast.ops.separation_chunked import KINDS, LOG_FLOOR, PairProblem, PairResult, nothing
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 KIND = {name: i for i, name in enumerate(KINDS)}
@@ -49,15 +49,17 @@ class Config:
 
     block: int
     num_warps: int
+    max_registers: int | None = None  # per thread; None: ptxas decides
 
 
 PREPARE = Config(1024, 4)
-PAIRS = Config(1024, 4)
+PAIRS = Config(1024, 4, 128)  # left alone, ptxas trades 8 spilled bytes for occupancy
 FINISH = Config(1024, 4)
 CLOSE = Config(512, 4)
 WIDTH = 1024  # of H per step where two rows are subtracted
 SUM_ROWS, SUM_COLUMNS = 128, 128  # of a column_sum_kernel tile
 SMALL_WIDTH = 64  # of H per step or program of the small kernels
+SMALL_STAGES = 3  # steps in flight
 
 
 # --- device functions -----------------------------------------------------------------------------
@@ -121,6 +123,13 @@ def _power_of_two(x):
 
 
 @triton.jit
+def _reciprocal(power):
+    """1 / power for a power of two, exactly and without a division."""
+    bits = 0x7F000000 - power.to(tl.int32, bitcast=True)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _exact_square(x_row, y_row, H, WIDTH: tl.constexpr):
     """||x - y||^2 of two rows as given."""
     offs = tl.arange(0, WIDTH)
@@ -180,7 +189,7 @@ def prepare_kernel(
     row = tl.program_id(0).to(tl.int64)
     width = tl.where(tl.load(w_ptr + row) != 0, H, 0)  # a row of weight 0 is not read
     offs = tl.arange(0, BLOCK)
-    unit = 1.0
+    unit = tl.full((), 1.0, tl.float32)
     if HALF:
         largest = tl.zeros((BLOCK,), tl.float32)
         for h in range(0, H, BLOCK):
@@ -194,7 +203,7 @@ def prepare_kernel(
         mask = h + offs < width
         x = tl.load(x_ptr + row * stride_x + h + offs, mask=mask, other=0.0).to(tl.float32)
         x -= tl.load(mean_ptr + h + offs, mask=mask, other=0.0)
-        x = (x / unit).to(out_ptr.dtype.element_ty)
+        x = (x * _reciprocal(unit)).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + row * H + h + offs, x, mask=h + offs < H)
         total += x.to(tl.float32) * x.to(tl.float32)
     tl.store(unit_ptr + row, unit)
@@ -270,7 +279,7 @@ def pair_kernel(
     tl.store(value_ptr + row, tl.sum(values, 0) * u)
     if NEED_GRAD:
         tl.store(flag_ptr + row, flag)
-        unit = 1.0
+        unit = tl.full((), 1.0, tl.float32)
         if HALF:
             unit = _power_of_two(tl.max(largest, 0)) * 2.0
         tl.debug_barrier()  # the second sweep reads what other threads stored
@@ -283,9 +292,10 @@ def pair_kernel(
             d2 = tl.load(gram_row + cols, mask=mask, other=0.0)
             is_close = (d2 < 0) | (d2 == 0)  # at distance 0 every slope that matters is 0
             _, slope = _pair(tl.abs(d2), margin, scale, KIND)
-            q = (tl.where(is_close, 0.0, v * slope * b_unit) / unit).to(q_ptr.dtype.element_ty)
+            q = tl.where(is_close, 0.0, v * slope * b_unit) * _reciprocal(unit)
+            q = q.to(q_ptr.dtype.element_ty)
             tl.store(q_ptr + row * pitch + cols, q, mask=mask)
-            total += tl.where(mask, q.to(tl.float32) / b_unit, 0.0)
+            total += tl.where(mask, q.to(tl.float32) * _reciprocal(b_unit), 0.0)
         tl.store(sum_ptr + row, tl.sum(total, 0))
         tl.store(weight_ptr + row, u * unit)
 
@@ -398,21 +408,20 @@ def small_pairs_kernel(
     NEED_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_M)
     u = tl.load(u_ptr + row)
     v = tl.load(v_ptr + cols, mask=cols < M, other=0.0)
-    v = tl.where(u != 0, v, 0.0)
-    counts = v != 0
-    width = tl.where(u != 0, H, 0)
+    counts = tl.where(u != 0, v, 0.0) != 0  # rows of weight 0 are read, and dropped below
     offs = tl.arange(0, WIDTH)
     total = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-    for h in range(0, H, WIDTH):
-        mask = h + offs < width
+    for h in tl.range(0, H, WIDTH, num_stages=STAGES):
+        mask = h + offs < H
         a = tl.load(a_ptr + row * stride_a + h + offs, mask=mask, other=0.0).to(tl.float32)
         place = b_ptr + cols[:, None].to(tl.int64) * stride_b + h + offs[None, :]
-        b = tl.load(place, mask=counts[:, None] & mask[None, :], other=0.0).to(tl.float32)
+        b = tl.load(place, mask=(cols < M)[:, None] & mask[None, :], other=0.0).to(tl.float32)
         total += (a[None, :] - b) * (a[None, :] - b)
     value, slope = _pair(tl.sum(total, 1), margin, scale, KIND)
     tl.store(value_ptr + row, u * tl.sum(tl.where(counts, v * value, 0.0), 0))
@@ -447,11 +456,9 @@ def small_gradient_kernel(
     place = own_ptr + rows[:, None].to(tl.int64) * stride_own + offs[None, :]
     own = tl.load(place, mask=counts[:, None] & in_width[None, :], other=0.0).to(tl.float32)
     total = tl.zeros((ROWS, WIDTH), tl.float32)
-    for k in range(0, N_OTHER):
-        width = tl.where(tl.load(other_w_ptr + k) != 0, H, 0)
-        other = tl.load(other_ptr + k * stride_other + offs, mask=offs < width, other=0.0).to(
-            tl.float32
-        )
+    for k in tl.range(0, N_OTHER, loop_unroll_factor=4):
+        other = tl.load(other_ptr + k * stride_other + offs, mask=in_width, other=0.0)
+        other = tl.where(tl.load(other_w_ptr + k) != 0, other.to(tl.float32), 0.0)
         c = tl.load(c_ptr + rows * stride_c_own + k * stride_c_other, mask=in_rows, other=0.0)
         total += c[:, None] * (own - other[None, :])
     place = out_ptr + rows[:, None].to(tl.int64) * H + offs[None, :]
@@ -548,7 +555,7 @@ def _run_small(p: PairProblem) -> PairResult:
     small_pairs_kernel[(n,)](
         p.a, p.b, p.u, p.v, c, values, m, h, p.a.stride(0), p.b.stride(0),
         p.spec.margin, p.spec.scale, KIND[p.spec.kind], p.need_grad,
-        BLOCK_M=_next_power(m), WIDTH=SMALL_WIDTH, num_warps=4,
+        BLOCK_M=_next_power(m), WIDTH=SMALL_WIDTH, STAGES=SMALL_STAGES, num_warps=4,
     )  # fmt: skip
     result = PairResult(values.sum())
     if p.need_da:
@@ -592,7 +599,7 @@ def _run_chunk(
         gram, q, a.raw, b.raw, a.unit, b.unit, a.sq, b.sq, a.w, b.w, values, sums, weights, flags,
         m, h, m, a.raw.stride(0), b.raw.stride(0), p.spec.margin, p.spec.scale,
         CLOSE_HALF if half else CLOSE_FULL, KIND[p.spec.kind], half, p.need_grad,
-        BLOCK=PAIRS.block, WIDTH=WIDTH, num_warps=PAIRS.num_warps,
+        BLOCK=PAIRS.block, WIDTH=WIDTH, num_warps=PAIRS.num_warps, maxnreg=PAIRS.max_registers,
     )  # fmt: skip
     if da is not None:
         one = torch.ones((), dtype=torch.float32, device=device)
@@ -630,10 +637,5 @@ def run_triton(problem: PairProblem) -> PairResult:
     p = replace(problem, a=_row_major(problem.a), b=_row_major(problem.b))
     n, m = p.a.shape[0], p.b.shape[0]
     if min(n, m) == 0:
-        zero = torch.zeros((), dtype=torch.float32, device=p.a.device)
-        da, db = (
-            torch.zeros(x.shape, dtype=torch.float32, device=x.device) if needed else None
-            for x, needed in ((p.a, p.need_da), (p.b, p.need_db))
-        )
-        return PairResult(zero, da, db)
+        return nothing(p)
     return _run_small(p) if max(n, m) <= SMALL else _run_chunked(p)
