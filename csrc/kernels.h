@@ -78,11 +78,24 @@ struct PairDistances {
   float close;       // a pair is close when d^2 < close (|a|^2 + |b|^2)
 };
 
+// Few pairs: distances and gradients straight from the differences, without GEMMs or centring.
+struct FewPairs {
+  const float* a;  // (n, H)
+  const float* b;  // (m, H)
+  int64_t n, m, width;
+  PairRows pairs;  // its tile is (n, m), contiguous
+  float* da;       // (n, H) or null
+  float* db;       // (m, H) or null
+};
+constexpr int64_t FEW_COLUMNS = 64;  // of H, per task of few_gradients
+
 struct Kernels {
   const char* name;
   void (*kl_rows)(const KLRows&, int64_t begin, int64_t end);
   void (*moment_rows)(const MomentRows&, int64_t begin, int64_t end);
   void (*pair_rows)(const PairRows&, int64_t begin, int64_t end);
+  void (*few_losses)(const FewPairs&, int64_t begin, int64_t end);     // rows of a
+  void (*few_gradients)(const FewPairs&, int64_t begin, int64_t end);  // blocks of FEW_COLUMNS
   int64_t (*pair_distances_row)(const PairDistances&, int64_t row, int32_t* close);
 };
 

@@ -35,6 +35,9 @@ std::tuple<at::Tensor, at::Tensor> moment_rows(
 // separation.cpp
 at::Tensor pair_distances(
     const at::Tensor& tile, const at::Tensor& a_sq, const at::Tensor& b_sq, double close);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> few_pairs(
+    const at::Tensor& a, const at::Tensor& b, const at::Tensor& u, const at::Tensor& v, int64_t kind,
+    double margin, double scale, double log_floor, bool need_da, bool need_db);
 at::Tensor pair_rows(
     const at::Tensor& tile, const at::Tensor& u, const at::Tensor& v, int64_t kind, double margin,
     double scale, double log_floor, bool need_grad);

@@ -95,5 +95,56 @@ void pair_rows(const PairRows& q, int64_t begin, int64_t end) {
   }
 }
 
+// Squared distances of rows of a to all of b, then their losses and coefficients.
+void few_losses(const FewPairs& q, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const float* a = q.a + i * q.width;
+    float* tile = q.pairs.tile + i * q.pairs.pitch;
+    for (int64_t j = 0; j < q.m; ++j) {
+      tile[j] = 0;
+      if (q.pairs.u[i] == 0 || q.pairs.v[j] == 0) continue;  // such a row may hold NaN
+      const float* b = q.b + j * q.width;
+      Vec sum_0(0.0f), sum_1(0.0f);
+      int64_t h = 0;
+      for (; h + 2 * W <= q.width; h += 2 * W) {
+        const Vec d_0 = Vec::loadu(a + h) - Vec::loadu(b + h);
+        const Vec d_1 = Vec::loadu(a + h + W) - Vec::loadu(b + h + W);
+        sum_0 = at::vec::fmadd(d_0, d_0, sum_0);
+        sum_1 = at::vec::fmadd(d_1, d_1, sum_1);
+      }
+      for_vectors(h, q.width, [&](int64_t k, int64_t n) {
+        const Vec d = only(load(a + k, n) - load(b + k, n), 0.0f, n);
+        sum_0 = at::vec::fmadd(d, d, sum_0);
+      });
+      tile[j] = sum(sum_0 + sum_1);
+    }
+  }
+  pair_rows(q.pairs, begin, end);
+}
+
+// da_i += c_ij (a_i - b_j), db_j -= the same, by blocks of columns: one owner per element.
+void few_gradients(const FewPairs& q, int64_t begin, int64_t end) {
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * FEW_COLUMNS, last = std::min(first + FEW_COLUMNS, q.width);
+    for (int64_t i = 0; i < q.n; ++i) {
+      const float* c = q.pairs.tile + i * q.pairs.pitch;
+      for_vectors(first, last, [&](int64_t k, int64_t n) {
+        const Vec a = load(q.a + i * q.width + k, n);
+        Vec da(0.0f);
+        for (int64_t j = 0; j < q.m; ++j) {
+          if (c[j] == 0) continue;
+          const Vec pull = Vec(c[j]) * (a - load(q.b + j * q.width + k, n));
+          da = da + pull;
+          if (q.db) {
+            float* db = q.db + j * q.width + k;
+            store(db, load(db, n) - pull, n);
+          }
+        }
+        if (q.da) store(q.da + i * q.width + k, da, n);
+      });
+    }
+  }
+}
+
 }  // namespace CPU_CAPABILITY
 }  // namespace es2fast

@@ -59,6 +59,9 @@ TORCH_LIBRARY_FRAGMENT(es2fast, m) {
   m.def(
       "native_pair_rows(Tensor(a!) tile, Tensor u, Tensor v, int kind, float margin, float scale, "
       "float log_floor, bool need_grad) -> Tensor");
+  m.def(
+      "native_few_pairs(Tensor a, Tensor b, Tensor u, Tensor v, int kind, float margin, float scale, "
+      "float log_floor, bool need_da, bool need_db) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(es2fast, CPU, m) {
@@ -69,6 +72,7 @@ TORCH_LIBRARY_IMPL(es2fast, CPU, m) {
   m.impl("native_moment_rows", &moment_rows);
   m.impl("native_pair_distances", &pair_distances);
   m.impl("native_pair_rows", &pair_rows);
+  m.impl("native_few_pairs", &few_pairs);
 }
 
 }  // namespace es2fast

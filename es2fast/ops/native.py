@@ -64,6 +64,13 @@ if MISSING is None:
     def _(tile, u, *rest):
         return torch.empty_like(u)
 
+    @torch.library.register_fake("es2fast::native_few_pairs")
+    def _(a, b, u, v, kind, margin, scale, log_floor, need_da, need_db):
+        da, db = (
+            (x.shape[0] if need else 0, x.shape[1]) for x, need in ((a, need_da), (b, need_db))
+        )
+        return torch.empty_like(u), u.new_empty(da), u.new_empty(db)
+
     @torch.library.register_fake("es2fast::native_gemm_nt")
     def _(a, b, out):
         return None

@@ -1,7 +1,8 @@
 """The ``native`` backend of the separation losses: the tile loop with csrc's passes and GEMMs.
 
 Per tile of the n x m matrix: one GEMM, one sweep that turns it into squared distances and notes the
-close pairs, one that turns those into losses and the gradient's coefficients, two GEMMs.
+close pairs, one that turns those into losses and the gradient's coefficients, two GEMMs. Few pairs,
+as in a training step, take one pass over the differences for the losses and one for the gradients.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from es2fast.ops.separation_chunked import (
     run_chunked,
 )
 
+FEW_PAIRS = 128 * 128  # up to here the differences themselves are quicker than GEMMs
 KIND = {name: number for number, name in enumerate(KINDS)}
 
 
@@ -44,6 +46,18 @@ def _product(out: Tensor, c: Tensor, x: Tensor, add: bool) -> None:
 NATIVE_TILE = TileWork(_distances, _pair_pass, _product)
 
 
+def _run_few(p: PairProblem) -> PairResult:
+    """Without GEMMs: exact differences, one pass for the losses and one for the gradients."""
+    values, da, db = torch.ops.es2fast.native_few_pairs(
+        p.a, p.b, p.u, p.v, KIND[p.spec.kind], p.spec.margin, p.spec.scale, LOG_FLOOR,
+        p.need_da, p.need_db,
+    )  # fmt: skip
+    return PairResult(values.sum(), da if p.need_da else None, db if p.need_db else None)
+
+
 def run_native(problem: PairProblem) -> PairResult:
     """The ``native`` backend."""
+    pairs = problem.a.shape[0] * problem.b.shape[0]
+    if 0 < pairs <= FEW_PAIRS and problem.chunk_rows is None:
+        return _run_few(problem)
     return run_chunked(problem, NATIVE_TILE)

@@ -101,6 +101,7 @@ def test_operators_have_fakes() -> None:
         ops.native_moment_rows: (z, ones, None, 1.0, ids, probs, True, False),
         ops.native_pair_distances: (torch.zeros(3, 20), ones, torch.ones(20), 1.5),
         ops.native_pair_rows: (z.square(), ones, torch.ones(20), 0, 4.0, 1.0, 1e-12, True),
+        ops.native_few_pairs: (a, a[:3], torch.ones(4), ones, 0, 4.0, 1.0, 1e-12, True, False),
         ops.native_gemm_nt: (a, a, torch.empty(4, 4)),
         ops.native_gemm_nn: (a, a.t().contiguous(), torch.empty(4, 4), False),
         ops.native_gemm_tn: (a, a, torch.empty(8, 8), False),
