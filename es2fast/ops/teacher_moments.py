@@ -224,8 +224,9 @@ def moment_kl_div(
         hidden: (N, H) student's final hidden states; bf16, fp16, fp32 (fp64: torch backend).
         weight: (V, H) the student's frozen head, the one the moments were made with, in hidden's
             dtype. Beside bfloat16 states it may be held in float16 (:func:`es2fast.half_head`):
-            same speed, 8 times less noise in the gradient. On a GPU without float16 a bfloat16
-            head with a flat teacher is accurate to 1e-2 down to KL 2e-3 only.
+            same speed, 8 times less noise in the gradient, and the accuracy promised: dX within
+            1e-2 down to KL 2e-4. A bfloat16 head reaches that on a GPU with a peaked teacher
+            only (4 % seen in between, docs/teacher_moments.md).
         moments: of the same N tokens, in the same order. Which head they belong to is checked by
             its shape here and in full by ``moments.check_head(weight, bias)``, once per run.
         bias: (V,) added to the logits.
