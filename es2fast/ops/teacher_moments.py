@@ -44,6 +44,7 @@ from es2fast.ops.tokens import (
     saved_dtype,
     scale_gradient,
     vocabulary,
+    without_autocast,
 )
 
 
@@ -182,17 +183,18 @@ def teacher_moments(
         not 0 <= top_k <= vocab,
         f"top_k={top_k}: expected 0 (no anchors) to {vocab}, the size of the vocabulary",
     )
-    made = make_moments(
-        teacher_hidden,
-        teacher_weight[:vocab],
-        None if t_bias is None else t_bias[:vocab],
-        student[:vocab],
-        None if bias is None else bias[:vocab],
-        shared,
-        logit_scale / temperature,
-        top_k,
-        chunk_tokens or default_chunk(teacher_hidden, False),
-    )
+    with without_autocast(teacher_hidden.device.type):
+        made = make_moments(
+            teacher_hidden,
+            teacher_weight[:vocab],
+            None if t_bias is None else t_bias[:vocab],
+            student[:vocab],
+            None if bias is None else bias[:vocab],
+            shared,
+            logit_scale / temperature,
+            top_k,
+            chunk_tokens or default_chunk(teacher_hidden, False),
+        )
     return TeacherMoments(
         **vars(made),
         temperature=float(temperature),
@@ -299,22 +301,22 @@ def _moment_kl(
     accum = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     index, weights = pack(hidden, token_weights, max_valid_tokens, accum)
     scale = row_scale(weights, reduction)
-    rows, dx = RUN[backend](
-        MomentProblem(
-            hidden=hidden,
-            weight=weight[:vocab],
-            bias=None if bias is None else bias[:vocab],
-            tail_moment=tail_moment,
-            top_ids=top_ids,
-            top_probs=top_probs,
-            tail_sums=tail_sums,
-            index=index,
-            scale=scale,
-            gain=gain,
-            chunk_tokens=chunk_tokens or default_chunk(hidden, False),
-            need_dx=need_dx,
-        )
+    problem = MomentProblem(
+        hidden=hidden,
+        weight=weight[:vocab],
+        bias=None if bias is None else bias[:vocab],
+        tail_moment=tail_moment,
+        top_ids=top_ids,
+        top_probs=top_probs,
+        tail_sums=tail_sums,
+        index=index,
+        scale=scale,
+        gain=gain,
+        chunk_tokens=chunk_tokens or default_chunk(hidden, False),
+        need_dx=need_dx,
     )
+    with without_autocast(hidden.device.type):
+        rows, dx = RUN[backend](problem)
     loss = reduce_rows(rows * scale, reduction, index, hidden.shape[0])
     return loss, torch.empty(0) if dx is None else dx
 

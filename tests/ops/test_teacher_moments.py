@@ -273,6 +273,15 @@ def test_compiled_equals_eager(backend, compiler):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_autocast_rounds_nothing(backend):
+    """The inputs' dtype decides: a float32 head stays float32 under autocast."""
+    problem = make_problem(FP32)
+    expected = run(problem, backend)
+    with torch.autocast("cpu", dtype=BF16):
+        got = run(problem, backend)
+    assert torch.equal(got.loss, expected.loss) and torch.equal(got.dx, expected.dx)
+
+
 def test_custom_op_contract():
     problem = make_problem(n=3, h=8, v=20)
     m = moments_of(problem)
