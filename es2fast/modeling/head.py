@@ -82,7 +82,7 @@ class KLTask:
     """What `FusedHead` computes in place of logits.
 
     teacher_hidden: (N, H) final hidden states of the base model.
-    token_weights: (N,) fp32.
+    token_weights: (N,) fp32; tokens of weight zero are left out before the head.
     direction, temperature: as `es2fast.linear_kl_div`.
     """
 
@@ -142,6 +142,7 @@ class FusedHead:
             logit_scale=self._transform.logit_scale,
             softcap=self._transform.softcap,
             token_weights=task.token_weights,
+            max_valid_tokens=task.token_weights.shape[0],  # none to drop, so none to count: no sync
             reduction="sum",
         )
 

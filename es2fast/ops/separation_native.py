@@ -1,0 +1,49 @@
+"""The ``native`` backend of the separation losses: the tile loop with csrc's passes and GEMMs.
+
+Per tile of the n x m matrix: one GEMM, one sweep that turns it into squared distances and notes the
+close pairs, one that turns those into losses and the gradient's coefficients, two GEMMs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from es2fast.ops.separation_chunked import (
+    CLOSE,
+    KINDS,
+    LOG_FLOOR,
+    Block,
+    PairProblem,
+    PairResult,
+    PairSpec,
+    TileWork,
+    run_chunked,
+)
+
+KIND = {name: number for number, name in enumerate(KINDS)}
+
+
+def _distances(a: Block, b: Block) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    tile = torch.empty(a.x.shape[0], b.x.shape[0])
+    torch.ops.es2fast.native_gemm_nt(a.x, b.x, tile)
+    close = torch.ops.es2fast.native_pair_distances(tile, a.sq, b.sq, CLOSE)
+    return tile, (close[0], close[1]) if close.shape[1] else None
+
+
+def _pair_pass(d2: Tensor, u: Tensor, v: Tensor, spec: PairSpec, need_grad: bool) -> Tensor:
+    return torch.ops.es2fast.native_pair_rows(
+        d2, u, v, KIND[spec.kind], spec.margin, spec.scale, LOG_FLOOR, need_grad
+    )
+
+
+def _product(out: Tensor, c: Tensor, x: Tensor, add: bool) -> None:
+    torch.ops.es2fast.native_gemm_nn(c, x, out, add)
+
+
+NATIVE_TILE = TileWork(_distances, _pair_pass, _product)
+
+
+def run_native(problem: PairProblem) -> PairResult:
+    """The ``native`` backend."""
+    return run_chunked(problem, NATIVE_TILE)
