@@ -86,12 +86,81 @@ class LayersConfig(_Section):
     prompts: int = Field(256, ge=4, description="prompts per group for the probes and for d0")
 
 
-class SeparationConfig(_Section):
-    loss: Literal["hinge", "l2", "log", "squared", "centroid"] = Field(
-        "hinge", description="hinge stops at margin x d0; l2 is the paper's unbounded distance"
+_DEFAULT_MARGINS = {"hinge": 4.0, "softplus": 4.0, "cosine": 0.0}
+
+
+class RobustConfig(_Section):
+    """Separation demanded after a simulated attack on the harmful states."""
+
+    probability: float = Field(
+        0.0, ge=0, lt=1, description="share of the steps that are attacked; 0: none"
     )
-    margin: float = Field(4.0, gt=0, description="hinge: target distance in units of d0")
+    attack: Literal["scav", "mean_difference"] = Field(
+        "mean_difference", description="as in the evaluation, with evaluate.scav_p0 and scav_p1"
+    )
+    states: int = Field(
+        256, ge=4, description="most recent states per group that the attack is fitted on"
+    )
+    refit_every: int = Field(5, ge=1, description="steps between two fits")
+
+
+class SeparationConfig(_Section):
+    loss: Literal["hinge", "l2", "log", "softplus", "squared", "centroid", "fisher", "cosine"] = (
+        Field(
+            "hinge", description="hinge stops at margin x d0; l2 is the paper's unbounded distance"
+        )
+    )
+    margin: float | None = Field(
+        None,
+        description="target distance in units of d0 (fisher: of the base model's mean Mahalanobis "
+        "distance; cosine: a cosine); default 4 for hinge and softplus, 0 for cosine; squared, "
+        "centroid and fisher are unbounded without one",
+    )
     weights: list[float] | None = Field(None, description="one weight per layer; default: 1 each")
+    space: Literal["residual", "normed"] = Field(
+        "residual",
+        description="residual: the block's output; normed: after the next block's input norm, "
+        "where a longer state gains nothing",
+    )
+    norm_band: tuple[float, float] | None = Field(
+        None, description="lowest and highest norm of a state, in units of the base model's mean"
+    )
+    norm_band_weight: float = Field(
+        10.0, gt=0, description="of the squared excess over the band, averaged over the states"
+    )
+    bank: int = Field(
+        0,
+        ge=0,
+        description="embeddings of each group, from earlier micro-batches of all ranks, that the "
+        "other group is also held away from; rounded up to a multiple of the ranks",
+    )
+    robust: RobustConfig = Field(default_factory=RobustConfig)
+
+    @property
+    def bounded(self) -> bool:
+        """The loss has a target, at which it is 0 (softplus: almost)."""
+        return self.margin is not None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SeparationConfig:
+        loss, margin, band = self.loss, self.margin, self.norm_band
+        if margin is None:
+            self.margin = _DEFAULT_MARGINS.get(loss)
+        elif loss in ("l2", "log"):
+            raise ValueError(
+                f"margin={margin:g} with loss={loss!r}, which has none; leave it out or use "
+                "loss=hinge"
+            )
+        elif loss == "cosine" and not -1 <= margin < 1:
+            raise ValueError(f"margin={margin:g} with loss='cosine' must be a cosine below 1")
+        elif loss != "cosine" and margin <= 0:
+            raise ValueError(f"margin={margin:g} must be greater than 0; it is in units of d0")
+        if band is not None and not 0 <= band[0] < 1 < band[1]:
+            raise ValueError(
+                f"norm_band={list(band)} does not hold 1, where the base model is; give "
+                "[low, high] with 0 <= low < 1 < high"
+            )
+        return self
 
 
 class KLConfig(_Section):
@@ -106,8 +175,23 @@ class KLConfig(_Section):
     budget: float | None = Field(
         None, gt=0, description="nats per token; lambda then adapts so that the KL stays below"
     )
-    budget_lr: float = Field(0.1, gt=0, description="step of the dual ascent on log lambda")
+    budget_lr: float = Field(0.15, gt=0, description="step of the dual ascent on log lambda")
     max_weight: float = Field(1e4, gt=0, description="upper bound of the adaptive lambda")
+
+
+class SafeguardsConfig(_Section):
+    """When a run stops by itself, and what is kept for that case."""
+
+    max_kl: float | None = Field(
+        2.0, gt=0, description="nats per token that no usable model reaches; null: no limit"
+    )
+    max_grad_growth: float | None = Field(
+        100.0, gt=1, description="gradient norm over the largest of the first ten steps"
+    )
+    patience: int = Field(5, ge=1, description="steps in a row that a limit must be passed")
+    keep_every: int = Field(
+        10, ge=0, description="steps between copies of sane weights to fall back on; 0: none"
+    )
 
 
 class LoraSection(_Section):
@@ -139,7 +223,7 @@ class TrainConfig(_Section):
     )
     gradient_checkpointing: bool = False
     early_stop: bool = Field(
-        False, description="stop when the hinge target is met on every layer (hinge only)"
+        False, description="stop when a bounded loss has reached its target on every layer"
     )
     overwrite: bool = Field(False, description="replace a run that output_dir already holds")
     seed: int = 0
@@ -172,6 +256,7 @@ class Config(_Section):
     layer_choice: LayersConfig = Field(default_factory=LayersConfig)
     separation: SeparationConfig = Field(default_factory=SeparationConfig)
     kl: KLConfig = Field(default_factory=KLConfig)
+    safeguards: SafeguardsConfig = Field(default_factory=SafeguardsConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     deepspeed: str | dict[str, Any] = Field(
         "zero3", description="preset (zero2, zero3, zero3_offload), a JSON file, or a mapping"
@@ -197,10 +282,10 @@ class Config(_Section):
                 f"train.teacher: adapters_off needs train.trainable=lora, which is "
                 f"{self.train.trainable!r}; use teacher=twin"
             )
-        if self.train.early_stop and self.separation.loss != "hinge":
+        if self.train.early_stop and not self.separation.bounded:
             raise ValueError(
-                f"train.early_stop: separation.loss={self.separation.loss!r} has no target to "
-                "reach; use separation.loss=hinge"
+                f"train.early_stop: separation.loss={self.separation.loss!r} without a margin has "
+                "no target to reach; use separation.loss=hinge"
             )
         return self
 
