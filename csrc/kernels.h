@@ -87,7 +87,8 @@ struct FewPairs {
   float* da;       // (n, H) or null
   float* db;       // (m, H) or null
 };
-constexpr int64_t FEW_COLUMNS = 64;  // of H, per task of few_gradients
+constexpr int64_t FEW_COLUMNS = 32;  // of H, per task of few_gradients
+constexpr int64_t FEW_ROWS = 256;    // of b at most
 
 struct Kernels {
   const char* name;

@@ -95,53 +95,88 @@ void pair_rows(const PairRows& q, int64_t begin, int64_t end) {
   }
 }
 
+// Squared distances of A rows to R others: A R sums in flight hide the adder's latency, and every row
+// of b is read once for A rows of a.
+template <int A, int R>
+inline void few_distances(const FewPairs& q, int64_t i, int64_t j) {
+  Vec sums[A][R];
+  for (auto& row : sums) {
+    for (auto& x : row) x = Vec(0.0f);
+  }
+  for_vectors(0, q.width, [&](int64_t k, int64_t n) {
+    Vec b[R];
+    for (int r = 0; r < R; ++r) b[r] = load(q.b + (j + r) * q.width + k, n);
+    for (int l = 0; l < A; ++l) {
+      const Vec a = load(q.a + (i + l) * q.width + k, n);
+      for (int r = 0; r < R; ++r) {
+        const Vec d = only(a - b[r], 0.0f, n);
+        sums[l][r] = at::vec::fmadd(d, d, sums[l][r]);
+      }
+    }
+  });
+  for (int l = 0; l < A; ++l) {
+    for (int r = 0; r < R; ++r) q.pairs.tile[(i + l) * q.pairs.pitch + j + r] = sum(sums[l][r]);
+  }
+}
+
+template <int A>
+inline void few_distances_of(const FewPairs& q, int64_t i) {
+  int64_t j = 0;
+  for (; j + 4 <= q.m; j += 4) few_distances<A, 4>(q, i, j);
+  for (; j < q.m; ++j) few_distances<A, 1>(q, i, j);
+}
+
 // Squared distances of rows of a to all of b, then their losses and coefficients.
 void few_losses(const FewPairs& q, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    const float* a = q.a + i * q.width;
-    float* tile = q.pairs.tile + i * q.pairs.pitch;
-    for (int64_t j = 0; j < q.m; ++j) {
-      tile[j] = 0;
-      if (q.pairs.u[i] == 0 || q.pairs.v[j] == 0) continue;  // such a row may hold NaN
-      const float* b = q.b + j * q.width;
-      Vec sum_0(0.0f), sum_1(0.0f);
-      int64_t h = 0;
-      for (; h + 2 * W <= q.width; h += 2 * W) {
-        const Vec d_0 = Vec::loadu(a + h) - Vec::loadu(b + h);
-        const Vec d_1 = Vec::loadu(a + h + W) - Vec::loadu(b + h + W);
-        sum_0 = at::vec::fmadd(d_0, d_0, sum_0);
-        sum_1 = at::vec::fmadd(d_1, d_1, sum_1);
-      }
-      for_vectors(h, q.width, [&](int64_t k, int64_t n) {
-        const Vec d = only(load(a + k, n) - load(b + k, n), 0.0f, n);
-        sum_0 = at::vec::fmadd(d, d, sum_0);
-      });
-      tile[j] = sum(sum_0 + sum_1);
+  int64_t i = begin;
+  for (; i + 4 <= end; i += 4) few_distances_of<4>(q, i);
+  for (; i < end; ++i) few_distances_of<1>(q, i);
+  for (i = begin; i < end; ++i) {
+    for (int64_t j = 0; j < q.m; ++j) {  // a row of weight 0 may hold NaN
+      if (q.pairs.u[i] == 0 || q.pairs.v[j] == 0) q.pairs.tile[i * q.pairs.pitch + j] = 0;
     }
   }
   pair_rows(q.pairs, begin, end);
 }
 
-// da_i += c_ij (a_i - b_j), db_j -= the same, by blocks of columns: one owner per element.
+// da_i += c_ij (a_i - b_j), db_j -= the same, by blocks of columns: one owner per element. The block
+// of b is copied, since rows a power of two apart would evict each other from the cache.
 void few_gradients(const FewPairs& q, int64_t begin, int64_t end) {
+  constexpr int64_t VECTORS = FEW_COLUMNS / W;
+  alignas(64) float b[FEW_ROWS * FEW_COLUMNS], db[FEW_ROWS * FEW_COLUMNS];
   for (int64_t block = begin; block < end; ++block) {
-    const int64_t first = block * FEW_COLUMNS, last = std::min(first + FEW_COLUMNS, q.width);
+    const int64_t first = block * FEW_COLUMNS, columns = std::min(FEW_COLUMNS, q.width - first);
+    for (int64_t j = 0; j < q.m; ++j) {
+      for (int64_t k = 0; k < FEW_COLUMNS; ++k) {
+        b[j * FEW_COLUMNS + k] = k < columns ? q.b[j * q.width + first + k] : 0.0f;
+        db[j * FEW_COLUMNS + k] = 0;
+      }
+    }
     for (int64_t i = 0; i < q.n; ++i) {
       const float* c = q.pairs.tile + i * q.pairs.pitch;
-      for_vectors(first, last, [&](int64_t k, int64_t n) {
-        const Vec a = load(q.a + i * q.width + k, n);
-        Vec da(0.0f);
-        for (int64_t j = 0; j < q.m; ++j) {
-          if (c[j] == 0) continue;
-          const Vec pull = Vec(c[j]) * (a - load(q.b + j * q.width + k, n));
-          da = da + pull;
-          if (q.db) {
-            float* db = q.db + j * q.width + k;
-            store(db, load(db, n) - pull, n);
-          }
+      Vec a[VECTORS], da[VECTORS];
+      for (int64_t k = 0; k < VECTORS; ++k) {
+        const int64_t left = std::clamp<int64_t>(columns - k * W, 0, W);
+        a[k] = left ? only(load(q.a + i * q.width + first + k * W, left), 0.0f, left) : Vec(0.0f);
+        da[k] = Vec(0.0f);
+      }
+      for (int64_t j = 0; j < q.m; ++j) {
+        if (c[j] == 0) continue;
+        const Vec factor(c[j]);
+        for (int64_t k = 0; k < VECTORS; ++k) {
+          const Vec d = a[k] - Vec::loadu(b + j * FEW_COLUMNS + k * W);
+          float* out = db + j * FEW_COLUMNS + k * W;
+          da[k] = at::vec::fmadd(factor, d, da[k]);
+          at::vec::fmadd(factor.neg(), d, Vec::loadu(out)).store(out);
         }
-        if (q.da) store(q.da + i * q.width + k, da, n);
-      });
+      }
+      for (int64_t k = 0; q.da && k < VECTORS; ++k) {
+        const int64_t left = std::clamp<int64_t>(columns - k * W, 0, W);
+        if (left) store(q.da + i * q.width + first + k * W, da[k], left);
+      }
+    }
+    for (int64_t j = 0; q.db && j < q.m; ++j) {
+      for (int64_t k = 0; k < columns; ++k) q.db[j * q.width + first + k] = db[j * FEW_COLUMNS + k];
     }
   }
 }

@@ -95,6 +95,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> few_pairs(
       a.device().is_cpu() && b.device().is_cpu() && a.dim() == 2 && b.dim() == 2 &&
           a.size(1) == b.size(1),
       "a and b: expected CPU matrices of one width, got ", a.sizes(), " and ", b.sizes());
+  TORCH_CHECK(b.size(0) <= FEW_ROWS, "b: at most ", FEW_ROWS, " rows, got ", b.size(0));
   const at::Tensor rows_a = a.to(at::kFloat).contiguous(), rows_b = b.to(at::kFloat).contiguous();
   const int64_t n = a.size(0), m = b.size(0), width = a.size(1);
   at::Tensor tile = at::empty({n, m}, rows_a.options()), values = at::empty({n}, u.options());

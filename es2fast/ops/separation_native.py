@@ -22,7 +22,8 @@ from es2fast.ops.separation_chunked import (
     run_chunked,
 )
 
-FEW_PAIRS = 128 * 128  # up to here the differences themselves are quicker than GEMMs
+FEW_PAIRS = 64 * 64  # up to here the differences themselves are quicker than GEMMs
+FEW_ROWS = 256  # of b, as in csrc/kernels.h
 KIND = {name: number for number, name in enumerate(KINDS)}
 
 
@@ -57,7 +58,7 @@ def _run_few(p: PairProblem) -> PairResult:
 
 def run_native(problem: PairProblem) -> PairResult:
     """The ``native`` backend."""
-    pairs = problem.a.shape[0] * problem.b.shape[0]
-    if 0 < pairs <= FEW_PAIRS and problem.chunk_rows is None:
+    n, m = problem.a.shape[0], problem.b.shape[0]
+    if 0 < n * m <= FEW_PAIRS and m <= FEW_ROWS and problem.chunk_rows is None:
         return _run_few(problem)
     return run_chunked(problem, NATIVE_TILE)
