@@ -86,7 +86,7 @@ PairPass = Callable[[Tensor, Tensor, Tensor, PairSpec, bool], Tensor]
 
 
 def pair_values(d2: Tensor, spec: PairSpec, need_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """(f(d), f'(d)/d) of squared distances; the quotient is 0 at d = 0 where f' is not.
+    """(f(d), f'(d)/d) of squared distances, which it destroys; the quotient is 0 at d = 0.
 
     hinge relu(margin - d)/scale; l2 -d/scale; log -log(max(d/scale, LOG_FLOOR));
     softplus log(1 + exp((margin - d)/scale)); squared relu(margin^2 - d^2)/scale^2;
@@ -99,22 +99,26 @@ def pair_values(d2: Tensor, spec: PairSpec, need_grad: bool) -> tuple[Tensor, Te
     if spec.kind == "cosine":
         rest = (1 - margin) - d2 / 2
         return rest.relu(), -(rest > 0).to(d2.dtype)
-    d = d2.sqrt()
+    d = d2.sqrt_()  # in place where possible: fresh memory costs page faults, more than the sums
+    rest = None if spec.kind in ("l2", "log") else (margin - d).div_(scale)
     if spec.kind == "log":
-        floor = LOG_FLOOR * scale
-        value = (d.clamp_min(floor) / scale).log().neg_()
-        return value, torch.where(d > floor, -1 / d2, 0.0) if need_grad else None
-    coefficient = None
-    if need_grad:
-        used = d2 > 0 if spec.kind != "hinge" else (d2 > 0) & (d < margin)
-        coefficient = torch.where(used, (-1 / scale) / d, 0.0)
-    if spec.kind == "l2":
-        return d.div_(-scale), coefficient
-    rest = (margin - d).div_(scale)
-    if spec.kind == "hinge":
-        return rest.relu_(), coefficient
-    value = torch.nn.functional.softplus(rest, threshold=40.0)
-    return value, None if coefficient is None else coefficient.mul_(rest.sigmoid_())
+        values, unused = (d / scale).clamp_min_(LOG_FLOOR).log_().neg_(), d <= LOG_FLOOR * scale
+    elif rest is None:
+        values, unused = d / -scale, d == 0
+    elif spec.kind == "softplus":
+        values, unused = torch.nn.functional.softplus(rest, threshold=40.0), d == 0
+    else:
+        values, unused = rest.relu(), (d == 0).logical_or_(rest <= 0)
+    if not need_grad:
+        return values, None
+    coefficient = d.reciprocal_()
+    if spec.kind == "log":
+        coefficient.square_().neg_()
+    else:
+        coefficient.mul_(-1 / scale)
+    if rest is not None and spec.kind == "softplus":
+        coefficient.mul_(rest.sigmoid_())
+    return values, coefficient.masked_fill_(unused, 0.0)
 
 
 def torch_pair_pass(
