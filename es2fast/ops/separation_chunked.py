@@ -100,15 +100,15 @@ def pair_values(d2: Tensor, spec: PairSpec, need_grad: bool) -> tuple[Tensor, Te
         rest = (1 - margin) - d2 / 2
         return rest.relu(), -(rest > 0).to(d2.dtype)
     d = d2.sqrt_()  # in place where possible: fresh memory costs page faults, more than the sums
-    rest = None if spec.kind in ("l2", "log") else (margin - d).div_(scale)
+    gap = None if spec.kind in ("l2", "log") else (margin - d).div_(scale)
     if spec.kind == "log":
         values, unused = (d / scale).clamp_min_(LOG_FLOOR).log_().neg_(), d <= LOG_FLOOR * scale
-    elif rest is None:
+    elif gap is None:
         values, unused = d / -scale, d == 0
     elif spec.kind == "softplus":
-        values, unused = torch.nn.functional.softplus(rest, threshold=40.0), d == 0
+        values, unused = torch.nn.functional.softplus(gap, threshold=40.0), d == 0
     else:
-        values, unused = rest.relu(), (d == 0).logical_or_(rest <= 0)
+        values, unused = gap.relu(), (d == 0).logical_or_(gap <= 0)
     if not need_grad:
         return values, None
     coefficient = d.reciprocal_()
@@ -116,8 +116,8 @@ def pair_values(d2: Tensor, spec: PairSpec, need_grad: bool) -> tuple[Tensor, Te
         coefficient.square_().neg_()
     else:
         coefficient.mul_(-1 / scale)
-    if rest is not None and spec.kind == "softplus":
-        coefficient.mul_(rest.sigmoid_())
+    if gap is not None and spec.kind == "softplus":
+        coefficient.mul_(gap.sigmoid_())
     return values, coefficient.masked_fill_(unused, 0.0)
 
 
@@ -161,13 +161,22 @@ class _Block:
     w: Tensor  # (C,)
 
 
-def _block(p: PairProblem, is_a: bool, mean: Tensor, start: int, size: int) -> _Block:
-    rows, weights = (p.a, p.u) if is_a else (p.b, p.v)
-    raw, w = rows[start : start + size], weights[start : start + size]
-    x = raw - mean
-    if p.masked:
-        x.masked_fill_(w[:, None] == 0, 0.0)
-    return _Block(raw, x, torch.linalg.vector_norm(x, dim=1).square_(), w)
+class _Blocks:
+    """Blocks of one group, centred into one buffer: fresh memory for each costs page faults."""
+
+    def __init__(self, p: PairProblem, is_a: bool, mean: Tensor, size: int) -> None:
+        self.rows, self.weights = (p.a, p.u) if is_a else (p.b, p.v)
+        self.mean, self.size, self.masked = mean, min(size, self.rows.shape[0]), p.masked
+        self.x = torch.empty(self.size, mean.shape[0], dtype=mean.dtype, device=mean.device)
+
+    def at(self, start: int) -> _Block:
+        """The block from row ``start`` on; the one before it is overwritten."""
+        part = slice(start, start + self.size)
+        raw, w = self.rows[part], self.weights[part]
+        x = torch.sub(raw, self.mean, out=self.x[: raw.shape[0]])
+        if self.masked:
+            x.masked_fill_(w[:, None] == 0, 0.0)
+        return _Block(raw, x, torch.linalg.vector_norm(x, dim=1).square_(), w)
 
 
 def _differences(a: _Block, b: _Block, i: Tensor, j: Tensor) -> Tensor:  # (K, H)
@@ -182,9 +191,12 @@ def _none_close(d2: Tensor, a: _Block, b: _Block) -> bool:
     return bool(d2.amin() >= CLOSE * (a.sq.amax() + b.sq.amax()))
 
 
-def squared_distances(a: _Block, b: _Block) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """(d^2 (C, M), exact where pairs are close; the indices of the touching pairs, if any)."""
-    d2 = torch.addmm(b.sq, a.x, b.x.t(), alpha=-2).add_(a.sq[:, None])
+def squared_distances(
+    a: _Block, b: _Block, buffer: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """(d^2 (C, M) in the buffer, exact where pairs are close; indices of touching pairs, if any)"""
+    d2 = buffer[: a.sq.shape[0] * b.sq.shape[0]].view(a.sq.shape[0], b.sq.shape[0])
+    torch.addmm(b.sq, a.x, b.x.t(), alpha=-2, out=d2).add_(a.sq[:, None])
     if _none_close(d2, a, b):
         return d2, None
     i, j = torch.nonzero(d2 < CLOSE * (a.sq[:, None] + b.sq), as_tuple=True)
@@ -259,13 +271,15 @@ def run_chunked(p: PairProblem, pair_pass: PairPass) -> PairResult:
     da = _Gradient(p.a, p.accum_dtype) if p.need_da else None
     db = _Gradient(p.b, p.accum_dtype) if p.need_db else None
     values = torch.zeros(n, dtype=p.accum_dtype, device=p.a.device)
+    a_blocks, b_blocks = _Blocks(p, True, mean, chunk), _Blocks(p, False, mean, COLUMNS)
+    buffer = values.new_empty(a_blocks.size * b_blocks.size)
     for left in range(0, m, COLUMNS):
-        b = _block(p, False, mean, left, COLUMNS)
+        b = b_blocks.at(left)
         columns = slice(left, left + COLUMNS)
         for top in range(0, n, chunk):
-            a = _block(p, True, mean, top, chunk)
+            a = a_blocks.at(top)
             rows = slice(top, top + chunk)
-            c, touching = squared_distances(a, b)
+            c, touching = squared_distances(a, b, buffer)
             values[rows] += pair_pass(c, a.w, b.w, p.spec, p.need_grad)
             weights = None
             if touching is not None and p.need_grad:
@@ -304,11 +318,12 @@ def distance_tiles(a: Tensor, b: Tensor, chunk_rows: int) -> Iterator[Tensor]:
     spec = PairSpec("l2", 0.0, 1.0)
     p = PairProblem(a, b, u, v, spec, False, False, chunk_rows, False, False)
     mean = shared_mean(p)
+    a_blocks, b_blocks = _Blocks(p, True, mean, chunk_rows), _Blocks(p, False, mean, COLUMNS)
+    buffer = u.new_empty(a_blocks.size * b_blocks.size)
     for left in range(0, b.shape[0], COLUMNS):
-        columns = _block(p, False, mean, left, COLUMNS)
+        columns = b_blocks.at(left)
         for top in range(0, a.shape[0], chunk_rows):
-            rows = _block(p, True, mean, top, chunk_rows)
-            yield squared_distances(rows, columns)[0].sqrt_()
+            yield squared_distances(a_blocks.at(top), columns, buffer)[0].sqrt_()
 
 
 def run_torch(problem: PairProblem) -> PairResult:
