@@ -80,8 +80,8 @@ class PairResult:
 
 # (squared distances (C, M), overwritten by the coefficients c_ij when ``need_grad``;
 #  u (C,), v (M,), spec, need_grad) -> (C,) values u_i sum_j v_j f(d_ij).
-# The plug for other implementations of the row work: float32 (or float64) tiles, rows contiguous
-# with a stride of at least M; f and c as in pair_values, c = 0 wherever d = 0.
+# The plug for other implementations of the row work: contiguous float32 (or float64) tiles that may
+# be destroyed; f and c as in pair_values: c is finite at d = 0, 0 there where f'/d is infinite.
 PairPass = Callable[[Tensor, Tensor, Tensor, PairSpec, bool], Tensor]
 
 
