@@ -80,13 +80,13 @@ class PairResult:
 
 # (squared distances (C, M), overwritten by the coefficients c_ij when ``need_grad``;
 #  u (C,), v (M,), spec, need_grad) -> (C,) values u_i sum_j v_j f(d_ij).
-# The plug for other implementations of the row work: float32 (or float64) tiles, rows contiguous
-# with a stride of at least M; f and c as in pair_values, c = 0 wherever d = 0.
+# The plug for other implementations of the row work: contiguous float32 (or float64) tiles that may
+# be destroyed; f and c as in pair_values: c is finite at d = 0, 0 there where f'/d is infinite.
 PairPass = Callable[[Tensor, Tensor, Tensor, PairSpec, bool], Tensor]
 
 
 def pair_values(d2: Tensor, spec: PairSpec, need_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """(f(d), f'(d)/d) of squared distances; the quotient is 0 at d = 0 where f' is not.
+    """(f(d), f'(d)/d) of squared distances, which it destroys; the quotient is 0 at d = 0.
 
     hinge relu(margin - d)/scale; l2 -d/scale; log -log(max(d/scale, LOG_FLOOR));
     softplus log(1 + exp((margin - d)/scale)); squared relu(margin^2 - d^2)/scale^2;
@@ -99,22 +99,26 @@ def pair_values(d2: Tensor, spec: PairSpec, need_grad: bool) -> tuple[Tensor, Te
     if spec.kind == "cosine":
         rest = (1 - margin) - d2 / 2
         return rest.relu(), -(rest > 0).to(d2.dtype)
-    d = d2.sqrt()
+    d = d2.sqrt_()  # in place where possible: fresh memory costs page faults, more than the sums
+    gap = None if spec.kind in ("l2", "log") else (margin - d).div_(scale)
     if spec.kind == "log":
-        floor = LOG_FLOOR * scale
-        value = (d.clamp_min(floor) / scale).log().neg_()
-        return value, torch.where(d > floor, -1 / d2, 0.0) if need_grad else None
-    coefficient = None
-    if need_grad:
-        used = d2 > 0 if spec.kind != "hinge" else (d2 > 0) & (d < margin)
-        coefficient = torch.where(used, (-1 / scale) / d, 0.0)
-    if spec.kind == "l2":
-        return d.div_(-scale), coefficient
-    rest = (margin - d).div_(scale)
-    if spec.kind == "hinge":
-        return rest.relu_(), coefficient
-    value = torch.nn.functional.softplus(rest, threshold=40.0)
-    return value, None if coefficient is None else coefficient.mul_(rest.sigmoid_())
+        values, unused = (d / scale).clamp_min_(LOG_FLOOR).log_().neg_(), d <= LOG_FLOOR * scale
+    elif gap is None:
+        values, unused = d / -scale, d == 0
+    elif spec.kind == "softplus":
+        values, unused = torch.nn.functional.softplus(gap, threshold=40.0), d == 0
+    else:
+        values, unused = gap.relu(), (d == 0).logical_or_(gap <= 0)
+    if not need_grad:
+        return values, None
+    coefficient = d.reciprocal_()
+    if spec.kind == "log":
+        coefficient.square_().neg_()
+    else:
+        coefficient.mul_(-1 / scale)
+    if gap is not None and spec.kind == "softplus":
+        coefficient.mul_(gap.sigmoid_())
+    return values, coefficient.masked_fill_(unused, 0.0)
 
 
 def torch_pair_pass(
@@ -157,13 +161,22 @@ class Block:
     w: Tensor  # (C,)
 
 
-def _block(p: PairProblem, is_a: bool, mean: Tensor, start: int, size: int) -> Block:
-    rows, weights = (p.a, p.u) if is_a else (p.b, p.v)
-    raw, w = rows[start : start + size], weights[start : start + size]
-    x = raw - mean
-    if p.masked:
-        x.masked_fill_(w[:, None] == 0, 0.0)
-    return Block(raw, x, torch.linalg.vector_norm(x, dim=1).square_(), w)
+class _Blocks:
+    """Blocks of one group, centred into one buffer: fresh memory for each costs page faults."""
+
+    def __init__(self, p: PairProblem, is_a: bool, mean: Tensor, size: int) -> None:
+        self.rows, self.weights = (p.a, p.u) if is_a else (p.b, p.v)
+        self.mean, self.size, self.masked = mean, min(size, self.rows.shape[0]), p.masked
+        self.x = torch.empty(self.size, mean.shape[0], dtype=mean.dtype, device=mean.device)
+
+    def at(self, start: int) -> Block:
+        """The block from row ``start`` on; the one before it is overwritten."""
+        part = slice(start, start + self.size)
+        raw, w = self.rows[part], self.weights[part]
+        x = torch.sub(raw, self.mean, out=self.x[: raw.shape[0]])
+        if self.masked:
+            x.masked_fill_(w[:, None] == 0, 0.0)
+        return Block(raw, x, torch.linalg.vector_norm(x, dim=1).square_(), w)
 
 
 def _differences(a: Block, b: Block, i: Tensor, j: Tensor) -> Tensor:  # (K, H)
@@ -178,9 +191,9 @@ def _none_close(d2: Tensor, a: Block, b: Block) -> bool:
     return bool(d2.amin() >= CLOSE * (a.sq.amax() + b.sq.amax()))
 
 
-def gram_distances(a: Block, b: Block) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """(d^2 (C, M) from the Gram matrix; the pairs closer than CLOSE of their sizes, if any)."""
-    d2 = torch.addmm(b.sq, a.x, b.x.t(), alpha=-2).add_(a.sq[:, None])
+def gram_distances(a: Block, b: Block, d2: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """(d^2 (C, M) from the Gram matrix, in d2; the pairs closer than CLOSE of their sizes)."""
+    torch.addmm(b.sq, a.x, b.x.t(), alpha=-2, out=d2).add_(a.sq[:, None])
     if _none_close(d2, a, b):
         return d2, None
     i, j = torch.nonzero(d2 < CLOSE * (a.sq[:, None] + b.sq), as_tuple=True)
@@ -196,7 +209,7 @@ def torch_product(out: Tensor, c: Tensor, x: Tensor, add: bool) -> None:
 class TileWork:
     """What a backend may bring of a tile's work: distances, pair pass, the gradient's GEMM."""
 
-    distances: Callable[[Block, Block], tuple[Tensor, tuple[Tensor, Tensor] | None]]
+    distances: Callable[[Block, Block, Tensor], tuple[Tensor, tuple[Tensor, Tensor] | None]]
     pair_pass: PairPass
     product: Callable[[Tensor, Tensor, Tensor, bool], None]
 
@@ -205,10 +218,11 @@ TORCH_TILE = TileWork(gram_distances, torch_pair_pass, torch_product)
 
 
 def squared_distances(
-    a: Block, b: Block, work: TileWork = TORCH_TILE
+    a: Block, b: Block, buffer: Tensor, work: TileWork = TORCH_TILE
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """(d^2 (C, M), exact where pairs are close; the indices of the touching pairs, if any)."""
-    d2, close = work.distances(a, b)
+    """(d^2 (C, M) in the buffer, exact where pairs are close; indices of touching pairs, if any)"""
+    d2 = buffer[: a.sq.shape[0] * b.sq.shape[0]].view(a.sq.shape[0], b.sq.shape[0])
+    d2, close = work.distances(a, b, d2)
     if close is None:
         return d2, None
     i, j = close
@@ -284,13 +298,15 @@ def run_chunked(p: PairProblem, work: TileWork = TORCH_TILE) -> PairResult:
     da = _Gradient(p.a, p.accum_dtype, work) if p.need_da else None
     db = _Gradient(p.b, p.accum_dtype, work) if p.need_db else None
     values = torch.zeros(n, dtype=p.accum_dtype, device=p.a.device)
+    a_blocks, b_blocks = _Blocks(p, True, mean, chunk), _Blocks(p, False, mean, COLUMNS)
+    buffer = values.new_empty(a_blocks.size * b_blocks.size)
     for left in range(0, m, COLUMNS):
-        b = _block(p, False, mean, left, COLUMNS)
+        b = b_blocks.at(left)
         columns = slice(left, left + COLUMNS)
         for top in range(0, n, chunk):
-            a = _block(p, True, mean, top, chunk)
+            a = a_blocks.at(top)
             rows = slice(top, top + chunk)
-            c, touching = squared_distances(a, b, work)
+            c, touching = squared_distances(a, b, buffer, work)
             values[rows] += work.pair_pass(c, a.w, b.w, p.spec, p.need_grad)
             weights = None
             if touching is not None and p.need_grad:
@@ -329,11 +345,12 @@ def distance_tiles(a: Tensor, b: Tensor, chunk_rows: int) -> Iterator[Tensor]:
     spec = PairSpec("l2", 0.0, 1.0)
     p = PairProblem(a, b, u, v, spec, False, False, chunk_rows, False, False)
     mean = shared_mean(p)
+    a_blocks, b_blocks = _Blocks(p, True, mean, chunk_rows), _Blocks(p, False, mean, COLUMNS)
+    buffer = u.new_empty(a_blocks.size * b_blocks.size)
     for left in range(0, b.shape[0], COLUMNS):
-        columns = _block(p, False, mean, left, COLUMNS)
+        columns = b_blocks.at(left)
         for top in range(0, a.shape[0], chunk_rows):
-            rows = _block(p, True, mean, top, chunk_rows)
-            yield squared_distances(rows, columns)[0].sqrt_()
+            yield squared_distances(a_blocks.at(top), columns, buffer)[0].sqrt_()
 
 
 def run_torch(problem: PairProblem) -> PairResult:

@@ -27,8 +27,7 @@ FEW_ROWS = 256  # of b, as in csrc/kernels.h
 KIND = {name: number for number, name in enumerate(KINDS)}
 
 
-def _distances(a: Block, b: Block) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    tile = torch.empty(a.x.shape[0], b.x.shape[0])
+def _distances(a: Block, b: Block, tile: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     torch.ops.es2fast.native_gemm_nt(a.x, b.x, tile)
     close = torch.ops.es2fast.native_pair_distances(tile, a.sq, b.sq, CLOSE)
     return tile, (close[0], close[1]) if close.shape[1] else None
