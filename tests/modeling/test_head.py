@@ -50,7 +50,7 @@ HEADS = [
 
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen head", "trainable head"])
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
 def test_fused_kl_equals_full_logits_in_fp64(name: str, trainable: bool, direction: str) -> None:
     """Value and the gradient of every parameter. A frozen head serves the teacher too."""
     family, *tying = name.split()
@@ -72,7 +72,7 @@ def test_fused_kl_equals_full_logits_in_fp64(name: str, trainable: bool, directi
     hidden = backbone(student)(input_ids=IDS).last_hidden_state.flatten(0, 1)
     target = backbone(teacher)(input_ids=IDS).last_hidden_state.flatten(0, 1)
     lm_head, _ = heads.install(student, teacher, share_head=not trainable)
-    found = lm_head(hidden, heads.KLTask(target.detach(), weights, direction, 1.0))
+    found = lm_head(hidden, heads.KLTask(target.detach(), weights, direction, 1.0, beta=0.3))
     found.backward()
     assert expected > 1e-3
     assert found.item() == pytest.approx(expected, rel=1e-4)
@@ -92,8 +92,11 @@ def _plain_kl(
     s = student(input_ids=IDS).logits.log_softmax(-1).flatten(0, 1)
     with torch.no_grad():
         t = teacher(input_ids=IDS).logits.log_softmax(-1).flatten(0, 1)
-    p, q = (t, s) if direction == "forward" else (s, t)
-    loss = ((p.exp() * (p - q)).sum(-1) * weights).sum()
+    mixed = (0.3 * t.exp() + 0.7 * s.exp()).log()
+    parts = {"forward": [(1, t, s)], "reverse": [(1, s, t)]}
+    terms = parts.get(direction, [(0.3, t, mixed), (0.7, s, mixed)])
+    rows = sum(factor * (p.exp() * (p - q)).sum(-1) for factor, p, q in terms)
+    loss = (rows * weights).sum()
     loss.backward()
     return loss.item(), {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
 
