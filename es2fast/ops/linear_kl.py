@@ -20,13 +20,12 @@ autograd glue, as one ``torch.library.custom_op`` (torch.compile sees one node).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from es2fast.ops import native
+from es2fast.ops import backends
 from es2fast.ops.linear_kl_chunked import KLProblem, KLResult, run_torch
 from es2fast.ops.linear_kl_native import run_native
 from es2fast.ops.linear_kl_rows import KLSpec
@@ -51,62 +50,17 @@ DIRECTIONS = ("forward", "reverse", "jsd")
 # --- backends -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Backend:
-    """An implementation: why it cannot take some tensors (None: it can), and how to run."""
-
-    why_not: Callable[[Tensor, Tensor | None], str | None]  # (hidden, teacher_weight)
-    run: Callable[[KLProblem], KLResult]
-
-
-def _triton_why_not(hidden: Tensor, teacher_weight: Tensor | None) -> str | None:
-    """The Triton kernels' eligibility: NVIDIA sm_80 or newer, bf16, fp16 or fp32."""
-    try:
-        from es2fast.ops.triton.linear_kl import INTERPRETED
-    except ImportError as error:
-        return f"triton cannot be imported ({error})"
-    for tensor in (hidden, hidden if teacher_weight is None else teacher_weight):
-        if tensor.dtype == torch.float64:
-            return "it computes in float32 and an input is float64"
-    if INTERPRETED and hidden.device.type == "cpu":
-        return None
-    if hidden.device.type != "cuda" or torch.version.hip is not None:
-        return f"it needs an NVIDIA GPU and hidden is on {hidden.device}"
-    if torch.cuda.get_device_capability(hidden.device) < (8, 0):
-        return "it needs compute capability 8.0 or newer"
-    return None
-
-
 def _run_triton(problem: KLProblem) -> KLResult:
     from es2fast.ops.triton.linear_kl import run_triton
 
     return run_triton(problem)
 
 
-BACKENDS: dict[str, Backend] = {
-    "torch": Backend(lambda hidden, teacher_weight: None, run_torch),
-    "triton": Backend(_triton_why_not, _run_triton),
-    "native": Backend(native.why_not, run_native),
+RUN: dict[str, Callable[[KLProblem], KLResult]] = {
+    "torch": run_torch,
+    "triton": _run_triton,
+    "native": run_native,
 }
-
-
-def choose_backend(name: str | None, hidden: Tensor, teacher_weight: Tensor | None) -> str:
-    """The backend by name, or by the input's device when ``name`` is None.
-
-    Raises ValueError for an unknown name and for one that cannot take these tensors.
-    """
-    if name is None:
-        name = {"cuda": "triton", "cpu": "native"}.get(hidden.device.type, "torch")
-        return name if BACKENDS[name].why_not(hidden, teacher_weight) is None else "torch"
-    if name not in BACKENDS:
-        raise ValueError(
-            f"backend={name!r}: expected one of {sorted(BACKENDS)} or None (automatic)"
-        )
-    reason = BACKENDS[name].why_not(hidden, teacher_weight)
-    if reason is not None:
-        usable = [k for k, b in BACKENDS.items() if b.why_not(hidden, teacher_weight) is None]
-        raise ValueError(f"backend={name!r} cannot run here: {reason}; use one of {usable} or None")
-    return name
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -249,7 +203,7 @@ def linear_kl_div(
         f"chunk_tokens={chunk_tokens}: expected a positive number, or None for the default",
     )
     vocab = vocabulary(weight, teacher_weight, vocab_size)
-    chosen = choose_backend(backend, hidden, teacher_weight)
+    chosen = backends.choose(backend, hidden=hidden, teacher_weight=teacher_weight)
     grad = torch.is_grad_enabled()
     outputs = torch.ops.es2fast.linear_kl(
         hidden,
@@ -335,7 +289,7 @@ def _linear_kl(
         need_db=need_db,
     )
     with without_autocast(hidden.device.type):
-        result = BACKENDS[backend].run(problem)
+        result = RUN[backend](problem)
     loss = reduce_rows(result.rows * scale, reduction, index, hidden.shape[0])
     dx = torch.empty(0) if result.dx is None else result.dx
     return loss, dx, _padded(result.dw, weight), _padded(result.db, bias)

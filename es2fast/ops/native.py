@@ -100,16 +100,6 @@ def capability() -> str:
     return torch.ops.es2fast.native_capability()
 
 
-def why_not(hidden: Tensor, teacher_weight: Tensor | None) -> str | None:
-    """Why the native kernels cannot take these tensors; None: they can."""
-    if hidden.device.type != "cpu":
-        return f"it computes on the CPU and hidden is on {hidden.device}"
-    for tensor in (hidden, hidden if teacher_weight is None else teacher_weight):
-        if tensor.dtype == torch.float64:
-            return "it computes in float32 and an input is float64"
-    return MISSING
-
-
 # --- what the row passes' callers share -----------------------------------------------------------
 
 

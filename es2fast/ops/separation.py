@@ -24,52 +24,26 @@ torch.compile as one ``torch.library.custom_op``.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from es2fast.ops import native
+from es2fast.ops import backends
 from es2fast.ops.separation_chunked import PairProblem, PairResult, PairSpec, run_torch
 from es2fast.ops.separation_group import Rows, gather_groups, sum_over_ranks
 from es2fast.ops.separation_native import run_native
+from es2fast.ops.tokens import DTYPES, refuse
 from es2fast.ops.whitening import Whitening
 
 LOSSES = ("hinge", "l2", "log", "softplus", "squared", "centroid", "fisher", "cosine")
 NEED_MARGIN = ("hinge", "softplus", "cosine")
 NO_MARGIN = ("l2", "log")
 REDUCTIONS = ("mean", "sum")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 # --- backends -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Backend:
-    """An implementation: why it cannot take some rows (None: it can), and how to run."""
-
-    why_not: Callable[[Tensor], str | None]  # (harmful)
-    run: Callable[[PairProblem], PairResult]
-
-
-def _triton_why_not(harmful: Tensor) -> str | None:
-    """The Triton kernels' eligibility: NVIDIA sm_80 or newer, bf16, fp16 or fp32."""
-    try:
-        from es2fast.ops.triton.separation import INTERPRETED
-    except ImportError as error:
-        return f"triton cannot be imported ({error})"
-    if harmful.dtype == torch.float64:
-        return "it computes in float32 and harmful is float64"
-    if INTERPRETED and harmful.device.type == "cpu":
-        return None
-    if harmful.device.type != "cuda" or torch.version.hip is not None:
-        return f"it needs an NVIDIA GPU and harmful is on {harmful.device}"
-    if torch.cuda.get_device_capability(harmful.device) < (8, 0):
-        return "it needs compute capability 8.0 or newer"
-    return None
 
 
 def _run_triton(problem: PairProblem) -> PairResult:
@@ -78,56 +52,32 @@ def _run_triton(problem: PairProblem) -> PairResult:
     return run_triton(problem)
 
 
-BACKENDS: dict[str, Backend] = {
-    "torch": Backend(lambda harmful: None, run_torch),
-    "triton": Backend(_triton_why_not, _run_triton),
-    "native": Backend(lambda harmful: native.why_not(harmful, None), run_native),
+RUN: dict[str, Callable[[PairProblem], PairResult]] = {
+    "torch": run_torch,
+    "triton": _run_triton,
+    "native": run_native,
 }
-
-
-def choose_backend(name: str | None, harmful: Tensor) -> str:
-    """The backend by name, or by the input's device when ``name`` is None.
-
-    Raises ValueError for an unknown name and for one that cannot take these rows.
-    """
-    if name is None:
-        name = {"cuda": "triton", "cpu": "native"}.get(harmful.device.type, "torch")
-        return name if BACKENDS[name].why_not(harmful) is None else "torch"
-    if name not in BACKENDS:
-        raise ValueError(
-            f"backend={name!r}: expected one of {sorted(BACKENDS)} or None (automatic)"
-        )
-    reason = BACKENDS[name].why_not(harmful)
-    if reason is not None:
-        usable = [k for k, b in BACKENDS.items() if b.why_not(harmful) is None]
-        raise ValueError(f"backend={name!r} cannot run here: {reason}; use one of {usable} or None")
-    return name
 
 
 # --- checks ---------------------------------------------------------------------------------------
 
 
-def _refuse(condition: bool, message: str) -> None:
-    if condition:
-        raise ValueError(message)
-
-
 def _check_rows(harmful: Tensor, harmless: Tensor) -> None:
     for name, rows in (("harmful", harmful), ("harmless", harmless)):
-        _refuse(
+        refuse(
             rows.dim() != 2,
             f"{name} has shape {tuple(rows.shape)}: expected two dimensions, one row per prompt",
         )
-        _refuse(
+        refuse(
             rows.dtype not in DTYPES,
             f"{name} has dtype {rows.dtype}: expected one of {DTYPES}",
         )
-    _refuse(
+    refuse(
         harmful.shape[1] != harmless.shape[1],
         f"harmful is {harmful.shape[1]} wide and harmless {harmless.shape[1]}: distances need the "
         "same hidden size",
     )
-    _refuse(
+    refuse(
         harmful.dtype != harmless.dtype or harmful.device != harmless.device,
         f"harmful is {harmful.dtype} on {harmful.device} and harmless {harmless.dtype} on "
         f"{harmless.device}: cast or move one of them",
@@ -137,46 +87,46 @@ def _check_rows(harmful: Tensor, harmless: Tensor) -> None:
 def _check_weights(name: str, weights: Tensor | None, rows: int) -> None:
     if weights is None:
         return
-    _refuse(
+    refuse(
         tuple(weights.shape) != (rows,),
         f"{name}_weights has shape {tuple(weights.shape)}: expected ({rows},), one per row",
     )
-    _refuse(
+    refuse(
         weights.requires_grad,
         f"{name}_weights requires grad: weights are constants; pass {name}_weights.detach()",
     )
-    _refuse(weights.is_complex(), f"{name}_weights has dtype {weights.dtype}: expected float")
+    refuse(weights.is_complex(), f"{name}_weights has dtype {weights.dtype}: expected float")
 
 
 def _check_options(
     loss: str, margin: float | None, scale: float, reduction: str, whitening: Whitening | None
 ) -> None:
-    _refuse(loss not in LOSSES, f"loss={loss!r}: expected one of {LOSSES}")
-    _refuse(reduction not in REDUCTIONS, f"reduction={reduction!r}: expected one of {REDUCTIONS}")
-    _refuse(not scale > 0, f"scale={scale}: expected a positive number, in the units of the input")
-    _refuse(
+    refuse(loss not in LOSSES, f"loss={loss!r}: expected one of {LOSSES}")
+    refuse(reduction not in REDUCTIONS, f"reduction={reduction!r}: expected one of {REDUCTIONS}")
+    refuse(not scale > 0, f"scale={scale}: expected a positive number, in the units of the input")
+    refuse(
         margin is None and loss in NEED_MARGIN,
         f"margin=None: loss={loss!r} needs a margin, "
         + ("a cosine between -1 and 1" if loss == "cosine" else "in the units of the input"),
     )
-    _refuse(
+    refuse(
         margin is not None and loss in NO_MARGIN,
         f"margin={margin}: loss={loss!r} takes none; use loss='hinge' or margin=None",
     )
-    _refuse(
+    refuse(
         margin is not None and loss != "cosine" and not margin >= 0,
         f"margin={margin}: expected zero or a positive number, in the units of the input",
     )
-    _refuse(
+    refuse(
         loss == "fisher" and whitening is None,
         "whitening=None: loss='fisher' needs the base model's within-group covariance; pass "
         "Whitening.fit(states_harmful, states_harmless)",
     )
-    _refuse(
+    refuse(
         loss != "fisher" and whitening is not None,
         f"whitening is given and loss={loss!r} does not use it: use loss='fisher' or drop it",
     )
-    _refuse(
+    refuse(
         reduction == "sum" and loss == "centroid",
         "reduction='sum': loss='centroid' is the distance of two means; use reduction='mean'",
     )
@@ -241,19 +191,19 @@ def pairwise_separation(
     _check_rows(harmful, harmless)
     _check_weights("harmful", harmful_weights, harmful.shape[0])
     _check_weights("harmless", harmless_weights, harmless.shape[0])
-    _refuse(
+    refuse(
         chunk_rows is not None and chunk_rows < 1,
         f"chunk_rows={chunk_rows}: expected a positive number, or None for the default",
     )
-    _refuse(
+    refuse(
         whitening is not None and whitening.inverse_std.shape[0] != harmful.shape[1],
         "whitening was fitted on another hidden size than harmful has: take both from one layer",
     )
-    _refuse(
+    refuse(
         max_rows is not None and group is None,
         f"max_rows={max_rows} without group: there are no other ranks; pass both or neither",
     )
-    chosen = choose_backend(backend, harmful)
+    chosen = backends.choose(backend, harmful=harmful)
     own = Rows.of(harmful, harmful_weights), Rows.of(harmless, harmless_weights)
     if group is not None and dist.get_world_size(group) > 1:
         everyone = gather_groups(*own, group, max_rows)
@@ -409,7 +359,7 @@ def _run(
     """
     spec = PairSpec(kind, margin, scale)
     problem = PairProblem(a, b, u, v, spec, masked, half, chunk_rows, need_da, need_db)
-    result = BACKENDS[backend].run(problem)
+    result = RUN[backend](problem)
     da = torch.empty(0) if result.da is None else result.da
     db = torch.empty(0) if result.db is None else result.db
     return result.loss, da, db

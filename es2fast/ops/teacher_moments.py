@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from es2fast.ops.linear_kl import choose_backend
+from es2fast.ops import backends
 from es2fast.ops.moments_cache import TeacherMoments, head_fingerprint
 from es2fast.ops.teacher_moments_chunked import MomentProblem, make_moments, run_torch
 from es2fast.ops.teacher_moments_native import run_native
@@ -271,7 +271,7 @@ def moment_kl_div(
         moments.vocab_size,
         reduction,
         chunk_tokens,
-        choose_backend(backend, hidden, None),
+        backends.choose(backend, hidden=hidden),
         torch.is_grad_enabled() and hidden.requires_grad,
     )[0]
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from es2fast import pairwise_separation
-from es2fast.ops.separation import BACKENDS, choose_backend
+from es2fast.ops.backends import WHY_NOT, choose
 from tests.ops.separation_matrix import (
     BF16,
     CASES,
@@ -32,12 +32,12 @@ from tests.ops.separation_matrix import (
 )
 
 
-@pytest.fixture(params=(*BACKENDS, "triton gemm"))
+@pytest.fixture(params=(*WHY_NOT, "triton gemm"))
 def backend(request, monkeypatch) -> str:
     """Triton twice: small groups have kernels of their own, which ``triton gemm`` turns off."""
     name = request.param.split()[0]
     try:
-        chosen = choose_backend(name, torch.empty(1, 1))
+        chosen = choose(name, harmful=torch.empty(1, 1))
     except ValueError as error:
         pytest.skip(f"{error} (test_separation_triton.py covers it in the interpreter)")
     if request.param == "triton gemm":

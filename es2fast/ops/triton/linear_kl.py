@@ -35,8 +35,8 @@ from es2fast.ops.linear_kl_chunked import (
     run_chunked,
 )
 from es2fast.ops.linear_kl_rows import merge_partials
+from es2fast.ops.triton import INTERPRETED
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
 _INTERPRETED = tl.constexpr(INTERPRETED)
 DIRECTION = {"forward": 0, "reverse": 1, "jsd": 2}
 STATISTICS = 6

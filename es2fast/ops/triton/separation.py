@@ -32,7 +32,6 @@ from torch import Tensor
 
 from es2fast.ops.separation_chunked import KINDS, LOG_FLOOR, PairProblem, PairResult, nothing
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
 KIND = {name: i for i, name in enumerate(KINDS)}
 HINGE, L2, LOG, SOFTPLUS, SQUARED, COSINE = (tl.constexpr(KIND[name]) for name in KINDS)
 SMALL = 128  # rows of both groups up to which pairs are made from differences

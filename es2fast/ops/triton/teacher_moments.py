@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from es2fast.ops.teacher_moments_chunked import HALVES, MomentProblem, grad_unit, run_moments
-from es2fast.ops.triton.linear_kl import INTERPRETED, RowConfig, _gradient_place, _rounded
+from es2fast.ops.triton import INTERPRETED
+from es2fast.ops.triton.linear_kl import RowConfig, _gradient_place, _rounded
 
 ROW_CONFIG = RowConfig()
 ROW_CONFIG_INTERPRETED = RowConfig(block=512)
