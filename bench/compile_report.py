@@ -268,6 +268,11 @@ def _separation_cases() -> Iterator[Case]:
                 f"column-sum {x[1:]} {name}", s.column_sum_kernel, {"x_ptr": x},
                 dict(MASK_ONLY=mask_only, ROWS=s.SUM_ROWS, COLUMNS=s.SUM_COLUMNS, STEP=16), 4,
             )  # fmt: skip
+        yield _separation_case(
+            f"small-gradient {name}", s.small_gradient_kernel,
+            {"own_ptr": row, "other_ptr": row},
+            dict(ROWS=32, WIDTH=s.SMALL_WIDTH), 4,
+        )  # fmt: skip
         for kind, number in kinds.items():
             yield from _separation_pair_cases(f"{kind} {name}", row, made, half, number)
 
@@ -295,10 +300,6 @@ def _separation_pair_cases(name: str, row: str, made: str, half: bool, kind: int
         dict(
             KIND=kind, NEED_GRAD=True, BLOCK_M=s.SMALL, WIDTH=s.SMALL_WIDTH, STAGES=s.SMALL_STAGES
         ), 4,
-    )  # fmt: skip
-    yield _separation_case(
-        f"small-gradient {name}", s.small_gradient_kernel, rows,
-        dict(ROWS=32, WIDTH=s.SMALL_WIDTH), 4,
     )  # fmt: skip
 
 
