@@ -201,11 +201,10 @@ def print_layer_table(choice: LayerChoice) -> None:
         )
     Console().print(table)
     print(f"layers: {choice.layers} ({choice.reason})")
-    print("{} harmful and {} harmless prompts, 30 % of each held out".format(*choice.prompts))
+    print("{} harmful and {} harmless prompts, 30 % of them held out".format(*choice.prompts))
     print(
-        "accuracy, margin: of a linear probe on held-out prompts; margin and norm in units of the\n"
-        "states; fisher: between-group over within-group variance; push: |eps|/|h| that SCAV needs\n"
-        "when it pushes at that block alone"
+        "accuracy, margin: of a linear probe, held out; fisher: between over within variance;\n"
+        "push: |eps|/|h| that SCAV needs at that block alone; margin, norm: units of the states"
     )
     if min(choice.prompts) < 20:
         print(f"note: only {min(choice.prompts)} prompts in a group; accuracies are coarse")

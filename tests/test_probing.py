@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import OBJECTS, VERBS, tiny_model, tokenizer
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from es2fast.config import DataConfig
 from es2fast.data import Formatter, Prompt
+from es2fast.modeling.taps import blocks, hidden_of, last_token_states
 from es2fast.probing import probing_config, states_by_block
 
 COUNT, WIDTH, DEPTH = 40, 32, 4
@@ -35,6 +37,23 @@ def test_states_in_bounded_memory_keep_order_and_values(at_once: float, passes: 
         for layer in range(DEPTH - 1):  # transformers' last entry comes after the final norm
             alone = wanted[layer + 1][0, -1]
             torch.testing.assert_close(found[layer][row], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_but_the_last_tokens_is_kept() -> None:
+    """A view of a block's output would keep all of its (B, T, H) memory."""
+    model, outputs = tiny_model("llama"), []
+    handle = blocks(model)[0].register_forward_hook(
+        lambda module, args, out: outputs.append(StorageWeakRef(hidden_of(out).untyped_storage()))
+    )
+
+    def batches():
+        for _ in range(3):
+            yield {"input_ids": torch.ones(2, 6).long(), "attention_mask": torch.ones(2, 6).long()}
+        assert all(output.expired() for output in outputs[:2])
+
+    last_token_states(model, batches(), [0])
+    handle.remove()
+    assert len(outputs) == 3
 
 
 def test_what_the_argument_is(tmp_path: Path) -> None:

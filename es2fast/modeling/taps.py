@@ -233,5 +233,6 @@ def last_token_states(
                 use_cache=False,
             )
             for layer in layers:
-                kept[layer].append(states[layer].float().cpu())
+                # a copy: a view would keep the block's whole (B, T, H) output alive
+                kept[layer].append(states[layer].to("cpu", torch.float32, copy=True))
     return {layer: torch.cat(kept.pop(layer)) for layer in list(kept)}  # parts freed as it goes
