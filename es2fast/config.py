@@ -106,8 +106,23 @@ class KLConfig(_Section):
     budget: float | None = Field(
         None, gt=0, description="nats per token; lambda then adapts so that the KL stays below"
     )
-    budget_lr: float = Field(0.1, gt=0, description="step of the dual ascent on log lambda")
+    budget_lr: float = Field(0.3, gt=0, description="step of the dual ascent on log lambda")
     max_weight: float = Field(1e4, gt=0, description="upper bound of the adaptive lambda")
+
+
+class SafeguardsConfig(_Section):
+    """When a run stops by itself, and what is kept for that case."""
+
+    max_kl: float | None = Field(
+        2.0, gt=0, description="nats per token that no usable model reaches; null: no limit"
+    )
+    max_grad_growth: float | None = Field(
+        100.0, gt=1, description="gradient norm over the largest of the first ten steps"
+    )
+    patience: int = Field(5, ge=1, description="steps in a row that a limit must be passed")
+    keep_every: int = Field(
+        10, ge=0, description="steps between copies of sane weights to fall back on; 0: none"
+    )
 
 
 class LoraSection(_Section):
@@ -172,6 +187,7 @@ class Config(_Section):
     layer_choice: LayersConfig = Field(default_factory=LayersConfig)
     separation: SeparationConfig = Field(default_factory=SeparationConfig)
     kl: KLConfig = Field(default_factory=KLConfig)
+    safeguards: SafeguardsConfig = Field(default_factory=SafeguardsConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     deepspeed: str | dict[str, Any] = Field(
         "zero3", description="preset (zero2, zero3, zero3_offload), a JSON file, or a mapping"

@@ -2,7 +2,8 @@
 
 Read top to bottom, `train` is the whole run. One optimizer step = `gradient_accumulation`
 micro-batches, each one engine forward and one backward; one small all-reduce before it (the number
-of harmless tokens of the step) and one after it (sums for the metrics and the finite check).
+of harmless tokens of the step) and one after it (the metrics). What the safeguards decide they
+decide from these, so every rank does the same.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from es2fast.config import Config, save_config
 from es2fast.data import Formatter, MicroBatch, PairedSampler, Prompt, PromptGroups, collate
 from es2fast.deepspeed_config import build_deepspeed
-from es2fast.errors import UserError
+from es2fast.errors import RunStopped
 from es2fast.export import save_model
 from es2fast.metrics import MetricsWriter
 from es2fast.modeling.load import load_causal_lm, load_model_config
@@ -28,11 +29,25 @@ from es2fast.modeling.teacher import head_is_shared, resolve_teacher, set_traina
 from es2fast.objective import ES2Objective
 from es2fast.prepare import Prepared, prepare, zero3_loading
 from es2fast.runtime import Runtime
+from es2fast.safeguards import (
+    CollapseMonitor,
+    DualAscent,
+    EarlyStop,
+    GoodWeights,
+    TrainableWeights,
+    meet_budget,
+)
+
+MEASURED = 8  # optimizer steps' batches on which the KL of the final weights is measured
 
 
 @dataclass
 class TrainResult:
-    """What the report and the model card say about the training."""
+    """What the report and the model card say about the training.
+
+    kl: of the final weights, nats per token; scale: of the update, below 1 where `kl.budget` asked
+    for it; trouble: why a safeguard ended the run.
+    """
 
     steps: int
     seconds: float
@@ -40,6 +55,8 @@ class TrainResult:
     kl_weight: float
     prepared: Prepared
     stopped_early: bool = False
+    scale: float = 1.0
+    trouble: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -50,6 +67,7 @@ class TrainResult:
             "layers": self.prepared.layers,
             "d0": {str(k): v for k, v in self.prepared.d0.items()},
             "stopped_early": self.stopped_early,
+            "update_scale": self.scale,
         }
 
 
@@ -59,7 +77,9 @@ def train(
     """Trains and writes `config.output_dir`: model/, metrics.jsonl, layers.json, config.yaml.
 
     Raises:
-        UserError: see `prepare`; a loss that stops being finite.
+        UserError: see `prepare`.
+        RunStopped: the collapse monitor ended the run; model/ was not written, `last_good/` holds
+            the last sane weights.
     """
     folder = Path(config.output_dir)
     prepared, harmless = prepare(config, formatter, groups, runtime)
@@ -70,26 +90,90 @@ def train(
         prepared.save(folder / "layers.json")
         print(f"layers {prepared.layers}: {prepared.reason}", flush=True)
     engine = build_engine(config, prepared, runtime)
-    sampler = PairedSampler(
-        len(groups.harmful),
-        len(harmless),
-        seed=config.train.seed,
-        micro_batch_size=config.train.micro_batch_size,
-        gradient_accumulation=config.train.gradient_accumulation,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-    )
+    feed = Feed(config, formatter, groups.harmful, harmless, runtime)
     writer = MetricsWriter(folder, config, main=runtime.is_main, steps=config.train.steps)
     try:
-        result = _loop(config, engine, prepared, formatter, groups.harmful, harmless, sampler,
-                       writer, runtime)  # fmt: skip
+        result, good = _loop(config, engine, prepared, feed, writer, runtime)
     finally:
         writer.close()
-    save_model(engine.module.student, formatter.tokenizer, folder / "model", main=runtime.is_main)
+    student, tokenizer = engine.module.student, formatter.tokenizer
+    if result.trouble is not None:
+        target = folder / "last_good"
+        if good.copy is not None and good.copy.step > 0:
+            good.restore()
+            save_model(student, tokenizer, target, main=runtime.is_main)
+            if runtime.is_main:
+                save_config(config, target / "es2fast.yaml")
+        runtime.barrier()
+        raise RunStopped(_stop_message(result, good, target))
+    save_model(student, tokenizer, folder / "model", main=runtime.is_main)
     if runtime.is_main:
         save_config(config, folder / "model" / "es2fast.yaml")
+        if result.scale < 1:
+            print(
+                f"note: the update was scaled by {result.scale:.3f} to meet kl.budget="
+                f"{config.kl.budget:g}; a lower train.lr keeps more of it",
+                flush=True,
+            )
     runtime.barrier()
     return result
+
+
+def _stop_message(result: TrainResult, good: GoodWeights, target: Path) -> str:
+    if good.copy is None:
+        kept = "no weights were measured to be sane, nothing was saved"
+    elif good.copy.step == 0:
+        kept = "the last sane weights are the base model's, nothing was saved"
+    else:
+        kept = (
+            f"the weights of step {good.copy.step} (KL {good.copy.kl:.2g}) are in {str(target)!r}"
+        )
+    earlier = ", the earlier run is in previous/" if (target.parent / "previous").is_dir() else ""
+    return (
+        f"training stopped at step {result.steps}: {result.trouble}; {kept}; model/ was not "
+        f"written{earlier}. Lower train.lr, raise kl.weight, set kl.budget or use "
+        "separation.loss=hinge"
+    )
+
+
+class Feed:
+    """This rank's micro-batches of every optimizer step.
+
+    Args:
+        harmful, harmless: all training prompts; harmless ones with their responses.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        formatter: Formatter,
+        harmful: list[Prompt],
+        harmless: list[Prompt],
+        runtime: Runtime,
+    ):
+        self._formatter, self._positions = formatter, config.kl.positions
+        self._harmful, self._harmless = harmful, harmless
+        self._sampler = PairedSampler(
+            len(harmful),
+            len(harmless),
+            seed=config.train.seed,
+            micro_batch_size=config.train.micro_batch_size,
+            gradient_accumulation=config.train.gradient_accumulation,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+        )
+
+    def __call__(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of optimizer step `step`, from 0."""
+        return [
+            collate(
+                self._formatter,
+                [self._harmful[i] for i in a],
+                [self._harmless[i] for i in b],
+                self._positions,
+            )
+            for a, b in self._sampler.indices(step)
+        ]
 
 
 def build_engine(config: Config, prepared: Prepared, runtime: Runtime) -> Any:
@@ -161,47 +245,55 @@ def _loop(
     config: Config,
     engine: Any,
     prepared: Prepared,
-    formatter: Formatter,
-    harmful: list[Prompt],
-    harmless: list[Prompt],
-    sampler: PairedSampler,
+    feed: Feed,
     writer: MetricsWriter,
     runtime: Runtime,
-) -> TrainResult:
+) -> tuple[TrainResult, GoodWeights]:
+    """All optimizer steps and the last look at the weights."""
     began = time.perf_counter()
-    dual = DualAscent(config)
-    target = _EarlyStop(config.train.early_stop)
+    steps = config.train.steps
+    dual, target = DualAscent(config), EarlyStop(config.train.early_stop)
+    monitor = CollapseMonitor(config)
+    weights = TrainableWeights(engine.module.student)
+    good = GoodWeights(weights, config.safeguards.keep_every)
+    start = weights.copy() if config.kl.budget is not None else []
     row: dict[str, Any] = {}
+    trouble: str | None = None
+    ended = False
     step = 0
-    for step in range(1, config.train.steps + 1):
+    while not ended:
+        step += 1
         started = time.perf_counter()
-        batches = [
-            collate(
-                formatter,
-                [harmful[i] for i in a],
-                [harmless[i] for i in b],
-                config.kl.positions,
-            )
-            for a, b in sampler.indices(step - 1)
-        ]
-        sums = train_step(engine, batches, dual.weight, runtime)
-        row = _row(step, sums, dual.weight, prepared, config, engine, time.perf_counter() - started)
-        if not math.isfinite(row["loss"]):
-            raise UserError(
-                f"step {step}: the loss is {row['loss']}; nothing was saved. Lower train.lr "
-                f"(now {config.train.lr}) or use separation.loss=hinge"
-            )
-        if step % config.train.log_every == 0 or step == config.train.steps:
+        good.before_step(step)
+        sums = train_step(engine, feed(step - 1), dual.weight, runtime)
+        row = _row(step, sums, dual.weight, prepared, engine, time.perf_counter() - started)
+        good.measured(monitor.sane(row), row["kl"])
+        trouble = monitor.verdict(row)
+        met = target.reached(row, prepared.layers)
+        ended = trouble is not None or met or step == steps
+        if ended or step % config.train.log_every == 0:
             writer.log(row)
         writer.tick(row)
         dual.update(row["kl"])
-        if target.reached(row, prepared.layers):
-            break
-    stopped = step < config.train.steps
-    if stopped and step % config.train.log_every:
-        writer.log(row)
-    seconds = time.perf_counter() - began
-    return TrainResult(step, seconds, row["kl"], row["kl_weight"], prepared, stopped)
+    scale, kl = 1.0, row["kl"]
+    if trouble is None:
+        batches = [feed(step + i) for i in range(min(steps, MEASURED))]
+        kl = measure_kl(engine, batches, runtime)
+        trouble = monitor.final(kl)
+        if trouble is None and config.kl.budget is not None:
+            scale, kl = meet_budget(
+                weights, start, kl, config.kl.budget, lambda: measure_kl(engine, batches, runtime)
+            )
+    return TrainResult(
+        steps=step,
+        seconds=time.perf_counter() - began,
+        kl=kl,
+        kl_weight=row["kl_weight"],
+        prepared=prepared,
+        stopped_early=step < steps,
+        scale=scale,
+        trouble=trouble,
+    ), good
 
 
 def train_step(
@@ -210,37 +302,75 @@ def train_step(
     """One optimizer step over this rank's micro-batches.
 
     Returns:
-        sums over all ranks and micro-batches: `kl_sum`, `kl_tokens`, `tokens`, `rows`; and means
-        over micro-batches of the objective's other metrics.
+        the same numbers on every rank: sums over ranks and micro-batches, `kl_sum`, `kl_tokens`,
+        `tokens`, `rows`; means of the objective's other metrics; `grad_norm` before clipping.
     """
-    device = runtime.device
-    own = [(float(b.kl_weights.sum()), b.num_tokens, len(b.input_ids)) for b in batches]
-    counts = runtime.sum(torch.tensor(own, device=device).sum(0))
+    counts = _counts(batches, runtime)
     metrics: dict[str, Tensor] = {}
     for batch in batches:
-        index = batch.kl_weights.flatten().nonzero().squeeze(1)
-        weights = batch.kl_weights.flatten()[index]
-        batch = batch.to(device)
-        loss, found = engine(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            prompt_last=batch.prompt_last,
-            kl_index=index.to(device),
-            kl_weights=weights.to(device),
-            num_harmful=batch.num_harmful,
-            kl_weight=kl_weight,
-            kl_tokens=counts[0],
-            accumulation=len(batches),
-        )
+        loss, found = _forward(engine, batch, kl_weight, counts[0], len(batches), runtime)
         engine.backward(loss)
         engine.step()
         for key, value in found.items():
             metrics[key] = metrics.get(key, 0.0) + value.float()
+    norm = engine.get_global_grad_norm()
     shared = {key: value / len(batches) for key, value in metrics.items() if key != "kl_sum"}
-    kl_sum = runtime.sum(metrics["kl_sum"].reshape(1).clone())
-    names = ["kl_sum", "kl_tokens", "tokens", "rows", *shared]
-    values = torch.cat([kl_sum, counts, torch.stack(list(shared.values()))]).tolist()
-    return dict(zip(names, values))
+    shared["grad_norm"] = torch.as_tensor(norm or 0.0, device=runtime.device).float()
+    sums = torch.stack([metrics["kl_sum"], *(v / runtime.world_size for v in shared.values())])
+    values = torch.cat([runtime.sum(sums), counts]).tolist()
+    return dict(zip(["kl_sum", *shared, "kl_tokens", "tokens", "rows"], values))
+
+
+def _counts(batches: list[MicroBatch], runtime: Runtime) -> Tensor:
+    """(3,) over ranks and micro-batches: KL tokens, tokens, rows."""
+    own = [(float(b.kl_weights.sum()), b.num_tokens, len(b.input_ids)) for b in batches]
+    return runtime.sum(torch.tensor(own, device=runtime.device).sum(0))
+
+
+def _forward(
+    engine: Any,
+    batch: MicroBatch,
+    kl_weight: float,
+    kl_tokens: Tensor,
+    accumulation: int,
+    runtime: Runtime,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The objective on one micro-batch."""
+    device = runtime.device
+    index = batch.kl_weights.flatten().nonzero().squeeze(1)
+    weights = batch.kl_weights.flatten()[index]
+    batch = batch.to(device)
+    return engine(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        prompt_last=batch.prompt_last,
+        kl_index=index.to(device),
+        kl_weights=weights.to(device),
+        num_harmful=batch.num_harmful,
+        kl_weight=kl_weight,
+        kl_tokens=kl_tokens,
+        accumulation=accumulation,
+    )
+
+
+@torch.no_grad()
+def measure_kl(engine: Any, steps: list[list[MicroBatch]], runtime: Runtime) -> float:
+    """KL in nats per token of the weights as they are, without a step.
+
+    Args:
+        steps: this rank's micro-batches of one or more optimizer steps.
+    """
+    engine.eval()
+    total = torch.zeros(2, device=runtime.device)
+    for batches in steps:
+        counts = _counts(batches, runtime)
+        for batch in batches:
+            _, found = _forward(engine, batch, 0.0, counts[0], len(batches), runtime)
+            total[0] += found["kl_sum"]
+        total[1] += counts[0] / runtime.world_size
+    engine.train()
+    kl_sum, tokens = runtime.sum(total).tolist()
+    return kl_sum / tokens
 
 
 def _row(
@@ -248,7 +378,6 @@ def _row(
     sums: dict[str, float],
     kl_weight: float,
     prepared: Prepared,
-    config: Config,
     engine: Any,
     seconds: float,
 ) -> dict[str, Any]:
@@ -266,7 +395,7 @@ def _row(
         row[f"distance_over_base/{layer}"] = sums[f"distance/{layer}"] / prepared.d0[layer]
         row[f"norm_ratio/{layer}"] = sums[f"norm/{layer}"] / prepared.norm0[layer]
     return row | {
-        "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+        "grad_norm": sums["grad_norm"],
         "lr": float(engine.get_lr()[0]),
         "step_seconds": seconds,
         "samples_per_second": sums["rows"] / seconds,
@@ -282,35 +411,3 @@ def _peak_memory() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-class DualAscent:
-    """lambda, fixed or adaptive: log lambda += lr (KL / budget - 1), clipped to +-1 a step.
-
-    A user states what capability may be lost (`kl.budget`, nats per token) instead of a weight.
-    """
-
-    def __init__(self, config: Config):
-        self._kl = config.kl
-        self.weight = config.kl.weight if config.kl.budget is None else max(config.kl.weight, 1e-3)
-
-    def update(self, kl: float) -> None:
-        """After a step whose global KL was `kl` nats per token."""
-        if self._kl.budget is None:
-            return
-        step = self._kl.budget_lr * (kl / self._kl.budget - 1.0)
-        grown = self.weight * math.exp(min(max(step, -1.0), 1.0))
-        self.weight = min(max(grown, 1e-3), self._kl.max_weight)
-
-
-class _EarlyStop:
-    """The hinge is (almost) at rest on every layer for five steps in a row."""
-
-    def __init__(self, enabled: bool):
-        self._enabled = enabled
-        self._met = 0
-
-    def reached(self, row: dict[str, Any], layers: list[int]) -> bool:
-        met = all(row[f"sep/{layer}"] <= 0.01 for layer in layers)
-        self._met = self._met + 1 if met else 0
-        return self._enabled and self._met >= 5

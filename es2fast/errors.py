@@ -7,3 +7,7 @@ class UserError(ValueError):
     The command line prints the message as a single line and exits with code 2; library users
     catch it like any ValueError.
     """
+
+
+class RunStopped(UserError):
+    """A safeguard ended the training, on every rank together; exit code 3."""

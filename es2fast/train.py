@@ -1,6 +1,7 @@
 """The cluster entry: `deepspeed --module es2fast.train --config run.yaml train.lr=1e-4 ...`.
 
 Every rank runs this. A user's mistake is printed once, by rank 0, as one line; the exit code is 2.
+A run that a safeguard stops ends in the same way with code 3, and without model/.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from es2fast.config import Config, load_config, save_config
-from es2fast.errors import UserError
+from es2fast.errors import RunStopped, UserError
 
 if TYPE_CHECKING:
     from es2fast.data import Formatter, PromptGroups
     from es2fast.engine import TrainResult
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "layers.json", "model", "report.json", "report.html",
-             "states.npz", "train.json", "tensorboard")  # fmt: skip
+             "states.npz", "train.json", "tensorboard", "last_good")  # fmt: skip
+PREVIOUS = "previous"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,11 +38,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("LOCAL_RANK", str(parsed.local_rank))
     try:
         run(load_config(parsed.config, parsed.overrides))
+    except RunStopped as error:
+        _report(error)
+        _leave_together()
+        return 3
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        _report(error)
         return 2
     return 0
+
+
+def _report(error: UserError) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def _leave_together() -> None:
+    """The launcher kills the other ranks when one has left: not before rank 0 has spoken."""
+    import torch.distributed as dist
+
+    from es2fast.runtime import stop
+
+    if dist.is_initialized():
+        dist.barrier()
+    stop()
 
 
 def run(config: Config) -> None:
@@ -93,6 +114,7 @@ def _finish(
         data_summary=groups.report.lines(),
         train=summary,
     )
+    drop_previous(folder)
 
 
 def run_in(folder: Path) -> bool:
@@ -109,14 +131,30 @@ def occupied(folder: Path) -> str:
 
 
 def clear_run(folder: Path) -> None:
-    """Removes what an earlier run left, and nothing else."""
+    """Makes room for a run. A finished model is set aside with its files, in `previous/`, until the
+    new run has one of its own (`drop_previous`); of a run without a model nothing is kept."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in RUN_FILES:
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    found = [folder / name for name in RUN_FILES if (folder / name).exists()]
+    if not (folder / "model").is_dir():
+        for path in found:
+            _remove(path)
+        return
+    _remove(folder / PREVIOUS)
+    (folder / PREVIOUS).mkdir()
+    for path in found:
+        path.rename(folder / PREVIOUS / path.name)
+
+
+def drop_previous(folder: Path) -> None:
+    """Removes the earlier run that `clear_run` set aside."""
+    _remove(folder / PREVIOUS)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
