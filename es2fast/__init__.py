@@ -1,5 +1,14 @@
 """es2fast: Embedding Space Separation (arXiv 2603.20206) for safer open LLMs."""
 
+from es2fast.ops.distance_stats import DistanceStats, pairwise_distance_stats
 from es2fast.ops.linear_kl import linear_kl_div
+from es2fast.ops.separation import pairwise_separation
+from es2fast.ops.whitening import Whitening
 
-__all__ = ["linear_kl_div"]
+__all__ = [
+    "DistanceStats",
+    "Whitening",
+    "linear_kl_div",
+    "pairwise_distance_stats",
+    "pairwise_separation",
+]

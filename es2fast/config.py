@@ -92,6 +92,17 @@ class SeparationConfig(_Section):
     )
     margin: float = Field(4.0, gt=0, description="hinge: target distance in units of d0")
     weights: list[float] | None = Field(None, description="one weight per layer; default: 1 each")
+    space: Literal["residual", "normed"] = Field(
+        "residual",
+        description="residual: the block's output; normed: after the next block's input norm, "
+        "where a longer state gains nothing",
+    )
+    norm_band: tuple[float, float] | None = Field(
+        None, description="lowest and highest norm of a state, in units of the base model's mean"
+    )
+    norm_band_weight: float = Field(
+        10.0, gt=0, description="of the squared excess over the band, averaged over the states"
+    )
 
 
 class KLConfig(_Section):
@@ -106,7 +117,7 @@ class KLConfig(_Section):
     budget: float | None = Field(
         None, gt=0, description="nats per token; lambda then adapts so that the KL stays below"
     )
-    budget_lr: float = Field(0.3, gt=0, description="step of the dual ascent on log lambda")
+    budget_lr: float = Field(0.15, gt=0, description="step of the dual ascent on log lambda")
     max_weight: float = Field(1e4, gt=0, description="upper bound of the adaptive lambda")
 
 
@@ -208,6 +219,12 @@ class Config(_Section):
                     f"separation.weights: {len(weights)} weights for {len(self.layers)} layers; "
                     "give one per layer"
                 )
+        band = self.separation.norm_band
+        if band is not None and not 0 <= band[0] < 1 < band[1]:
+            raise ValueError(
+                f"separation.norm_band: {list(band)} does not hold 1, where the base model is; "
+                "give [low, high] with 0 <= low < 1 < high"
+            )
         if self.train.teacher == "adapters_off" and self.train.trainable != "lora":
             raise ValueError(
                 f"train.teacher: adapters_off needs train.trainable=lora, which is "

@@ -384,7 +384,7 @@ def _row(
     kl = sums["kl_sum"] / sums["kl_tokens"]
     row: dict[str, Any] = {
         "step": step,
-        "loss": sums["sep"] + kl_weight * kl,
+        "loss": sums["sep"] + kl_weight * kl + sums.get("norm_band", 0.0),
         "sep": sums["sep"],
         "kl": kl,
         "kl_weight": kl_weight,
@@ -394,6 +394,10 @@ def _row(
         row[f"distance/{layer}"] = sums[f"distance/{layer}"]
         row[f"distance_over_base/{layer}"] = sums[f"distance/{layer}"] / prepared.d0[layer]
         row[f"norm_ratio/{layer}"] = sums[f"norm/{layer}"] / prepared.norm0[layer]
+        if f"norm_out/{layer}" in sums:
+            row[f"norm_out/{layer}"] = sums[f"norm_out/{layer}"]
+    if "norm_band" in sums:
+        row["norm_band"] = sums["norm_band"]
     return row | {
         "grad_norm": sums["grad_norm"],
         "lr": float(engine.get_lr()[0]),

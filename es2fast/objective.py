@@ -1,6 +1,6 @@
 """The ES2 objective: one forward pass of one module gives every loss and every metric.
 
-    L = sum_l alpha_l Sep_l(A, B) + lambda KL(base || tuned | harmless tokens)
+    L = sum_l alpha_l Sep_l(A, B) + lambda KL(base || tuned | harmless tokens)  [+ norm band]
 
 Legend: n harmful rows (A), m harmless rows (B), T tokens, H hidden size, D data-parallel ranks.
 
@@ -61,7 +61,7 @@ class ES2Objective(nn.Module):
         self.norm0 = norm0
         self.config = config
         self.alphas = layer_weights(config, self.layers)
-        self.taps = SeparationTaps(student, self.layers)
+        self.taps = SeparationTaps(student, self.layers, config.separation.space)
         self.lm_head, self.transform = heads.install(student, teacher, share_head=share_head)
 
     def train(self, mode: bool = True) -> ES2Objective:
@@ -97,7 +97,8 @@ class ES2Objective(nn.Module):
         Returns:
             the loss to call backward on (scaled so that DeepSpeed's averages come out right), and
             detached fp32 metrics: `kl_sum` (this rank's), `sep`, `sep/l`, `distance/l`, `norm/l`
-            (of all ranks' rows).
+            (of all ranks' rows); with a norm band `norm_band` and `norm_out/l`, the share of this
+            rank's states outside it.
         """
         world = dist.get_world_size() if dist.is_initialized() else 1
         rows = input_ids.shape[0]
@@ -113,7 +114,24 @@ class ES2Objective(nn.Module):
         sep, metrics = self._separation(self.taps.states, num_harmful)
         kl_sum = self._kl(final[num_harmful - rows :], target, kl_index, kl_weights)
         loss = world * (sep + kl_weight * accumulation / kl_tokens * kl_sum)
+        if self.config.separation.norm_band is not None:
+            band, outside = self._norm_band(self.taps.states)
+            loss = loss + band  # a mean over equally many rows of each rank: DeepSpeed's average
+            metrics |= outside | {"norm_band": band.detach()}
         return loss, metrics | {"sep": sep.detach(), "kl_sum": kl_sum.detach()}
+
+    def _norm_band(self, states: dict[int, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The penalty on states whose norm left the band, and their share per layer."""
+        section = self.config.separation
+        assert section.norm_band is not None
+        total = torch.zeros((), device=states[self.layers[0]].device)
+        metrics = {}
+        for layer in self.layers:
+            ratio = states[layer].float().norm(dim=-1) / self.norm0[layer]
+            excess = band_excess(ratio, *section.norm_band)
+            total = total + section.norm_band_weight * excess.square().mean()
+            metrics[f"norm_out/{layer}"] = (excess.detach() > 0).float().mean()
+        return total, metrics
 
     def _kl(self, hidden: Tensor, target: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of token KLs in nats; hidden, target (m, T, H), index and weights (N,)."""
@@ -170,6 +188,11 @@ def layer_weights(config: Config, layers: list[int]) -> dict[int, float]:
             "give one per layer"
         )
     return dict(zip(named, weights))
+
+
+def band_excess(ratio: Tensor, low: float, high: float) -> Tensor:
+    """How far each norm ratio lies outside [low, high]; 0 inside."""
+    return (low - ratio).relu() + (ratio - high).relu()
 
 
 def gather_rows(rows: Tensor) -> Tensor:

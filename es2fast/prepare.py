@@ -2,8 +2,9 @@
 
 Under the same ZeRO stage as the training itself, so a model that only fits partitioned can be
 prepared too: the missing responses to harmless prompts (greedy, cached on disk), the last-prompt-
-token states at every block, from them the layers (`layers: auto`), the base distances d0 and the
-base norms; and the check that the fused head makes the model's own logits.
+token states after every block in `separation.space`, from them the layers (`layers: auto`), the
+base distances d0 and the base norms; and the check that the fused head makes the model's own
+logits.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ def prepare(
         check_layers(config.layers, len(blocks(model)))
     harmless = fill_responses(config, formatter, groups.harmless, model, runtime)
     count = config.layer_choice.prompts
-    a = _states(model, run, formatter, groups.harmful[:count], runtime)
-    b = _states(model, run, formatter, groups.harmless[:count], runtime)
+    a = _states(model, run, formatter, groups.harmful[:count], config, runtime)
+    b = _states(model, run, formatter, groups.harmless[:count], config, runtime)
     choice = choose(config, a, b)
     layers = choice.layers
     prepared = Prepared(
@@ -138,15 +139,26 @@ def zero3_loading(deepspeed_config: dict[str, Any]) -> Iterator[None]:
 
 
 def _states(
-    model: nn.Module, run: Any, formatter: Formatter, prompts: Sequence[Prompt], runtime: Runtime
+    model: nn.Module,
+    run: Any,
+    formatter: Formatter,
+    prompts: Sequence[Prompt],
+    config: Config,
+    runtime: Runtime,
 ) -> dict[int, Tensor]:
-    """States at every block, all ranks sharing the work: layer -> (len(prompts), H) fp32."""
+    """States at every block in `separation.space`, all ranks sharing the work: layer ->
+    (len(prompts), H) fp32."""
     batches = formatter.prompt_batches(prompts, 16)
     rounds = -(-len(batches) // runtime.world_size)
     mine = [batches[(runtime.rank + i * runtime.world_size) % len(batches)] for i in range(rounds)]
     every = range(len(blocks(model)))
     found = last_token_states(
-        model, mine, list(every), lambda **kw: run("states", **kw), device=runtime.device
+        model,
+        mine,
+        list(every),
+        lambda **kw: run("states", **kw),
+        device=runtime.device,
+        space=config.separation.space,
     )
     sizes = [batch["input_ids"].shape[0] for batch in mine]
     parts = {layer: list(states.split(sizes)) for layer, states in found.items()}

@@ -6,12 +6,12 @@ ranks decide alike and stop together.
 KL budget. log lambda += rate * (e + GAIN * (e - e')), e = log(KL / (0.9 budget)) of the smoothed
 KL and e' that of the step before. The proportional part answers a rising KL at once, where the
 integral part alone overshoots for as long as the optimizer's momentum takes to turn.
-Falling is ten times slower than rising, since KL = 0 at the start says nothing about the weight
+Falling is four times slower than rising, since KL = 0 at the start says nothing about the weight
 that is needed later.
 
 lambda alone cannot hold every budget: a model that is far away when the KL shows comes back slowly,
 and a large learning rate has a KL of its own. So the KL of the final weights is measured, and where
-it is over the budget the whole update is scaled down until it is not (`meet_budget`).
+it is over the budget by 10 % the whole update is scaled down until it is not (`meet_budget`).
 
 Good weights. Numbers of step s describe the weights before its update. So a copy is taken before
 the step and becomes the good one only after the step has measured it.
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from es2fast.config import Config
 from es2fast.errors import UserError
 
+TOLERANCE = 1.1  # times the budget: where scaling the update begins
 AT_REST = 0.01  # of d0: what is left of a bounded loss when its target counts as met
 
 
@@ -41,7 +42,7 @@ class DualAscent:
     AIM = 0.9  # of the budget: what is aimed at, since the KL varies from batch to batch
     GAIN = 4.0  # proportional over integral part
     MEMORY = 0.8  # of the smoothed KL
-    FALL = 0.1  # falling over rising rate
+    FALL = 0.25  # falling over rising rate
 
     def __init__(self, config: Config):
         self._kl = config.kl
@@ -238,7 +239,8 @@ def meet_budget(
     """Scales the whole update, start + t (end - start), down to a KL within the budget.
 
     The last resort where lambda came too late or the learning rate is too noisy for the budget.
-    The KL grows with t^2 and the separation with t, so little of it is lost.
+    Near the end the KL grows with t^2 and the separation with t, so little of it is lost; a run that
+    is far over its budget loses most of it.
 
     Args:
         weights: of the trained model.
@@ -247,12 +249,10 @@ def meet_budget(
         measure: the KL of the weights as they then are, the same on every rank.
 
     Returns:
-        (t, KL); (1, kl) when the budget is met already.
+        (t, KL); (1, kl) when the KL is not more than 10 % over the budget.
     """
     t, end = 1.0, weights.copy()
-    for _ in range(20):
-        if not kl > budget:
-            break
+    while kl > TOLERANCE * budget:
         t *= math.sqrt(DualAscent.AIM * budget / kl)
         weights.write([a + t * (b - a) for a, b in zip(start, end)])
         kl = measure()

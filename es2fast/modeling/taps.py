@@ -79,6 +79,46 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
     return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
 
+_INPUT_NORMS = ("input_layernorm", "ln_1", "attn_norm", "attention_norm", "norm1", "norm_1",
+                "ln1", "input_norm", "operator_norm")  # fmt: skip
+_FINAL_NORMS = ("norm", "final_layernorm", "ln_f", "final_layer_norm", "final_norm", "norm_f")
+
+
+def tap_points(model: nn.Module, layers: Sequence[int], space: str) -> list[nn.Module]:
+    """The modules whose outputs are "the state after block l", per listed block.
+
+    Args:
+        model: a causal language model, possibly wrapped by peft.
+        layers: block numbers, 0-based.
+        space: "residual", the block itself; "normed", the norm at the entry of block l + 1, or the
+            final norm after the last block: what the network above reads of the state. A module's
+            output is taken rather than its weight, so whatever the family's norm does is in it and
+            ZeRO-3 gathers the weight as always.
+
+    Raises:
+        UserError: no such norm is found, as where a family normalises after attention and MLP only.
+    """
+    every = blocks(model)
+    if space == "residual":
+        return [every[i] for i in layers]
+    return [_norm_after(model, every, i) for i in layers]
+
+
+def _norm_after(model: nn.Module, every: nn.ModuleList, layer: int) -> nn.Module:
+    last = layer == len(every) - 1
+    owner = backbone(model) if last else every[layer + 1]
+    names = _FINAL_NORMS if last else _INPUT_NORMS
+    for name in names:
+        found = getattr(owner, name, None)
+        if isinstance(found, nn.Module):
+            return found
+    place = "a final norm" if last else f"a norm at the entry of block {layer + 1}"
+    raise UserError(
+        f"separation.space: 'normed' needs {place}, and {type(owner).__name__} has none of "
+        f"{', '.join(names)}; use separation.space=residual"
+    )
+
+
 @contextmanager
 def hooks(handles: Sequence[torch.utils.hooks.RemovableHandle]) -> Iterator[None]:
     """Removes hooks when the context ends, however it ends."""
@@ -91,7 +131,10 @@ def hooks(handles: Sequence[torch.utils.hooks.RemovableHandle]) -> Iterator[None
 
 @contextmanager
 def tapped(
-    model: nn.Module, layers: Sequence[int], select: Callable[[Tensor], Tensor]
+    model: nn.Module,
+    layers: Sequence[int],
+    select: Callable[[Tensor], Tensor],
+    space: str = "residual",
 ) -> Iterator[dict[int, Tensor]]:
     """Keeps `select(hidden)` of each listed block while the context lasts.
 
@@ -99,12 +142,13 @@ def tapped(
         model: a causal language model, possibly wrapped by peft.
         layers: block numbers, 0-based.
         select: maps (B, T, H) to what is kept, usually (n, H).
+        space: "residual" or "normed", see `tap_points`.
 
     Yields:
         a dict, layer -> kept tensor of the latest forward pass.
     """
     kept: dict[int, Tensor] = {}
-    all_blocks = blocks(model)
+    points = tap_points(model, layers, space)
 
     def keep(layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -112,7 +156,7 @@ def tapped(
 
         return hook
 
-    handles = [all_blocks[i].register_forward_hook(keep(i)) for i in layers]
+    handles = [point.register_forward_hook(keep(i)) for i, point in zip(layers, points)]
     with hooks(handles):
         yield kept
 
@@ -142,21 +186,25 @@ class SeparationTaps:
     must still be there, and armed alike, when activation checkpointing recomputes a block during
     backward; so they stay armed until the next pass says otherwise.
 
+    In the normed space the deepest state is read inside the block above it, which therefore still
+    sees all rows: rows end one block later, which costs the harmful rows one block more.
+
     Args:
         model: a causal language model, possibly wrapped by peft.
         layers: tapped blocks, ascending.
+        space: "residual" or "normed", see `tap_points`.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[int]):
+    def __init__(self, model: nn.Module, layers: Sequence[int], space: str = "residual"):
         self.states: dict[int, Tensor] = {}
         self._select: Callable[[Tensor], Tensor] | None = None
         self._rows = 0
         self._num_harmful = 0
-        every = blocks(model)
-        self._handles = [every[i].register_forward_hook(self._keep(i)) for i in layers]
+        points = tap_points(model, layers, space)
+        self._handles = [p.register_forward_hook(self._keep(i)) for i, p in zip(layers, points)]
         self._handles += [
             block.register_forward_pre_hook(self._cut, with_kwargs=True)
-            for block in every[layers[-1] + 1 :]
+            for block in blocks(model)[layers[-1] + (1 if space == "residual" else 2) :]
         ]
 
     def arm(self, positions: Tensor, num_harmful: int) -> None:
@@ -205,8 +253,9 @@ def last_token_states(
     layers: Sequence[int],
     forward: Callable[..., Any] | None = None,
     device: torch.device | None = None,
+    space: str = "residual",
 ) -> dict[int, Tensor]:
-    """Residual-stream states at the last prompt token, for whole sets of prompts.
+    """States at the last prompt token, for whole sets of prompts.
 
     Args:
         model: a causal language model.
@@ -215,6 +264,7 @@ def last_token_states(
         layers: block numbers.
         forward: what to call for a pass; default: the model's backbone (no logits are made).
         device: where the inputs go; default: where the model's first parameter is.
+        space: "residual" or "normed", see `tap_points`.
 
     Returns:
         layer -> (sum of B, H) fp32 tensor on the CPU.
@@ -223,7 +273,7 @@ def last_token_states(
     kept: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     device = device or next(model.parameters()).device
     with ExitStack() as stack:
-        states = stack.enter_context(tapped(model, layers, lambda hidden: hidden[:, -1]))
+        states = stack.enter_context(tapped(model, layers, lambda hidden: hidden[:, -1], space))
         for batch in batches:
             mask = batch["attention_mask"].to(device)
             run(

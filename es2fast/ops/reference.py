@@ -107,6 +107,10 @@ def linear_kl_div_reference(
 # --- separation -----------------------------------------------------------------------------------
 # n harmful rows, m harmless rows, H hidden size.
 
+SEPARATION_LOSSES = (
+    "hinge", "l2", "log", "softplus", "squared", "centroid", "fisher", "cosine",
+)  # fmt: skip
+
 
 def pairwise_distances(a: Tensor, b: Tensor) -> Tensor:
     """Euclidean distances d_ij = ||a_i - b_j||: (n, H), (m, H) -> (n, m).
@@ -118,6 +122,25 @@ def pairwise_distances(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), 0.0)
 
 
+def _pair_values(d: Tensor, loss: str, margin: float | None, scale: float) -> Tensor:  # like d
+    """The loss of each pair from its distance."""
+    if loss == "log":
+        return -(d / scale).clamp_min(1e-12).log()
+    if loss == "l2" or (loss == "fisher" and margin is None):
+        return -d / scale
+    if loss == "squared" and margin is None:
+        return -d.square() / scale**2
+    if loss not in SEPARATION_LOSSES:
+        raise ValueError(f"separation: unknown loss {loss!r}; use one of {SEPARATION_LOSSES}")
+    if margin is None:
+        raise ValueError(f"separation: loss={loss!r} needs a margin, in the units of the input")
+    if loss == "squared":
+        return (margin**2 - d.square()).relu() / scale**2
+    if loss == "softplus":
+        return torch.nn.functional.softplus((margin - d) / scale, threshold=100.0)
+    return (margin - d).relu() / scale
+
+
 def separation(
     harmful: Tensor,
     harmless: Tensor,
@@ -125,40 +148,58 @@ def separation(
     loss: str = "hinge",
     margin: float | None = None,
     scale: float = 1.0,
+    harmful_weights: Tensor | None = None,  # (n,)
+    harmless_weights: Tensor | None = None,  # (m,)
+    covariance: Tensor | None = None,  # (H, H)
 ) -> Tensor:
     """Separation loss of two groups of embeddings; smaller = further apart.
 
-    With d = ||a_i - b_j|| and means over all pairs: hinge = mean relu(margin - d) / scale;
-    l2 = -mean d / scale (arXiv 2603.20206); log = -mean log(d / scale);
-    squared = -mean d^2 / scale^2; centroid = -||mean a - mean b|| / scale.
+    With d = ||a_i - b_j|| and weighted means over all pairs: hinge = mean relu(margin - d) / scale;
+    l2 = -mean d / scale (arXiv 2603.20206); log = -mean log(d / scale), d / scale at least 1e-12;
+    softplus = mean softplus((margin - d) / scale); squared = -mean d^2 / scale^2, with a margin
+    mean relu(margin^2 - d^2) / scale^2; centroid = -||mean a - mean b|| / scale, with a margin
+    relu(margin - ||mean a - mean b||) / scale; fisher = l2, with a margin hinge, of the Mahalanobis
+    distances sqrt((a_i - b_j)^T covariance^-1 (a_i - b_j)); cosine = mean relu(cos(a_i, b_j) -
+    margin), where a zero row has cosine 0.
 
     Args:
         harmful: (n, H).
         harmless: (m, H).
         loss: one of the names above.
-        margin: hinge only, in the units of the input.
+        margin: in the units of the input; l2 and log ignore it.
         scale: d0, the mean distance under the base model, in the units of the input.
+        harmful_weights, harmless_weights: of the rows; None: all 1.
+        covariance: fisher only.
 
     Returns:
-        scalar; a graph-connected zero when a group is empty.
+        scalar; a graph-connected zero when a group is empty or has no weight.
 
     Raises:
-        ValueError: unknown loss; hinge without margin.
+        ValueError: unknown loss; hinge, softplus or cosine without margin; fisher without
+            covariance.
     """
-    if harmful.shape[0] == 0 or harmless.shape[0] == 0:
+    u, v = (
+        torch.ones_like(rows[:, 0]) if weights is None else weights.to(rows.dtype)
+        for rows, weights in ((harmful, harmful_weights), (harmless, harmless_weights))
+    )
+    if u.sum() == 0 or v.sum() == 0:
         return (harmful.sum() + harmless.sum()) * 0.0
+    u, v = u / u.sum(), v / v.sum()
     if loss == "centroid":
-        between = pairwise_distances(harmful.mean(0)[None], harmless.mean(0)[None])
-        return -between[0, 0] / scale
-    d = pairwise_distances(harmful, harmless)
-    if loss == "hinge":
+        d = pairwise_distances((u @ harmful)[None], (v @ harmless)[None])[0, 0]
+        return (-d if margin is None else (margin - d).relu()) / scale
+    if loss == "cosine":
         if margin is None:
-            raise ValueError("separation: loss='hinge' needs a margin, in the units of the input")
-        return (margin - d).relu().mean() / scale
-    if loss == "l2":
-        return -d.mean() / scale
-    if loss == "log":
-        return -(d / scale).clamp_min(torch.finfo(d.dtype).tiny).log().mean()
-    if loss == "squared":
-        return -d.square().mean() / scale**2
-    raise ValueError(f"separation: unknown loss {loss!r}; use hinge, l2, log, squared or centroid")
+            raise ValueError("separation: loss='cosine' needs a margin, a cosine between -1 and 1")
+        a, b = (
+            x / torch.where(x.any(-1), x.norm(dim=-1), 1.0)[:, None] for x in (harmful, harmless)
+        )
+        return u @ (a @ b.t() - margin).relu() @ v
+    if loss == "fisher":
+        if covariance is None:
+            raise ValueError("separation: loss='fisher' needs a covariance")
+        root = torch.linalg.cholesky(covariance)  # d^2 = |L^-1 (a - b)|^2
+        harmful, harmless = (
+            torch.linalg.solve_triangular(root, x.t(), upper=False).t() for x in (harmful, harmless)
+        )
+    return u @ _pair_values(pairwise_distances(harmful, harmless), loss, margin, scale) @ v

@@ -33,6 +33,7 @@ def case(model: Path, data: dict[str, str], **train: Any) -> dict[str, Any]:
             "model": {"name": str(model), "dtype": "fp32"},
             "data": data,
             "layers": LAYERS,
+            "separation": train.pop("separation", {}),
             "kl": {"weight": 3.0, "direction": train.pop("direction", "forward")},
             "train": settings | {"device": "cpu", "max_grad_norm": 1e9} | train,
             "deepspeed": {"zero_optimization": {"stage": stage}},
@@ -72,6 +73,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "all_tied": case(tied, data, trainable="all", direction="reverse"),
         "accumulated": case(untied, data, gradient_accumulation=2),
         "zero2": case(untied, data, stage=2),
+        "normed": case(untied, data, separation={"space": "normed", "margin": 2.0}),
+        "normed_checkpointed": case(
+            untied, data, separation={"space": "normed", "margin": 2.0}, gradient_checkpointing=True
+        ),
+        "norm_band": case(untied, data, separation={"norm_band": [0.9, 1.1]}),
     }
     one = {
         "twin": case(untied, data, micro_batch_size=2),
@@ -85,7 +91,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 CASES = ["twin", "twin_checkpointed", "lora", "lora_checkpointed", "all", "all_tied",
-         "accumulated", "zero2"]  # fmt: skip
+         "accumulated", "zero2", "normed", "normed_checkpointed", "norm_band"]  # fmt: skip
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -130,11 +136,16 @@ def plain_step(spec: dict[str, Any], found: dict[str, Any]) -> tuple[float, floa
                 margin=config.separation.margin,
                 kl_weight=config.kl.weight,
                 direction=config.kl.direction,
+                space=config.separation.space,
+                norm0=10.0,
+                band=config.separation.norm_band,
+                band_weight=config.separation.norm_band_weight,
             )
         )
     separation = sum(part[0] for part in parts) / len(parts)
     kl = sum(part[1] * count for part, count in zip(parts, counts)) / sum(counts)
-    (separation + config.kl.weight * kl).backward()
+    rest = sum(part[2] - part[0] - config.kl.weight * part[1] for part in parts) / len(parts)
+    (separation + config.kl.weight * kl + rest).backward()
     grads = {n: p.grad for n, p in student.named_parameters() if p.requires_grad}
     return separation.item(), kl.item(), grads
 

@@ -16,6 +16,7 @@ from es2fast.modeling.taps import (
     hidden_of,
     last_token_states,
     position_ids,
+    tap_points,
     with_hidden,
 )
 
@@ -38,6 +39,66 @@ def test_states_are_the_blocks_outputs_whatever_the_padding(family: str) -> None
         for layer in (0, 2):
             expected = out.hidden_states[layer + 1][0, -1]
             torch.testing.assert_close(found[layer][row], expected, rtol=1e-4, atol=1e-5)
+
+
+def norm_by_hand(model: nn.Module, norm: nn.Module, state: Tensor) -> Tensor:
+    """RMSNorm, Gemma's with 1 + w, or LayerNorm, from the formula."""
+    weight, config = norm.weight, model.config  # type: ignore[attr-defined]
+    if config.model_type == "phi":
+        centred = state - state.mean()
+        scaled = centred / (centred.square().mean() + config.layer_norm_eps).sqrt()
+        return scaled * weight + norm.bias
+    scaled = state / (state.square().mean() + config.rms_norm_eps).sqrt()
+    return scaled * (1 + weight if config.model_type == "gemma2" else weight)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "phi"])
+def test_normed_states_are_what_the_next_block_reads(family: str) -> None:
+    model = tiny_model(family)
+    every, final = blocks(model), tap_points(model, [3], "normed")[0]
+    with torch.no_grad():
+        for module in (every[2].input_layernorm, final):
+            module.weight.add_(torch.linspace(-0.5, 0.5, 32))
+    last = last_token_states(model, [{"input_ids": IDS, "attention_mask": MASK}], [1, 3])
+    found = last_token_states(
+        model, [{"input_ids": IDS, "attention_mask": MASK}], [1, 3], space="normed"
+    )
+    for layer, norm in ((1, every[2].input_layernorm), (3, final)):
+        for row in range(3):
+            expected = norm_by_hand(model, norm, last[layer][row])
+            torch.testing.assert_close(found[layer][row], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_family_without_input_norms_is_refused() -> None:
+    model = tiny_model("llama")
+    blocks(model)[2].input_norm_of_another_name = blocks(model)[2].input_layernorm
+    del blocks(model)[2].input_layernorm
+    with pytest.raises(UserError, match=r"entry of block 2.*space=residual"):
+        tap_points(model, [1], "normed")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_the_normed_space_harmful_rows_end_one_block_later(family: str) -> None:
+    model = tiny_model(family)
+    full = run(model)
+    taps = SeparationTaps(model, [0, 1], "normed")
+    rows: list[int] = []
+    handles = [
+        block.register_forward_hook(lambda m, args, out: rows.append(hidden_of(out).shape[0]))
+        for block in blocks(model)[2:]
+    ]
+    taps.arm(torch.tensor([5, 5, 5]), num_harmful=2)
+    dropped = run(model)
+    for handle in handles:
+        handle.remove()
+    assert rows == [3, 1] and dropped.shape[0] == 1
+    torch.testing.assert_close(dropped[0], full[2], rtol=1e-5, atol=1e-5)
+    expected = last_token_states(
+        model, [{"input_ids": IDS, "attention_mask": MASK}], [0, 1], space="normed"
+    )
+    for layer in (0, 1):
+        torch.testing.assert_close(taps.states[layer], expected[layer])
+    taps.remove()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,7 +9,7 @@ import torch
 
 from es2fast.ops.reference import pairwise_distances, separation
 
-LOSSES = ["hinge", "l2", "log", "squared", "centroid"]
+LOSSES = ["hinge", "l2", "log", "softplus", "squared", "centroid"]
 
 
 def groups(n: int = 3, m: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,11 +27,40 @@ def test_values(loss: str) -> None:
         "hinge": sum(max(margin - x, 0) for x in d) / len(d) / scale,
         "l2": -sum(d) / len(d) / scale,
         "log": -sum(math.log(x / scale) for x in d) / len(d),
-        "squared": -sum(x * x for x in d) / len(d) / scale**2,
-        "centroid": -math.dist(a.mean(0).tolist(), b.mean(0).tolist()) / scale,
+        "softplus": sum(math.log1p(math.exp((margin - x) / scale)) for x in d) / len(d),
+        "squared": sum(max(margin**2 - x * x, 0) for x in d) / len(d) / scale**2,
+        "centroid": max(margin - math.dist(a.mean(0).tolist(), b.mean(0).tolist()), 0) / scale,
     }[loss]
     found = separation(a, b, loss=loss, margin=margin, scale=scale)
     assert found.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_values_without_a_margin() -> None:
+    a, b = groups()
+    d = [math.dist(x, y) for x in a.tolist() for y in b.tolist()]
+    squared = separation(a, b, loss="squared", scale=1.7)
+    assert squared.item() == pytest.approx(-sum(x * x for x in d) / len(d) / 1.7**2, rel=1e-12)
+    centroid = separation(a, b, loss="centroid", scale=1.7)
+    between = math.dist(a.mean(0).tolist(), b.mean(0).tolist())
+    assert centroid.item() == pytest.approx(-between / 1.7, rel=1e-12)
+
+
+def test_weights_cosine_and_mahalanobis() -> None:
+    a, b = groups()
+    w = torch.tensor([2.0, 0.0, 1.0])
+    repeated = separation(a[[0, 0, 2]], b, loss="l2")
+    assert separation(a, b, loss="l2", harmful_weights=w).item() == pytest.approx(repeated.item())
+
+    def cosine(x: list[float], y: list[float]) -> float:
+        return sum(p * q for p, q in zip(x, y)) / math.hypot(*x) / math.hypot(*y)
+
+    cosines = [max(cosine(x, y) - 0.1, 0) for x in a.tolist() for y in b.tolist()]
+    found = separation(a, b, loss="cosine", margin=0.1)
+    assert found.item() == pytest.approx(sum(cosines) / len(cosines), rel=1e-12)
+    covariance = torch.diag(torch.tensor([4.0, 1, 1, 9, 1], dtype=torch.float64))
+    scaled = torch.tensor([0.5, 1, 1, 1 / 3, 1], dtype=torch.float64)
+    found = separation(a, b, loss="fisher", covariance=covariance)
+    assert found.item() == pytest.approx(separation(a * scaled, b * scaled, loss="l2").item())
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -1,0 +1,420 @@
+"""Pairwise separation of two groups of embeddings, without holding the n x m matrix.
+
+With ``d_ij = ||a_i - b_j||`` and weighted means over all pairs (``sum w_i v_j f / sum w sum v``):
+
+    hinge     mean relu(margin - d) / scale          l2        -mean d / scale
+    log       -mean log(d / scale)                   softplus  mean softplus((margin - d) / scale)
+    squared   -mean d^2 / scale^2,                   with a margin mean relu(margin^2 - d^2)/scale^2
+    centroid  -||mean a - mean b|| / scale,          with a margin relu(margin - ||.||) / scale
+    fisher    l2, with a margin hinge, of Mahalanobis distances ||W (a_i - b_j)||
+    cosine    mean relu(cos(a_i, b_j) - margin)
+
+Pairs are made tile by tile (:mod:`es2fast.ops.separation_chunked`), value and gradients in the
+forward pass; backward only multiplies the saved gradients by ``grad_output``, out of place.
+``squared`` without margin and ``centroid`` need no pairs. ``cosine`` is a pair loss on rows scaled
+to length 1, where ``cos = 1 - d^2/2``: so it too is computed from centred rows, and its digits
+survive a large common mean. ``fisher`` whitens the centred rows first
+(:class:`es2fast.ops.whitening.Whitening`).
+
+With ``group`` the pairs are those of all D ranks. A rank makes the pairs of its own harmful rows
+with all harmless ones and the reverse, 2/D of all pairs, instead of all of them D times.
+
+This file holds the contract: the checks, the choice of the backend and the autograd glue, as one
+``torch.library.custom_op`` (torch.compile sees one node).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from es2fast.ops.separation_chunked import PairProblem, PairResult, PairSpec, run_torch
+from es2fast.ops.separation_group import Rows, gather_groups, sum_over_ranks
+from es2fast.ops.whitening import Whitening
+
+LOSSES = ("hinge", "l2", "log", "softplus", "squared", "centroid", "fisher", "cosine")
+NEED_MARGIN = ("hinge", "softplus", "cosine")
+NO_MARGIN = ("l2", "log")
+REDUCTIONS = ("mean", "sum")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+# --- backends -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation: why it cannot take some rows (None: it can), and how to run."""
+
+    why_not: Callable[[Tensor], str | None]  # (harmful)
+    run: Callable[[PairProblem], PairResult]
+
+
+def _native_missing(problem: PairProblem) -> PairResult:
+    raise RuntimeError("backend='native' is not built")  # unreachable behind why_not
+
+
+# native: run_chunked(problem, its own PairPass), see separation_chunked.PairPass
+BACKENDS: dict[str, Backend] = {
+    "torch": Backend(lambda harmful: None, run_torch),
+    "native": Backend(lambda harmful: "it is not built", _native_missing),
+}
+
+
+def choose_backend(name: str | None, harmful: Tensor) -> str:
+    """The backend by name, or by the input's device when ``name`` is None.
+
+    Raises ValueError for an unknown name and for one that cannot take these rows.
+    """
+    if name is None:
+        return "torch"
+    if name not in BACKENDS:
+        raise ValueError(
+            f"backend={name!r}: expected one of {sorted(BACKENDS)} or None (automatic)"
+        )
+    reason = BACKENDS[name].why_not(harmful)
+    if reason is not None:
+        usable = [k for k, b in BACKENDS.items() if b.why_not(harmful) is None]
+        raise ValueError(f"backend={name!r} cannot run here: {reason}; use one of {usable} or None")
+    return name
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def _refuse(condition: bool, message: str) -> None:
+    if condition:
+        raise ValueError(message)
+
+
+def _check_rows(harmful: Tensor, harmless: Tensor) -> None:
+    for name, rows in (("harmful", harmful), ("harmless", harmless)):
+        _refuse(
+            rows.dim() != 2,
+            f"{name} has shape {tuple(rows.shape)}: expected two dimensions, one row per prompt",
+        )
+        _refuse(
+            rows.dtype not in DTYPES,
+            f"{name} has dtype {rows.dtype}: expected one of {DTYPES}",
+        )
+    _refuse(
+        harmful.shape[1] != harmless.shape[1],
+        f"harmful is {harmful.shape[1]} wide and harmless {harmless.shape[1]}: distances need the "
+        "same hidden size",
+    )
+    _refuse(
+        harmful.dtype != harmless.dtype or harmful.device != harmless.device,
+        f"harmful is {harmful.dtype} on {harmful.device} and harmless {harmless.dtype} on "
+        f"{harmless.device}: cast or move one of them",
+    )
+
+
+def _check_weights(name: str, weights: Tensor | None, rows: int) -> None:
+    if weights is None:
+        return
+    _refuse(
+        tuple(weights.shape) != (rows,),
+        f"{name}_weights has shape {tuple(weights.shape)}: expected ({rows},), one per row",
+    )
+    _refuse(
+        weights.requires_grad,
+        f"{name}_weights requires grad: weights are constants; pass {name}_weights.detach()",
+    )
+    _refuse(weights.is_complex(), f"{name}_weights has dtype {weights.dtype}: expected float")
+
+
+def _check_options(
+    loss: str, margin: float | None, scale: float, reduction: str, whitening: Whitening | None
+) -> None:
+    _refuse(loss not in LOSSES, f"loss={loss!r}: expected one of {LOSSES}")
+    _refuse(reduction not in REDUCTIONS, f"reduction={reduction!r}: expected one of {REDUCTIONS}")
+    _refuse(not scale > 0, f"scale={scale}: expected a positive number, in the units of the input")
+    _refuse(
+        margin is None and loss in NEED_MARGIN,
+        f"margin=None: loss={loss!r} needs a margin, "
+        + ("a cosine between -1 and 1" if loss == "cosine" else "in the units of the input"),
+    )
+    _refuse(
+        margin is not None and loss in NO_MARGIN,
+        f"margin={margin}: loss={loss!r} takes none; use loss='hinge' or margin=None",
+    )
+    _refuse(
+        margin is not None and loss != "cosine" and not margin >= 0,
+        f"margin={margin}: expected zero or a positive number, in the units of the input",
+    )
+    _refuse(
+        loss == "fisher" and whitening is None,
+        "whitening=None: loss='fisher' needs the base model's within-group covariance; pass "
+        "Whitening.fit(states_harmful, states_harmless)",
+    )
+    _refuse(
+        loss != "fisher" and whitening is not None,
+        f"whitening is given and loss={loss!r} does not use it: use loss='fisher' or drop it",
+    )
+    _refuse(
+        reduction == "sum" and loss == "centroid",
+        "reduction='sum': loss='centroid' is the distance of two means; use reduction='mean'",
+    )
+
+
+# --- the public op --------------------------------------------------------------------------------
+
+
+def pairwise_separation(
+    harmful: Tensor,  # (n, H)
+    harmless: Tensor,  # (m, H)
+    *,
+    loss: str = "hinge",
+    margin: float | None = None,
+    scale: float = 1.0,
+    harmful_weights: Tensor | None = None,  # (n,)
+    harmless_weights: Tensor | None = None,  # (m,)
+    reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
+    whitening: Whitening | None = None,
+    max_rows: tuple[int, int] | None = None,
+    chunk_rows: int | None = None,
+    backend: str | None = None,
+) -> Tensor:  # (), float32 (float64 for float64 inputs)
+    """Separation loss of two groups of embeddings; smaller = further apart.
+
+    Args:
+        harmful: (n, H), bf16, fp16, fp32 (fp64: torch backend). n may be 0.
+        harmless: (m, H), same dtype and device. With n or m = 0, or all weights of a group 0, the
+            loss is 0 with zero gradients.
+        loss: one of the names of the module docstring.
+        margin: in the units of the input (fisher: within-group standard deviations; cosine: a
+            cosine). Required by hinge, softplus and cosine; makes squared, centroid and fisher
+            stop at it; refused by l2 and log.
+        scale: d0, the mean distance under the base model, in the units of margin. No use in cosine.
+        harmful_weights, harmless_weights: (n,) and (m,) non-negative real or bool; rows of weight 0
+            are ignored whatever they hold.
+        reduction: "mean" over pairs, or "sum" of w_i v_j f(d_ij).
+        group: a process group; the pairs are those of all its ranks' rows. n and m may differ
+            between ranks and be 0; every rank of the group must call.
+            Every rank returns the global loss, and its rows get the full gradient of it. An engine
+            that *averages* gradients over D data-parallel ranks (DeepSpeed, DDP) therefore needs
+            the loss times D: ``D * pairwise_separation(..., group=group)``.
+        whitening: for fisher.
+        max_rows: with ``group``, upper bounds of any rank's n and m, the same on all ranks: then
+            nothing synchronises with the host (else one exchange of row counts does).
+        chunk_rows: rows of the n x m matrix that exist at once, times at most 4096 columns.
+            None: 512 on a CPU, 4096 on a GPU.
+        backend: "triton", "torch", "native", or None for the best one on harmful's device.
+
+    Returns:
+        The loss. Gradients flow to harmful and harmless where they require grad; at distance 0 the
+        subgradient 0 is taken (log: and below 1e-12 scale). First derivatives only for losses that
+        need pairs.
+
+    Raises:
+        ValueError: for anything not supported; the message names the argument and the alternative.
+
+    Source: l2 is arXiv 2603.20206; the others are bounded or whitened forms of it.
+    """
+    _check_options(loss, margin, scale, reduction, whitening)
+    _check_rows(harmful, harmless)
+    _check_weights("harmful", harmful_weights, harmful.shape[0])
+    _check_weights("harmless", harmless_weights, harmless.shape[0])
+    _refuse(
+        chunk_rows is not None and chunk_rows < 1,
+        f"chunk_rows={chunk_rows}: expected a positive number, or None for the default",
+    )
+    _refuse(
+        whitening is not None and whitening.inverse_std.shape[0] != harmful.shape[1],
+        "whitening was fitted on another hidden size than harmful has: take both from one layer",
+    )
+    _refuse(
+        max_rows is not None and group is None,
+        f"max_rows={max_rows} without group: there are no other ranks; pass both or neither",
+    )
+    chosen = choose_backend(backend, harmful)
+    own = Rows.of(harmful, harmful_weights), Rows.of(harmless, harmless_weights)
+    if group is not None and dist.get_world_size(group) > 1:
+        everyone = gather_groups(*own, group, max_rows)
+        parts = [(own[0], everyone[1].detached()), (everyone[0].detached(), own[1])]
+    else:
+        group, everyone, parts = None, own, [own]
+    if loss == "centroid" or (loss == "squared" and margin is None):
+        return _without_pairs(*everyone, loss, margin, scale, reduction)
+    prepare = _Prepared(everyone, loss, margin, scale, reduction, whitening)
+    values = [prepare.separation(a, b, chunk_rows, chosen) for a, b in parts]
+    if group is None:
+        return values[0]
+    total = sum_over_ranks(values[0].detach(), group)
+    return total + sum(value - value.detach() for value in values)
+
+
+def _accumulation(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _normalised(weights: Tensor, total: Tensor, reduction: str) -> Tensor:
+    """weights / total, 0 when the total is 0; unchanged for sums."""
+    return weights if reduction == "sum" else torch.where(total == 0, 0.0, weights / total)
+
+
+def _mean_of(everyone: tuple[Rows, Rows]) -> Tensor:  # (H,), no gradient
+    """Some point amid both groups: any will do, the same for all rows."""
+    with torch.no_grad():
+        sums = [torch.where(g.w[:, None] != 0, g.x, 0.0).sum(0, dtype=g.w.dtype) for g in everyone]
+        count = sum((g.w != 0).sum() for g in everyone)
+        return (sums[0] + sums[1]) / torch.clamp(torch.as_tensor(count), min=1)
+
+
+def _centred(group: Rows, mean: Tensor) -> Tensor:
+    return torch.where(group.w[:, None] != 0, group.x.to(mean.dtype) - mean, 0.0)
+
+
+def _without_pairs(
+    harmful: Rows, harmless: Rows, loss: str, margin: float | None, scale: float, reduction: str
+) -> Tensor:
+    """The closed forms, in plain differentiable torch on centred rows."""
+    mean = _mean_of((harmful, harmless))
+    a, b = _centred(harmful, mean), _centred(harmless, mean)
+    u, v = (_normalised(g.w, g.w.sum(), reduction) for g in (harmful, harmless))
+    if loss == "squared":
+        # sum_ij u_i v_j |a_i - b_j|^2
+        sizes = v.sum() * (u @ a.square().sum(1)) + u.sum() * (v @ b.square().sum(1))
+        return (2 * (u @ a) @ (v @ b) - sizes) / scale**2
+    between = (u @ a - v @ b).square().sum()
+    apart = (between > 0) & (u.sum() > 0) & (v.sum() > 0)
+    distance = torch.where(apart, torch.where(apart, between, 1.0).sqrt(), 0.0)
+    if margin is None:
+        return -distance / scale
+    exists = (u.sum() > 0) & (v.sum() > 0)
+    return torch.where(exists, (margin - distance).relu(), 0.0) / scale
+
+
+class _Prepared:
+    """One loss on given global groups: the pair spec, the totals, and the map of the rows."""
+
+    def __init__(
+        self,
+        everyone: tuple[Rows, Rows],
+        loss: str,
+        margin: float | None,
+        scale: float,
+        reduction: str,
+        whitening: Whitening | None,
+    ) -> None:
+        self.loss, self.reduction, self.whitening = loss, reduction, whitening
+        self.margin = 0.0 if margin is None else float(margin)
+        kind = loss
+        if loss == "fisher":
+            kind = "l2" if margin is None else "hinge"
+            self.mean = _mean_of(everyone)
+        self.spec = PairSpec(kind, self.margin, float(scale))
+        self.totals = [g.w.sum() for g in everyone]
+
+    def _mapped(self, group: Rows) -> tuple[Tensor, Tensor]:
+        """(rows as the pair loss wants them, weights without rows that have no direction)."""
+        if self.loss == "fisher":
+            assert self.whitening is not None
+            # in float64: equal rows must stay equal, or their distance of 1e-6 has a direction
+            whitened = self.whitening(_centred(group, self.mean).double())
+            return whitened.to(group.w.dtype), group.w
+        if self.loss != "cosine":
+            return group.x, group.w
+        kept = group.w[:, None] != 0
+        x = torch.where(kept, group.x.to(group.w.dtype), 0.0)
+        has_direction = x.detach().any(dim=1)
+        x = torch.where(has_direction[:, None], x, 1.0)
+        unit = x / torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        return unit, group.w * has_direction
+
+    def separation(self, a: Rows, b: Rows, chunk_rows: int | None, backend: str) -> Tensor:
+        """sum over the pairs of a and b, divided by the global totals for reduction "mean"."""
+        (x, w_x), (y, w_y) = self._mapped(a), self._mapped(b)
+        u = _normalised(w_x, self.totals[0], self.reduction)
+        v = _normalised(w_y, self.totals[1], self.reduction)
+        half = a.x.dtype in (torch.bfloat16, torch.float16)
+        grad = torch.is_grad_enabled()
+        value = torch.ops.es2fast.separation(
+            x,
+            y,
+            u,
+            v,
+            self.spec.kind,
+            self.spec.margin,
+            self.spec.scale,
+            half,
+            chunk_rows,
+            backend,
+            grad and x.requires_grad,
+            grad and y.requires_grad,
+        )[0]
+        if self.loss == "cosine" and self.margin < 0:  # cosine 0 with a row that has no direction
+            all_u = _normalised(a.w, self.totals[0], self.reduction).sum()
+            all_v = _normalised(b.w, self.totals[1], self.reduction).sum()
+            value = value - self.margin * (all_u * all_v - u.sum() * v.sum())
+        return value
+
+
+# --- the custom op --------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("es2fast::separation", mutates_args=())
+def _separation(
+    a: Tensor,
+    b: Tensor,
+    u: Tensor,
+    v: Tensor,
+    kind: str,
+    margin: float,
+    scale: float,
+    half: bool,
+    chunk_rows: int | None,
+    backend: str,
+    need_da: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum_ij u_i v_j f(d_ij), da, db); a gradient that is not needed is an empty tensor.
+
+    Gradients are kept in the accumulation dtype: rounded to bf16 before *and* after grad_output
+    scales them they would miss 1e-3.
+    """
+    spec = PairSpec(kind, margin, scale)
+    problem = PairProblem(a, b, u, v, spec, half, chunk_rows, need_da, need_db)
+    result = BACKENDS[backend].run(problem)
+    da = torch.empty(0) if result.da is None else result.da
+    db = torch.empty(0) if result.db is None else result.db
+    return result.loss, da, db
+
+
+@_separation.register_fake
+def _(a, b, u, v, kind, margin, scale, half, chunk_rows, backend, need_da, need_db):
+    accum = _accumulation(a.dtype)
+    return (
+        a.new_empty((), dtype=accum),
+        torch.empty(a.shape, dtype=accum, device=a.device) if need_da else torch.empty(0),
+        torch.empty(b.shape, dtype=accum, device=b.device) if need_db else torch.empty(0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.needs = inputs[-2:]
+    ctx.dtypes = (inputs[0].dtype, inputs[1].dtype)
+    ctx.save_for_backward(output[1], output[2])
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "pairwise_separation has no second derivatives (create_graph=True): use "
+            "es2fast.ops.reference.separation where they are needed"
+        )
+    gradients: list[Tensor | None] = [None] * 12
+    if grad_loss is None:
+        return tuple(gradients)
+    for i, made in enumerate(ctx.saved_tensors):
+        if ctx.needs[i]:  # out of place: backward may run more than once
+            gradients[i] = (made * grad_loss).to(ctx.dtypes[i])
+    return tuple(gradients)
+
+
+_separation.register_autograd(_backward, setup_context=_setup_context)
