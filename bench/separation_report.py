@@ -79,13 +79,14 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
         "budget": _loss_table(rows, "budget"),
         "robust": _robust_table(rows),
         "margin": _margin_table(rows),
+        "long": _long_table(rows),
         "conditions": _conditions(rows),
     }
 
 
 def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
     """Rows whose cell has these values; what is not named must be at its default."""
-    cell = {"robust": None, "margin": None} | wanted
+    cell = {"robust": None, "margin": None, "steps": None} | wanted
     cell = {key: list(value) if isinstance(value, tuple) else value for key, value in cell.items()}
     return [row for row in rows if all(row["cell"][key] == value for key, value in cell.items())]
 
@@ -157,6 +158,20 @@ def _margin_table(rows: Sequence[Row]) -> str:
                 name = f"{found[0]['separation']['margin']:g}, {_names(layers)}"
                 lines.append([name, _seeds(found), *_figures(found)])
     return _table(_heads("margin, blocks"), lines)
+
+
+def _long_table(rows: Sequence[Row]) -> str:
+    from bench.separation_study import LAYERS, LONG
+
+    lines = []
+    for loss in ("l2", "hinge"):
+        for layers in LAYERS:
+            for steps in (None, LONG):
+                found = select(rows, loss=loss, layers=layers, control="weight", steps=steps)
+                if found and (loss == "l2" or layers == (2, 4)):
+                    name = f"{loss} {_names(layers)}, {steps or 80} steps"
+                    lines.append([name, _seeds(found), *_figures(found)])
+    return _table(_heads("loss, blocks, steps"), lines)
 
 
 def _base_table(rows: Sequence[Row]) -> str:

@@ -5,10 +5,11 @@
     python bench/separation_study.py --report          # tables and plots of docs/separation.md
 
 One row per run: every loss x {1, 2, 3} layers x {fixed lambda, KL budget} x seeds, training under a
-simulated attack, and the hinge's margin. Everything else is the demo's: steps, learning rate,
-margin, lambda; one rank takes its two ranks' 2 x 4 pairs per step. The layer sets are nested and
-end at the same block, so the same blocks train in all of them. A seed has its own toy, split and
-batches; all attacks are refitted on the tuned model and judged on held-out prompts.
+simulated attack, the hinge's margin, and l2 for four times as long. Everything else is the demo's:
+steps, learning rate, margin, lambda; one rank takes its two ranks' 2 x 4 pairs per step. The layer
+sets are nested and end at the same block, so the same blocks train in all of them. A seed has its
+own toy, split and batches; all attacks are refitted on the tuned model and judged on held-out
+prompts.
 
 The runs go through `es2fast.engine.train` in this process: one thread, ZeRO stage 0 (stages 2 and
 3 gave the same figures to five digits at 1.4 and 2 times the time). A run takes about 20 s, of
@@ -52,6 +53,7 @@ LAYERS = ((4,), (2, 4), (0, 2, 4))
 CONTROLS = ("weight", "budget")
 ATTACKS = ("scav", "mean_difference")
 MARGINS = (2.0, 3.0, 4.0)  # beside the demo's 6
+LONG = 320  # steps, four times the demo's
 SEEDS = (0, 1, 2)
 BUDGET = 0.01  # nats per token: what the hinge costs at the demo's lambda
 
@@ -66,6 +68,7 @@ class Cell:
     seed: int
     robust: str | None = None  # the attack simulated in training
     margin: float | None = None  # None: the demo's
+    steps: int | None = None  # None: the demo's
 
     @property
     def key(self) -> str:
@@ -80,10 +83,11 @@ def cells() -> list[Cell]:
         found.append(Cell("base", (), "", seed))
         found += [Cell(x, y, c, seed) for c in CONTROLS for x in LOSSES for y in LAYERS]
         found += [Cell("hinge", (2, 4), c, seed, robust=a) for c in CONTROLS for a in ATTACKS]
-    doses = [
+    found += [
         Cell("hinge", y, "weight", s, margin=m) for s in SEEDS for m in MARGINS for y in LAYERS
     ]
-    return found + doses
+    found += [Cell("l2", y, "weight", s, steps=LONG) for s in SEEDS for y in LAYERS]
+    return found + [Cell("hinge", (2, 4), "weight", s, steps=LONG) for s in SEEDS]
 
 
 def settings(cell: Cell, toy: Path, out: Path, prompts: int) -> Config:
@@ -98,6 +102,8 @@ def settings(cell: Cell, toy: Path, out: Path, prompts: int) -> Config:
         separation["loss"] = cell.loss
     if cell.margin is not None:
         separation["margin"] = cell.margin
+    if cell.steps is not None:
+        raw["train"]["steps"] = cell.steps
     if cell.robust is not None:
         separation["robust"] = {"attack": cell.robust}
     if cell.control == "budget":
