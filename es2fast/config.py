@@ -86,11 +86,36 @@ class LayersConfig(_Section):
     prompts: int = Field(256, ge=4, description="prompts per group for the probes and for d0")
 
 
-class SeparationConfig(_Section):
-    loss: Literal["hinge", "l2", "log", "squared", "centroid"] = Field(
-        "hinge", description="hinge stops at margin x d0; l2 is the paper's unbounded distance"
+_DEFAULT_MARGINS = {"hinge": 4.0, "softplus": 4.0, "cosine": 0.0}
+
+
+class RobustConfig(_Section):
+    """Separation demanded after a simulated attack on the harmful states."""
+
+    probability: float = Field(
+        0.0, ge=0, lt=1, description="share of the steps that are attacked; 0: none"
     )
-    margin: float = Field(4.0, gt=0, description="hinge: target distance in units of d0")
+    attack: Literal["scav", "mean_difference"] = Field(
+        "mean_difference", description="as in the evaluation, with evaluate.scav_p0 and scav_p1"
+    )
+    states: int = Field(
+        256, ge=4, description="most recent states per group that the attack is fitted on"
+    )
+    refit_every: int = Field(5, ge=1, description="steps between two fits")
+
+
+class SeparationConfig(_Section):
+    loss: Literal["hinge", "l2", "log", "softplus", "squared", "centroid", "fisher", "cosine"] = (
+        Field(
+            "hinge", description="hinge stops at margin x d0; l2 is the paper's unbounded distance"
+        )
+    )
+    margin: float | None = Field(
+        None,
+        description="target distance in units of d0 (fisher: of the base model's mean Mahalanobis "
+        "distance; cosine: a cosine); default 4 for hinge and softplus, 0 for cosine; squared, "
+        "centroid and fisher are unbounded without one",
+    )
     weights: list[float] | None = Field(None, description="one weight per layer; default: 1 each")
     space: Literal["residual", "normed"] = Field(
         "residual",
@@ -103,6 +128,39 @@ class SeparationConfig(_Section):
     norm_band_weight: float = Field(
         10.0, gt=0, description="of the squared excess over the band, averaged over the states"
     )
+    bank: int = Field(
+        0,
+        ge=0,
+        description="embeddings of each group, from earlier micro-batches of all ranks, that the "
+        "other group is also held away from; rounded up to a multiple of the ranks",
+    )
+    robust: RobustConfig = Field(default_factory=RobustConfig)
+
+    @property
+    def bounded(self) -> bool:
+        """The loss has a target, at which it is 0 (softplus: almost)."""
+        return self.margin is not None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SeparationConfig:
+        if self.margin is None:
+            self.margin = _DEFAULT_MARGINS.get(self.loss)
+        elif self.loss in ("l2", "log"):
+            raise ValueError(
+                f"margin: separation.loss={self.loss!r} has none, found {self.margin:g}; "
+                "leave it out or use hinge"
+            )
+        if self.margin is not None and self.loss == "cosine" and not -1 <= self.margin < 1:
+            raise ValueError(f"margin: {self.margin:g} is no cosine below 1 (loss cosine)")
+        if self.margin is not None and self.loss != "cosine" and self.margin <= 0:
+            raise ValueError(f"margin: {self.margin:g} must be greater than 0, in units of d0")
+        band = self.norm_band
+        if band is not None and not 0 <= band[0] < 1 < band[1]:
+            raise ValueError(
+                f"norm_band: {list(band)} does not hold 1, where the base model is; "
+                "give [low, high] with 0 <= low < 1 < high"
+            )
+        return self
 
 
 class KLConfig(_Section):
@@ -165,7 +223,7 @@ class TrainConfig(_Section):
     )
     gradient_checkpointing: bool = False
     early_stop: bool = Field(
-        False, description="stop when the hinge target is met on every layer (hinge only)"
+        False, description="stop when a bounded loss has reached its target on every layer"
     )
     overwrite: bool = Field(False, description="replace a run that output_dir already holds")
     seed: int = 0
@@ -219,21 +277,15 @@ class Config(_Section):
                     f"separation.weights: {len(weights)} weights for {len(self.layers)} layers; "
                     "give one per layer"
                 )
-        band = self.separation.norm_band
-        if band is not None and not 0 <= band[0] < 1 < band[1]:
-            raise ValueError(
-                f"separation.norm_band: {list(band)} does not hold 1, where the base model is; "
-                "give [low, high] with 0 <= low < 1 < high"
-            )
         if self.train.teacher == "adapters_off" and self.train.trainable != "lora":
             raise ValueError(
                 f"train.teacher: adapters_off needs train.trainable=lora, which is "
                 f"{self.train.trainable!r}; use teacher=twin"
             )
-        if self.train.early_stop and self.separation.loss != "hinge":
+        if self.train.early_stop and not self.separation.bounded:
             raise ValueError(
-                f"train.early_stop: separation.loss={self.separation.loss!r} has no target to "
-                "reach; use separation.loss=hinge"
+                f"train.early_stop: separation.loss={self.separation.loss!r} without a margin has "
+                "no target to reach; use separation.loss=hinge"
             )
         return self
 

@@ -87,7 +87,7 @@ def train(
     if runtime.device.type == "cuda":
         torch.cuda.empty_cache()
     if runtime.is_main:
-        prepared.save(folder / "layers.json")
+        prepared.save(folder)
         print(f"layers {prepared.layers}: {prepared.reason}", flush=True)
     engine = build_engine(config, prepared, runtime)
     feed = Feed(config, formatter, groups.harmful, harmless, runtime)
@@ -208,6 +208,8 @@ def build_engine(config: Config, prepared: Prepared, runtime: Runtime) -> Any:
         layers=prepared.layers,
         d0=prepared.d0,
         norm0=prepared.norm0,
+        scale=prepared.whitened0,
+        whitening=prepared.whitening,
         config=config,
         share_head=head_is_shared(train),
     )

@@ -62,6 +62,7 @@ def write_model_card(
         data_lines=[markdown_text(line) for line in data_summary],
         layer_lines=[_layer_line(layer, d0) for layer in layers],
         loss=config.separation.loss,
+        bound="; it stops at the margin" if config.separation.bounded else "; unbounded",
         settings=[(name, markdown_text(value)) for name, value in config_rows(config, layers)],
         results=table_markdown(report) if report else "",
         train_rows=_train_rows(train),

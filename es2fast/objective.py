@@ -7,9 +7,10 @@ Legend: n harmful rows (A), m harmless rows (B), T tokens, H hidden size, D data
 Both groups run as one batch. The states at the last prompt token are tapped at the chosen blocks;
 after the deepest of them the harmful rows are dropped, so the blocks above, the final norm and the
 LM head see harmless rows alone. DeepSpeed receives this module and sees exactly one forward per
-backward. Pairs are global: every rank gathers all embeddings (without gradient for the others'),
-and computes the full gradient for its own rows, times D because DeepSpeed averages over ranks. The
-KL is divided by the number of harmless tokens of the whole optimizer step, not of the rank.
+backward. Pairs are global: `pairwise_separation` gathers all ranks' embeddings (without gradient
+for the others') and gives a rank the full gradient for its own rows, times D here because DeepSpeed
+averages over ranks. The KL is divided by the number of harmless tokens of the whole optimizer step,
+not of the rank.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from es2fast.bank import EmbeddingBank
 from es2fast.config import Config
 from es2fast.errors import UserError
 from es2fast.modeling import head as heads
-from es2fast.modeling.taps import SeparationTaps, backbone, position_ids
+from es2fast.modeling.taps import Push, SeparationTaps, backbone, position_ids
 from es2fast.modeling.teacher import freeze, teacher_hidden
-from es2fast.ops.reference import pairwise_distances, separation
+from es2fast.ops.separation import pairwise_separation
+from es2fast.ops.whitening import Whitening
 
 
 class ES2Objective(nn.Module):
@@ -38,6 +41,8 @@ class ES2Objective(nn.Module):
         layers: the separated blocks, ascending.
         d0: mean harmful-harmless distance per layer under the base model.
         norm0: mean norm of the states per layer under the base model.
+        scale: unit of the margin per layer; default: d0.
+        whitening: per layer, for the loss `fisher`.
         config: separation and KL settings.
         share_head: the LM head is frozen and equal to the teacher's.
     """
@@ -51,6 +56,8 @@ class ES2Objective(nn.Module):
         d0: dict[int, float],
         norm0: dict[int, float],
         config: Config,
+        scale: dict[int, float] | None = None,
+        whitening: dict[int, Whitening] | None = None,
         share_head: bool = True,
     ):
         super().__init__()
@@ -59,7 +66,14 @@ class ES2Objective(nn.Module):
         self.layers = list(layers)
         self.d0 = d0
         self.norm0 = norm0
+        self.scale = scale or d0
+        self.whitening = whitening or {}
         self.config = config
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        self.world = dist.get_world_size() if several else 1
+        self.group = dist.group.WORLD if several else None
+        bank = config.separation.bank
+        self.bank = EmbeddingBank(bank, self.world) if bank else None
         self.alphas = layer_weights(config, self.layers)
         self.taps = SeparationTaps(student, self.layers, config.separation.space)
         self.lm_head, self.transform = heads.install(student, teacher, share_head=share_head)
@@ -81,6 +95,7 @@ class ES2Objective(nn.Module):
         kl_weight: float,
         kl_tokens: float,
         accumulation: int = 1,
+        push: Push | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One micro-batch.
 
@@ -93,6 +108,7 @@ class ES2Objective(nn.Module):
             kl_weight: lambda.
             kl_tokens: sum of all kl_weights of the optimizer step, over ranks and micro-batches.
             accumulation: micro-batches per optimizer step.
+            push: a simulated attack on the harmful states, see `SeparationTaps.arm`.
 
         Returns:
             the loss to call backward on (scaled so that DeepSpeed's averages come out right), and
@@ -100,7 +116,6 @@ class ES2Objective(nn.Module):
             (of all ranks' rows); with a norm band `norm_band` and `norm_out/l`, the share of this
             rank's states outside it.
         """
-        world = dist.get_world_size() if dist.is_initialized() else 1
         rows = input_ids.shape[0]
         inputs = _backbone_inputs(input_ids, attention_mask)
         harmless_inputs = {
@@ -109,11 +124,13 @@ class ES2Objective(nn.Module):
         }
         self.taps.disarm()
         target = teacher_hidden(self.student, self.teacher, harmless_inputs)
-        self.taps.arm(prompt_last, num_harmful)
+        self.taps.arm(prompt_last, num_harmful, push)
         final = backbone(self.student)(**inputs).last_hidden_state
         sep, metrics = self._separation(self.taps.states, num_harmful)
+        if self.training and push is None:
+            self._remember(self.taps.states, num_harmful)
         kl_sum = self._kl(final[num_harmful - rows :], target, kl_index, kl_weights)
-        loss = world * (sep + kl_weight * accumulation / kl_tokens * kl_sum)
+        loss = self.world * (sep + kl_weight * accumulation / kl_tokens * kl_sum)
         if self.config.separation.norm_band is not None:
             band, outside = self._norm_band(self.taps.states)
             loss = loss + band  # a mean over equally many rows of each rank: DeepSpeed's average
@@ -146,26 +163,54 @@ class ES2Objective(nn.Module):
     def _separation(
         self, states: dict[int, Tensor], num_harmful: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Over the pairs of all ranks, the same value on each."""
         total: Tensor | float = 0.0
         metrics: dict[str, Tensor] = {}
         for layer in self.layers:
-            state = states[layer].float()
-            a, b = gather_rows(state[:num_harmful]), gather_rows(state[num_harmful:])
-            d0 = self.d0[layer]
-            loss = separation(
-                a,
-                b,
-                loss=self.config.separation.loss,
-                margin=self.config.separation.margin * d0,
-                scale=d0,
-            )
+            a, b = states[layer][:num_harmful], states[layer][num_harmful:]
+            loss = self._pairs(layer, a, b)
             total = total + self.alphas[layer] * loss
             metrics[f"sep/{layer}"] = loss.detach()
             with torch.no_grad():
-                metrics[f"distance/{layer}"] = pairwise_distances(a, b).mean()
-                metrics[f"norm/{layer}"] = torch.cat([a, b]).norm(dim=-1).mean()
+                metrics[f"distance/{layer}"] = -self._op(a, b, loss="l2")
+                metrics[f"norm/{layer}"] = states[layer].float().norm(dim=-1).mean()
         assert isinstance(total, Tensor)
         return total, metrics
+
+    def _pairs(self, layer: int, a: Tensor, b: Tensor) -> Tensor:
+        """The separation loss of one layer: a (n, H), b (m, H), and the bank if there is one."""
+        section = self.config.separation
+        scale = 1.0 if section.loss == "cosine" else self.scale[layer]
+        options = {
+            "loss": section.loss,
+            "scale": scale,
+            "margin": None if section.margin is None else section.margin * scale,
+            "whitening": self._whitening(layer, a.device),
+        }
+        old = None if self.bank is None else self.bank.rows(layer)
+        if old is None:
+            return self._op(a, b, **options)
+        first = self._op(a, torch.cat([b.detach(), old[1]]), **options)
+        second = self._op(torch.cat([a.detach(), old[0]]), b, **options)
+        return first + second - (first + second).detach() / 2
+
+    def _op(self, a: Tensor, b: Tensor, **options: Any) -> Tensor:
+        """Every rank has as many rows as this one, so nothing has to be asked."""
+        rows = None if self.group is None else (len(a), len(b))
+        return pairwise_separation(a, b, group=self.group, max_rows=rows, **options)
+
+    def _whitening(self, layer: int, device: torch.device) -> Whitening | None:
+        if self.config.separation.loss != "fisher":
+            return None
+        found = self.whitening[layer]
+        if found.factor.device != device:
+            found = self.whitening[layer] = found.to(device)
+        return found
+
+    def _remember(self, states: dict[int, Tensor], num_harmful: int) -> None:
+        if self.bank is not None:
+            for layer, rows in states.items():
+                self.bank.add(layer, rows[:num_harmful], rows[num_harmful:])
 
 
 def layer_weights(config: Config, layers: list[int]) -> dict[int, float]:
@@ -193,19 +238,6 @@ def layer_weights(config: Config, layers: list[int]) -> dict[int, float]:
 def band_excess(ratio: Tensor, low: float, high: float) -> Tensor:
     """How far each norm ratio lies outside [low, high]; 0 inside."""
     return (low - ratio).relu() + (ratio - high).relu()
-
-
-def gather_rows(rows: Tensor) -> Tensor:
-    """All ranks' rows, this rank's with gradient: (n, H) on each of D ranks -> (D n, H).
-
-    A loss on the result, times D, has under gradient averaging the gradient of the global loss.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rows.detach().contiguous())
-    parts[dist.get_rank()] = rows
-    return torch.cat(parts)
 
 
 def _backbone_inputs(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from es2fast.config import Config
@@ -28,6 +29,7 @@ from es2fast.modeling import head as heads
 from es2fast.modeling.layers import LayerProbe
 from es2fast.modeling.load import DTYPES, load_causal_lm
 from es2fast.modeling.taps import backbone, blocks, check_layers, last_token_states
+from es2fast.ops.whitening import Whitening
 from es2fast.probing import choose
 from es2fast.responses import fill_responses
 from es2fast.runtime import Runtime
@@ -35,16 +37,30 @@ from es2fast.runtime import Runtime
 
 @dataclass
 class Prepared:
-    """layers ascending; d0 and norm0 per layer; the table and reason behind the choice."""
+    """layers ascending; d0 and norm0 per layer; the table and reason behind the choice; for the
+    loss `fisher` the whitening per layer and the mean Mahalanobis distance, its unit of margin."""
 
     layers: list[int]
     d0: dict[int, float]
     norm0: dict[int, float]
     reason: str
     table: list[LayerProbe] = field(default_factory=list)
+    whitening: dict[int, Whitening] = field(default_factory=dict)
+    whitened0: dict[int, float] = field(default_factory=dict)
 
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1, default=float) + "\n")
+    def save(self, folder: Path) -> None:
+        """layers.json and, with a whitening, whitening.safetensors (`layer.name` -> tensor)."""
+        plain = dataclasses.asdict(dataclasses.replace(self, whitening={}))
+        del plain["whitening"]
+        text = json.dumps(plain, indent=1, default=float) + "\n"
+        (folder / "layers.json").write_text(text)
+        if self.whitening:
+            tensors = {
+                f"{layer}.{name}": tensor.contiguous()
+                for layer, found in self.whitening.items()
+                for name, tensor in found.tensors().items()
+            }
+            save_file(tensors, folder / "whitening.safetensors")
 
 
 class BaseModel(nn.Module):
@@ -93,6 +109,12 @@ def prepare(
         choice.table,
     )
     _check_distances(prepared)
+    if config.separation.loss == "fisher":
+        for i in layers:
+            prepared.whitening[i] = w = Whitening.fit(a[i], b[i])
+            mean = torch.cat([a[i], b[i]]).mean(0)
+            apart = torch.cdist(w((a[i] - mean).double()), w((b[i] - mean).double()))
+            prepared.whitened0[i] = apart.mean().item()
     release()
     return prepared, harmless
 

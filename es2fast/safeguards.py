@@ -239,8 +239,8 @@ def meet_budget(
     """Scales the whole update, start + t (end - start), down to a KL within the budget.
 
     The last resort where lambda came too late or the learning rate is too noisy for the budget.
-    Near the end the KL grows with t^2 and the separation with t, so little of it is lost; a run that
-    is far over its budget loses most of it.
+    The KL grows about as t^2 and the separation as t, so a run that is a little over its budget
+    loses little of it; one that is far over loses most.
 
     Args:
         weights: of the trained model.

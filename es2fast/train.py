@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from es2fast.engine import TrainResult
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "layers.json", "model", "report.json", "report.html",
-             "states.npz", "train.json", "tensorboard", "last_good")  # fmt: skip
+             "states.npz", "train.json", "tensorboard", "last_good",
+             "whitening.safetensors")  # fmt: skip
 PREVIOUS = "previous"
 
 

@@ -9,6 +9,7 @@ from es2fast.config import parse_config
 from es2fast.errors import UserError
 from es2fast.evaluation.report import table_markdown
 from es2fast.model_card import public_name, write_model_card
+from es2fast.ops.separation import LOSSES, NEED_MARGIN
 
 BLOCK = {
     "harmless": {"refusal_rate": 0.0, "intact_rate": 1.0, "kl_to_base": 0.0, "n": 50},
@@ -79,12 +80,28 @@ def test_without_report_nothing_is_claimed(tmp_path):
     assert "A defence is not a proof" in text
 
 
-@pytest.mark.parametrize("loss", ["hinge", "l2", "log", "squared", "centroid"])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_each_loss_is_described(tmp_path, loss):
     text = card(tmp_path, raw={"separation": {"loss": loss}})
     assert f"Separation: {loss}, " in text
-    assert ("unbounded" in text.lower()) == (loss != "hinge")
-    assert ("margin 4 × d0" in text) == (loss == "hinge")
+    assert ("unbounded" in text.lower()) == (loss not in NEED_MARGIN)
+    assert ("margin 4 × d0" in text) == (loss in ("hinge", "softplus"))
+
+
+@pytest.mark.parametrize("loss", ["squared", "centroid", "fisher"])
+def test_a_margin_bounds_the_losses_that_can_do_without(tmp_path, loss):
+    text = card(tmp_path, raw={"separation": {"loss": loss, "margin": 3.0}})
+    assert "it stops at the margin" in text and "unbounded" not in text.lower()
+    assert f"| separation loss | {loss}, margin 3 × d0 |" in text
+
+
+def test_settings_beyond_the_loss_are_listed(tmp_path):
+    raw = {"space": "normed", "norm_band": [0.5, 2], "bank": 32, "robust": {"probability": 0.25}}
+    text = card(tmp_path, raw={"separation": raw})
+    assert (
+        "| separation loss | hinge, margin 4 × d0, normed states, norm band 0.5 to 2 of the base, "
+        "bank of 32, mean_difference simulated in 0.25 of the steps |"
+    ) in text
 
 
 def test_user_text_stays_text(tmp_path):

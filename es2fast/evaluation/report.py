@@ -18,7 +18,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from es2fast.config import Config
+from es2fast.config import Config, SeparationConfig
 from es2fast.errors import UserError
 from es2fast.evaluation import plots, schema
 from es2fast.evaluation.schema import check_report
@@ -148,6 +148,21 @@ def write_text_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _options(separation: SeparationConfig) -> str:
+    """The settings of the separation that are not at their defaults."""
+    words = []
+    if separation.space != "residual":
+        words.append(f"{separation.space} states")
+    if separation.norm_band is not None:
+        words.append("norm band {:g} to {:g} of the base".format(*separation.norm_band))
+    if separation.bank:
+        words.append(f"bank of {separation.bank}")
+    if separation.robust.probability:
+        robust = separation.robust
+        words.append(f"{robust.attack} simulated in {robust.probability:g} of the steps")
+    return "".join(f", {word}" for word in words)
+
+
 def config_rows(config: Config, layers: Sequence[int] | None = None) -> list[tuple[str, str]]:
     """The settings that a reader of a report asks for first, as (name, value).
 
@@ -159,7 +174,9 @@ def config_rows(config: Config, layers: Sequence[int] | None = None) -> list[tup
     chosen = _words(list(layers) if layers else config.layers)
     if layers and config.layers == "auto":
         chosen += " (chosen by probes)"
-    margin = f", margin {config.separation.margin:g} × d0"
+    separation = config.separation
+    margin = "" if separation.margin is None else f", margin {separation.margin:g}"
+    margin += "" if not margin or separation.loss == "cosine" else " × d0"
     weight = f"λ = {kl.weight:g}"
     if kl.budget is not None:
         weight = f"λ adaptive from {kl.weight:g}, budget {kl.budget:g} nats/token"
@@ -169,7 +186,7 @@ def config_rows(config: Config, layers: Sequence[int] | None = None) -> list[tup
         ("layers", chosen),
         (
             "separation loss",
-            config.separation.loss + (margin if config.separation.loss == "hinge" else ""),
+            separation.loss + margin + _options(separation),
         ),
         ("layer weights", _words(config.separation.weights or "1 each")),
         ("KL", f"{kl.direction}, temperature {kl.temperature:g}, {kl.positions} tokens; {weight}"),

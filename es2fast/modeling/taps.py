@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from es2fast.errors import UserError
 
+Push = Callable[[int, Tensor], Tensor]  # (layer, states (n, H) fp32) -> what is added, (n, H)
+
 
 def causal_lm(model: nn.Module) -> Any:
     """The transformers `...ForCausalLM` inside `model`, which may be wrapped by peft."""
@@ -197,19 +199,37 @@ class SeparationTaps:
 
     def __init__(self, model: nn.Module, layers: Sequence[int], space: str = "residual"):
         self.states: dict[int, Tensor] = {}
+        self.outputs: dict[int, Tensor] = {}
+        self._push: Push | None = None
+        self._positions: Tensor | None = None
         self._select: Callable[[Tensor], Tensor] | None = None
         self._rows = 0
         self._num_harmful = 0
-        points = tap_points(model, layers, space)
-        self._handles = [p.register_forward_hook(self._keep(i)) for i, p in zip(layers, points)]
+        every, points = blocks(model), tap_points(model, layers, space)
+        self._handles = [every[i].register_forward_hook(self._attack(i)) for i in layers]
+        self._handles += [p.register_forward_hook(self._keep(i)) for i, p in zip(layers, points)]
         self._handles += [
             block.register_forward_pre_hook(self._cut, with_kwargs=True)
-            for block in blocks(model)[layers[-1] + (1 if space == "residual" else 2) :]
+            for block in every[layers[-1] + (1 if space == "residual" else 2) :]
         ]
 
-    def arm(self, positions: Tensor, num_harmful: int) -> None:
-        """Before the student's pass: positions (B,) of the tapped states, harmful rows first."""
+    def arm(self, positions: Tensor, num_harmful: int, push: Push | None = None) -> None:
+        """Before the student's pass.
+
+        Afterwards `states` holds the tapped states, layer -> (B, H), and `outputs` what the blocks
+        themselves returned at these positions, without gradient and before any push.
+
+        Args:
+            positions: (B,) of the tapped states, harmful rows first.
+            num_harmful: n.
+            push: added to the harmful rows' block outputs at these positions, as an attack would:
+                what is tapped there and everything above sees the pushed stream. It carries no
+                gradient, the pushed state has that of the state.
+        """
         self.states = {}
+        self.outputs = {}
+        self._push = push
+        self._positions = positions
         self._select = at_positions(positions)
         self._rows = positions.shape[0]
         self._num_harmful = num_harmful
@@ -222,6 +242,25 @@ class SeparationTaps:
         """Takes the hooks out of the model."""
         for handle in self._handles:
             handle.remove()
+
+    def _attack(self, layer: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            if self._select is None:
+                return None
+            hidden = hidden_of(output)
+            self.outputs[layer] = states = self._select(hidden).detach()
+            if self._push is None:
+                return None
+            with torch.no_grad():
+                added = torch.zeros_like(hidden)
+                rows = torch.arange(self._num_harmful, device=hidden.device)
+                harmful = states[: self._num_harmful].float()
+                assert self._positions is not None
+                columns = self._positions[: self._num_harmful].to(hidden.device)
+                added[rows, columns] = self._push(layer, harmful).to(hidden.dtype)
+            return with_hidden(output, hidden + added)
+
+        return hook
 
     def _keep(self, layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:

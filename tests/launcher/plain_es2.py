@@ -31,6 +31,31 @@ def norm_penalty(states: list[Tensor], low: float, high: float) -> Tensor:
     return (F.relu(low - norms) + F.relu(norms - high)).square().mean()
 
 
+def pair_value(
+    x: Tensor, y: Tensor, loss: str, margin: float | None, scale: float, whiten: Tensor | None
+) -> Tensor:
+    """The loss of one pair; margin and scale in the units of the distance."""
+    if loss == "cosine":
+        assert margin is not None
+        return F.relu(x @ y / (x.norm() * y.norm()) - margin)
+    d = (x - y).norm() if whiten is None else (whiten @ (x - y)).norm()
+    if loss == "log":
+        return -(d / scale).log()
+    if loss == "softplus":
+        return (1 + ((margin - d) / scale).exp()).log()
+    if loss == "squared":
+        return -d.square() / scale**2 if margin is None else F.relu(margin**2 - d**2) / scale**2
+    return -d / scale if margin is None else F.relu(margin - d) / scale
+
+
+def group_loss(a: list[Tensor], b: list[Tensor], loss: str, **options: Any) -> Tensor:
+    """The mean over all pairs, or the distance of the means."""
+    if loss == "centroid":
+        mean_a, mean_b = torch.stack(a).mean(0), torch.stack(b).mean(0)
+        return pair_value(mean_a, mean_b, "hinge", **options)
+    return torch.stack([pair_value(x, y, loss, **options) for x in a for y in b]).mean()
+
+
 def es2_loss(
     student: Any,
     teacher: Any,
@@ -38,23 +63,37 @@ def es2_loss(
     harmless: list[tuple[list[int], list[int]]],  # prompt ids, response ids
     *,
     layers: list[int],
-    d0: float,
-    margin: float,
     kl_weight: float,
+    loss: str,
+    margin: float | None,
+    scale: float,
+    whiten: Tensor | None = None,
+    bank: dict[int, tuple[list[Tensor], list[Tensor]]] | None = None,
     direction: str = "forward",
     space: str = "residual",
     norm0: float = 1.0,
     band: tuple[float, float] | None = None,
     band_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(separation, KL in nats per token, total) of one global micro-batch."""
-    separation = torch.zeros((), dtype=torch.float64)
-    penalty = torch.zeros((), dtype=torch.float64)
+    """(separation, KL in nats per token, what backward is called on) of one global micro-batch.
+
+    bank: per layer, harmful and harmless states of earlier micro-batches, for gradients that are
+    those of a x (b and bank) by a plus those of (a and bank) x b by b.
+    """
+    separation, penalty, extra = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+    options: dict[str, Any] = {"margin": margin, "scale": scale, "whiten": whiten}
     for layer in layers:
         a = [state_after_block(student, ids, layer, space)[-1] for ids in harmful]
         b = [state_after_block(student, ids, layer, space)[-1] for ids, _ in harmless]
-        pairs = [F.relu(margin * d0 - (x - y).norm()) / d0 for x in a for y in b]
-        separation = separation + torch.stack(pairs).mean()
+        if bank and bank[layer][0]:
+            old_a, old_b = bank[layer]
+            fixed_a, fixed_b = ([x.detach() for x in rows] for rows in (a, b))
+            one = group_loss(a, fixed_b + old_b, loss, **options)
+            two = group_loss(fixed_a + old_a, b, loss, **options)
+            separation = separation + (one + two) / 2
+            extra = extra + (one + two) / 2  # doubles the gradient
+        else:
+            separation = separation + group_loss(a, b, loss, **options)
         if band is not None:
             excess = norm_penalty([*a, *b], band[0] * norm0, band[1] * norm0)
             penalty = penalty + band_weight * excess / norm0**2
@@ -67,4 +106,4 @@ def es2_loss(
         p, q = (t, s) if direction == "forward" else (s, t)
         terms.append((p.exp() * (p - q)).sum(-1))
     kl = torch.cat(terms).mean()
-    return separation, kl, separation + penalty + kl_weight * kl
+    return separation, kl, separation + penalty + extra + kl_weight * kl

@@ -17,12 +17,14 @@ from es2fast.config import DataConfig, parse_config
 from es2fast.data import Formatter, PairedSampler, load_groups
 from es2fast.launch import free_port
 from es2fast.modeling.teacher import set_trainable
-from launcher.plain_es2 import es2_loss
-from launcher.worker import STEPS
+from launcher.plain_es2 import es2_loss, state_after_block
+from launcher.worker import STEPS, some_whitening
 
 pytestmark = [pytest.mark.launcher, pytest.mark.slow]
 LAYERS = [1, 2]
 TESTS = Path(__file__).parents[1]
+UNBOUNDED = ["l2", "log", "squared", "centroid", "fisher"]
+Bank = dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]]
 
 
 def case(model: Path, data: dict[str, str], **train: Any) -> dict[str, Any]:
@@ -78,6 +80,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             untied, data, separation={"space": "normed", "margin": 2.0}, gradient_checkpointing=True
         ),
         "norm_band": case(untied, data, separation={"norm_band": [0.9, 1.1]}),
+        "bank": case(untied, data, separation={"bank": 4, "margin": 5.0}),
+        "bank_accumulated": case(
+            untied, data, separation={"bank": 4, "margin": 5.0}, gradient_accumulation=2
+        ),
+        **{loss: case(untied, data, separation={"loss": loss}) for loss in UNBOUNDED},
+        "softplus": case(untied, data, separation={"loss": "softplus", "margin": 2.0}),
+        "cosine": case(untied, data, separation={"loss": "cosine", "margin": -0.5}),
+        "centroid_bank": case(
+            untied, data, separation={"loss": "centroid", "margin": 3.0, "bank": 2}
+        ),
     }
     one = {
         "twin": case(untied, data, micro_batch_size=2),
@@ -91,69 +103,113 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 CASES = ["twin", "twin_checkpointed", "lora", "lora_checkpointed", "all", "all_tied",
-         "accumulated", "zero2", "normed", "normed_checkpointed", "norm_band"]  # fmt: skip
+         "accumulated", "zero2", "normed", "normed_checkpointed", "norm_band", "bank",
+         "bank_accumulated", *UNBOUNDED, "softplus", "cosine", "centroid_bank"]  # fmt: skip
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
-def plain_step(spec: dict[str, Any], found: dict[str, Any]) -> tuple[float, float, dict]:
-    """Separation, KL and gradients of the last step, from the state the engine had before it."""
-    from transformers import AutoModelForCausalLM
+class Plain:
+    """The run of one case again, in fp64, from the weights the engine had before each step."""
 
-    config = parse_config(spec["config"])
-    teacher = AutoModelForCausalLM.from_pretrained(config.model.name, dtype=torch.float64)
-    student: Any = AutoModelForCausalLM.from_pretrained(config.model.name, dtype=torch.float64)
-    student = set_trainable(student, config.train, LAYERS[-1]).double().eval()
-    missing = student.load_state_dict(
-        {k: v.double() for k, v in found["state"].items()}, strict=False
-    )
-    assert not missing.unexpected_keys
-    groups = load_groups(config.data)
-    formatter = Formatter(tokenizer(), DataConfig())
-    sampler = PairedSampler(
-        len(groups.harmful), len(groups.harmless), seed=0, micro_batch_size=2,
-        gradient_accumulation=config.train.gradient_accumulation, rank=0, world_size=1,
-    )  # fmt: skip
-    batches = sampler.indices(STEPS - 1)
-    counts = []
-    parts = []
-    for a, b in batches:
-        harmless = [
-            formatter.conversation_ids(groups.harmless[i], groups.harmless[i].response or "")
-            for i in b
-        ]
-        counts.append(sum(len(p) + len(r) for p, r in harmless))
-        parts.append(
-            es2_loss(
-                student,
-                teacher,
-                [formatter.prompt_ids(groups.harmful[i]) for i in a],
-                harmless,
-                layers=LAYERS,
-                d0=5.0,
-                margin=config.separation.margin,
-                kl_weight=config.kl.weight,
-                direction=config.kl.direction,
-                space=config.separation.space,
-                norm0=10.0,
-                band=config.separation.norm_band,
-                band_weight=config.separation.norm_band_weight,
+    def __init__(self, spec: dict[str, Any], found: dict[str, Any]):
+        from transformers import AutoModelForCausalLM
+
+        self.config = config = parse_config(spec["config"])
+        name = config.model.name
+        self.teacher = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float64)
+        student: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float64)
+        self.student = set_trainable(student, config.train, LAYERS[-1]).double().eval()
+        self.states = found["states"]
+        self.groups = load_groups(config.data)
+        self.formatter = Formatter(tokenizer(), DataConfig())
+        self.sampler = PairedSampler(
+            len(self.groups.harmful), len(self.groups.harmless), seed=0, micro_batch_size=2,
+            gradient_accumulation=config.train.gradient_accumulation, rank=0, world_size=1,
+        )  # fmt: skip
+
+    def load(self, step: int) -> None:
+        state = {k: v.double() for k, v in self.states[step].items()}
+        assert not self.student.load_state_dict(state, strict=False).unexpected_keys
+
+    def batches(self, step: int) -> list[tuple[list[list[int]], list[tuple[list[int], list[int]]]]]:
+        """Per global micro-batch: ids of harmful prompts, of harmless prompts and responses."""
+        return [
+            (
+                [self.formatter.prompt_ids(self.groups.harmful[i]) for i in a],
+                [
+                    self.formatter.conversation_ids(p, p.response or "")
+                    for p in (self.groups.harmless[i] for i in b)
+                ],
             )
-        )
-    separation = sum(part[0] for part in parts) / len(parts)
-    kl = sum(part[1] * count for part, count in zip(parts, counts)) / sum(counts)
-    rest = sum(part[2] - part[0] - config.kl.weight * part[1] for part in parts) / len(parts)
-    (separation + config.kl.weight * kl + rest).backward()
-    grads = {n: p.grad for n, p in student.named_parameters() if p.requires_grad}
-    return separation.item(), kl.item(), grads
+            for a, b in self.sampler.indices(step)
+        ]
+
+    def remember(self, bank: Bank, harmful: Any, harmless: Any) -> None:
+        """Appends a micro-batch's states to the bank and keeps the last rows."""
+        size = self.config.separation.bank
+        for layer in LAYERS:
+            for rows, prompts in zip(bank[layer], (harmful, [p for p, _ in harmless])):
+                with torch.no_grad():
+                    rows += [state_after_block(self.student, p, layer)[-1] for p in prompts]
+                del rows[: max(len(rows) - size, 0)]
+
+    def last_step(self) -> tuple[float, float, dict[str, torch.Tensor]]:
+        """Separation, KL and gradients of the last step."""
+        section, train = self.config.separation, self.config.train
+        fisher = section.loss == "fisher"
+        scale = 8.0 if fisher else 1.0 if section.loss == "cosine" else 5.0
+        bank: Bank = {layer: ([], []) for layer in LAYERS}
+        for step in range(STEPS - 1) if section.bank else ():
+            self.load(step)
+            for harmful, harmless in self.batches(step):
+                self.remember(bank, harmful, harmless)
+        self.load(STEPS - 1)
+        parts, counts = [], []
+        for harmful, harmless in self.batches(STEPS - 1):
+            counts.append(sum(len(p) + len(r) for p, r in harmless))
+            parts.append(
+                es2_loss(
+                    self.student,
+                    self.teacher,
+                    harmful,
+                    harmless,
+                    layers=LAYERS,
+                    kl_weight=0.0,
+                    loss=section.loss,
+                    margin=None if section.margin is None else section.margin * scale,
+                    scale=scale,
+                    whiten=dense(some_whitening()) if fisher else None,
+                    bank={layer: (list(a), list(b)) for layer, (a, b) in bank.items()},
+                    direction=self.config.kl.direction,
+                    space=section.space,
+                    norm0=10.0,
+                    band=section.norm_band,
+                    band_weight=section.norm_band_weight,
+                )
+            )
+            if section.bank:
+                self.remember(bank, harmful, harmless)
+        kl = sum(part[1] * count for part, count in zip(parts, counts)) / sum(counts)
+        rest = sum(part[2] for part in parts) / train.gradient_accumulation
+        (rest + self.config.kl.weight * kl).backward()
+        separation = sum(part[0].item() for part in parts) / len(parts)
+        grads = {n: p.grad for n, p in self.student.named_parameters() if p.requires_grad}
+        return separation, kl.item(), grads
+
+
+def dense(whitening: Any) -> torch.Tensor:
+    """(H, H) fp64 matrix of a whitening, from its two factors."""
+    std, factor = whitening.inverse_std.double(), whitening.factor.double()
+    return (torch.eye(len(std)).double() - factor @ factor.t()) @ torch.diag(std)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_equal_plain_fp64(runs: dict[str, Any], name: str) -> None:
     found = runs["two"][name]
-    separation, kl, grads = plain_step(runs["cases"][name], found)
+    separation, kl, grads = Plain(runs["cases"][name], found).last_step()
     assert kl > 1e-4  # the step compared is not the trivial one at KL = 0
     assert found["losses"][-1] == pytest.approx(separation, rel=1e-5)
     assert found["kl"][-1] == pytest.approx(kl, rel=1e-3)

@@ -19,6 +19,7 @@ from es2fast.data import Formatter, PairedSampler, collate, load_groups
 from es2fast.engine import build_engine, train_step
 from es2fast.export import full_state_dict
 from es2fast.modeling.load import load_tokenizer
+from es2fast.ops.whitening import Whitening
 from es2fast.prepare import Prepared
 
 STEPS = 4
@@ -39,11 +40,20 @@ def trace_complete(engine: Any) -> bool | None:
     return None if offload is None else offload.get_param_coordinator().is_complete_trace()
 
 
+def some_whitening() -> Whitening:
+    """Of random states with unequal variances, width 32."""
+    states = torch.randn(2, 24, 32, generator=torch.Generator().manual_seed(0))
+    return Whitening.fit(*(states * torch.linspace(0.5, 3.0, 32)), rank=4)
+
+
 def run_case(case: dict[str, Any], runtime: runtimes.Runtime) -> dict[str, Any]:
     config = parse_config(case["config"])
     layers = config.layers
     assert isinstance(layers, list)
     prepared = Prepared(layers, dict.fromkeys(layers, 5.0), dict.fromkeys(layers, 10.0), "test")
+    if config.separation.loss == "fisher":
+        prepared.whitening = {layer: some_whitening() for layer in layers}
+        prepared.whitened0 = dict.fromkeys(layers, 8.0)
     groups = load_groups(config.data)
     formatter = Formatter(load_tokenizer(config.model), config.data)
     engine = build_engine(config, prepared, runtime)
@@ -53,7 +63,7 @@ def run_case(case: dict[str, Any], runtime: runtimes.Runtime) -> dict[str, Any]:
         gradient_accumulation=config.train.gradient_accumulation,
         rank=runtime.rank, world_size=runtime.world_size,
     )  # fmt: skip
-    found: dict[str, Any] = {"losses": [], "kl": [], "trace": []}
+    found: dict[str, Any] = {"losses": [], "kl": [], "trace": [], "states": []}
     take_step = engine.step
 
     def step() -> None:
@@ -65,8 +75,7 @@ def run_case(case: dict[str, Any], runtime: runtimes.Runtime) -> dict[str, Any]:
 
     engine.step = step
     for index in range(STEPS):
-        if index == STEPS - 1:
-            found["state"] = full_state_dict(engine.module.student, main=True)
+        found["states"].append(full_state_dict(engine.module.student, main=True))
         batches = [
             collate(
                 formatter,

@@ -1,0 +1,45 @@
+"""A memory of recent embeddings: negatives for a micro-batch that is too small for many pairs.
+
+With a bank the separation of one layer is, for the loss f of a pair and sg = without gradient,
+
+    1/2 [ mean over a_i x (b and bank B) of f  +  mean over (a and bank A) x b_j of f ]
+
+and its gradient is that of the two means added, the first with respect to a alone, the second with
+respect to b alone. That is the unbiased estimate of what a larger batch would give: each embedding
+of this micro-batch moves with full weight, held against more of the other group. (One mean over all
+pairs, those within the bank included, would shrink the gradient by n / (n + k).) With an empty bank
+value and gradient are those of the plain loss.
+
+Each rank banks its own rows, the op gathers them with the others', so all ranks see one bank: the
+last k rows of all of them. Rows of earlier micro-batches of the same step belong to it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class EmbeddingBank:
+    """The last rows of both groups, per layer, of this rank.
+
+    Args:
+        size: k, rows per group over all ranks.
+        world: ranks; each keeps ceil(k / world).
+    """
+
+    def __init__(self, size: int, world: int):
+        self._capacity = -(-size // world)
+        self._rows: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def rows(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """(k_a, H) harmful and (k_b, H) harmless rows of earlier micro-batches; None at first."""
+        return self._rows.get(layer)
+
+    @torch.no_grad()
+    def add(self, layer: int, harmful: Tensor, harmless: Tensor) -> None:
+        """After the loss of a micro-batch: its embeddings (n, H) and (m, H)."""
+        new = (harmful.detach(), harmless.detach())
+        old = self._rows.get(layer, (new[0][:0], new[1][:0]))
+        a, b = (torch.cat(pair)[-self._capacity :].clone() for pair in zip(old, new))
+        self._rows[layer] = (a, b)
