@@ -27,7 +27,7 @@ def test_cells_are_distinct_and_whole_seeds_come_first() -> None:
     assert len({cell.key for cell in found}) == len(found)
     core = [c for c in found if c.loss != "base" and c.robust is c.margin is c.steps is None]
     assert len(core) == 8 * 3 * 2 * 3
-    seeds = [cell.seed for cell in found if cell.margin is cell.steps is None]
+    seeds = [cell.seed for cell in core]
     assert seeds == sorted(seeds)
 
 
@@ -43,7 +43,10 @@ def test_every_cell_is_a_valid_configuration(tmp_path: Path) -> None:
         assert cell.loss in ("base", config.separation.loss)
         assert (config.kl.budget is not None) == (cell.control == "budget")
         assert config.train.steps == (cell.steps or 80)
-        assert config.separation.margin == (cell.margin or 6.0)
+        bounded = cell.loss in ("base", "hinge", "softplus", "fisher")
+        rest = 0.0 if cell.loss == "cosine" else None
+        assert config.separation.margin == (cell.margin or 6.0 if bounded else rest)
+        assert config.separation.robust.attack == (cell.robust or config.separation.robust.attack)
 
 
 def test_a_cell_of_a_table_is_mean_and_range() -> None:
