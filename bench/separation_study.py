@@ -1,6 +1,7 @@
 """Which separation loss, how many layers, fixed lambda or a KL budget? Measured on the toy.
 
     python bench/separation_study.py                   # every cell that has no row yet
+    python bench/separation_study.py --reverse         # a second process, from the other end
     python bench/separation_study.py --shard 0/2       # half of them; the other half elsewhere
     python bench/separation_study.py --report          # tables and plots of docs/separation.md
 
@@ -228,29 +229,24 @@ def pending(arguments: argparse.Namespace) -> list[Cell]:
     done = {key_of(row) for row in read_rows(arguments.out)}
     mine = [cell for index, cell in enumerate(cells()) if index % shards == own]
     wanted = arguments.losses.split(",") if arguments.losses else ["base", *LOSSES]
-    return [cell for cell in mine if cell.key not in done and cell.loss in wanted]
+    left = [cell for cell in mine if cell.key not in done and cell.loss in wanted]
+    return left[::-1] if arguments.reverse else left
 
 
 def study(arguments: argparse.Namespace) -> None:
-    """Runs what is pending."""
+    """Runs what is pending; looks again before each run, so that two processes share the work."""
     torch.set_num_threads(1)
-    work, todo = arguments.work, pending(arguments)[: arguments.at_most]
-    if not todo:
-        return
-    rows = Rows(arguments.out, conditions("cpu"))
+    work, rows = arguments.work, Rows(arguments.out, conditions("cpu"))
     shared: Seed | None = None
-    runtime = None
-    current = None
-    for cell in todo:
-        began = time.perf_counter()
-        if cell.seed != current:
-            shared = Seed.load(work, cell.seed, arguments.prompts)
+    runtime, current, count = None, None, 0
+    while (todo := pending(arguments)) and count != arguments.at_most:
+        cell, began = todo[0], time.perf_counter()
+        if shared is None or cell.seed != current:
+            shared, current = Seed.load(work, cell.seed, arguments.prompts), cell.seed
             runtime = runtime or runtimes.start(shared.config)
-            current = cell.seed
-        assert shared is not None
         found = run(cell, shared, work, arguments.prompts, runtime)
-        rows.add(cell=dataclasses.asdict(cell), **found,
-                 seconds=time.perf_counter() - began)  # fmt: skip
+        rows.add(cell=dataclasses.asdict(cell), **found, seconds=time.perf_counter() - began)
+        count += 1
     runtimes.stop()
 
 
@@ -260,6 +256,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="toys, scratch")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th cell, from the i-th")
     parser.add_argument("--losses", help="only these, separated by commas")
+    parser.add_argument("--reverse", action="store_true", help="from the last cell to the first")
     parser.add_argument("--at-most", type=int, default=None, help="stop after so many runs")
     parser.add_argument("--prompts", type=int, default=100, help="held-out prompts per group")
     parser.add_argument("--report", action="store_true", help="write tables and plots, run nothing")
