@@ -143,22 +143,22 @@ class SeparationConfig(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> SeparationConfig:
-        if self.margin is None:
-            self.margin = _DEFAULT_MARGINS.get(self.loss)
-        elif self.loss in ("l2", "log"):
+        loss, margin, band = self.loss, self.margin, self.norm_band
+        if margin is None:
+            self.margin = _DEFAULT_MARGINS.get(loss)
+        elif loss in ("l2", "log"):
             raise ValueError(
-                f"margin: separation.loss={self.loss!r} has none, found {self.margin:g}; "
-                "leave it out or use hinge"
+                f"margin={margin:g} with loss={loss!r}, which has none; leave it out or use "
+                "loss=hinge"
             )
-        if self.margin is not None and self.loss == "cosine" and not -1 <= self.margin < 1:
-            raise ValueError(f"margin: {self.margin:g} is no cosine below 1 (loss cosine)")
-        if self.margin is not None and self.loss != "cosine" and self.margin <= 0:
-            raise ValueError(f"margin: {self.margin:g} must be greater than 0, in units of d0")
-        band = self.norm_band
+        elif loss == "cosine" and not -1 <= margin < 1:
+            raise ValueError(f"margin={margin:g} with loss='cosine' must be a cosine below 1")
+        elif loss != "cosine" and margin <= 0:
+            raise ValueError(f"margin={margin:g} must be greater than 0; it is in units of d0")
         if band is not None and not 0 <= band[0] < 1 < band[1]:
             raise ValueError(
-                f"norm_band: {list(band)} does not hold 1, where the base model is; "
-                "give [low, high] with 0 <= low < 1 < high"
+                f"norm_band={list(band)} does not hold 1, where the base model is; give "
+                "[low, high] with 0 <= low < 1 < high"
             )
         return self
 

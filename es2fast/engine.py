@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ from es2fast.errors import RunStopped
 from es2fast.export import save_model
 from es2fast.metrics import MetricsWriter
 from es2fast.modeling.load import load_causal_lm, load_model_config
+from es2fast.modeling.taps import Push
 from es2fast.modeling.teacher import head_is_shared, resolve_teacher, set_trainable
 from es2fast.objective import ES2Objective
 from es2fast.prepare import Prepared, prepare, zero3_loading
+from es2fast.robust import SimulatedAttack
 from es2fast.runtime import Runtime
 from es2fast.safeguards import (
     CollapseMonitor,
@@ -256,6 +259,7 @@ def _loop(
     steps = config.train.steps
     dual, target = DualAscent(config), EarlyStop(config.train.early_stop)
     monitor = CollapseMonitor(config)
+    simulated = SimulatedAttack(config, prepared.layers, runtime)
     weights = TrainableWeights(engine.module.student)
     good = GoodWeights(weights, config.safeguards.keep_every)
     start = weights.copy() if config.kl.budget is not None else []
@@ -267,8 +271,11 @@ def _loop(
         step += 1
         started = time.perf_counter()
         good.before_step(step)
-        sums = train_step(engine, feed(step - 1), dual.weight, runtime)
+        push = simulated.for_step(step)
+        sums = train_step(engine, feed(step - 1), dual.weight, runtime, push, simulated.observe)
         row = _row(step, sums, dual.weight, prepared, engine, time.perf_counter() - started)
+        if config.separation.robust.probability:
+            row["attacked"] = float(push is not None)
         good.measured(monitor.sane(row), row["kl"])
         trouble = monitor.verdict(row)
         met = target.reached(row, prepared.layers)
@@ -299,9 +306,18 @@ def _loop(
 
 
 def train_step(
-    engine: Any, batches: list[MicroBatch], kl_weight: float, runtime: Runtime
+    engine: Any,
+    batches: list[MicroBatch],
+    kl_weight: float,
+    runtime: Runtime,
+    push: Push | None = None,
+    observe: Callable[[dict[int, Tensor], int], None] | None = None,
 ) -> dict[str, float]:
     """One optimizer step over this rank's micro-batches.
+
+    Args:
+        push: a simulated attack on the harmful states.
+        observe: gets the block outputs (layer -> (n + m, H)) and n of each clean micro-batch.
 
     Returns:
         the same numbers on every rank: sums over ranks and micro-batches, `kl_sum`, `kl_tokens`,
@@ -310,9 +326,11 @@ def train_step(
     counts = _counts(batches, runtime)
     metrics: dict[str, Tensor] = {}
     for batch in batches:
-        loss, found = _forward(engine, batch, kl_weight, counts[0], len(batches), runtime)
+        loss, found = _forward(engine, batch, kl_weight, counts[0], len(batches), runtime, push)
         engine.backward(loss)
         engine.step()
+        if push is None and observe is not None:
+            observe(engine.module.taps.outputs, batch.num_harmful)
         for key, value in found.items():
             metrics[key] = metrics.get(key, 0.0) + value.float()
     norm = engine.get_global_grad_norm()
@@ -336,6 +354,7 @@ def _forward(
     kl_tokens: Tensor,
     accumulation: int,
     runtime: Runtime,
+    push: Push | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The objective on one micro-batch."""
     device = runtime.device
@@ -352,6 +371,7 @@ def _forward(
         kl_weight=kl_weight,
         kl_tokens=kl_tokens,
         accumulation=accumulation,
+        push=push,
     )
 
 

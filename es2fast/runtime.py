@@ -43,6 +43,14 @@ class Runtime:
         dist.all_gather_object(found, value)
         return found
 
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's `value` on every rank; others pass anything."""
+        if self.world_size == 1:
+            return value
+        held = [value]
+        dist.broadcast_object_list(held, src=0)
+        return held[0]
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()

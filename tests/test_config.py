@@ -40,6 +40,23 @@ MINIMAL = {"model": {"name": "m"}}
             },
             ["train.early_stop", "l2", "hinge"],
         ),
+        (
+            {"model": {"name": "m"}, "separation": {"loss": "l2", "margin": 3.0}},
+            ["separation", "margin=3", "loss='l2'", "hinge"],
+        ),
+        (
+            {"model": {"name": "m"}, "separation": {"loss": "cosine", "margin": 4.0}},
+            ["separation", "margin=4", "cosine"],
+        ),
+        ({"model": {"name": "m"}, "separation": {"margin": -1}}, ["margin=-1", "greater than 0"]),
+        (
+            {"model": {"name": "m"}, "separation": {"norm_band": [1.5, 2.0]}},
+            ["norm_band=[1.5, 2.0]", "low < 1 < high"],
+        ),
+        (
+            {"model": {"name": "m"}, "separation": {"robust": {"probability": 1.0}}},
+            ["separation.robust.probability", "less than 1"],
+        ),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_key(raw: dict[str, Any], words: list[str]) -> None:
@@ -83,6 +100,25 @@ def test_saved_configuration_is_complete_and_reloads(tmp_path: Path) -> None:
     save_config(config, tmp_path / "c.yaml")
     assert load_config(tmp_path / "c.yaml") == config
     assert "budget_lr" in (tmp_path / "c.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("separation", "margin"),
+    [
+        ({}, 4.0),
+        ({"loss": "softplus"}, 4.0),
+        ({"loss": "cosine"}, 0.0),
+        ({"loss": "l2"}, None),
+        ({"loss": "centroid"}, None),
+        ({"loss": "fisher", "margin": 2}, 2.0),
+    ],
+)
+def test_margins_and_what_is_bounded(separation: dict[str, Any], margin: float | None) -> None:
+    section = parse_config(MINIMAL | {"separation": separation}).separation
+    assert section.margin == margin
+    assert section.bounded == (margin is not None)
+    if section.bounded:  # a bounded loss has a target to stop at
+        parse_config(MINIMAL | {"separation": separation, "train": {"early_stop": True}})
 
 
 def test_a_source_may_be_a_string_a_mapping_or_a_list() -> None:

@@ -91,7 +91,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             untied, data, separation={"loss": "centroid", "margin": 3.0, "bank": 2}
         ),
     }
+    robust = {"robust": {"probability": 0.6}, "bank": 4}
+    two["robust"] = case(untied, data, separation=robust)
+    two["robust_checkpointed"] = case(untied, data, separation=robust, gradient_checkpointing=True)
     one = {
+        "robust": case(untied, data, micro_batch_size=2, separation=robust),
         "twin": case(untied, data, micro_batch_size=2),
         "accumulated": case(untied, data, micro_batch_size=2, gradient_accumulation=2),
     }
@@ -219,13 +223,25 @@ def test_gradients_equal_plain_fp64(runs: dict[str, Any], name: str) -> None:
     assert relative(ours, everything) <= 1e-5
 
 
-@pytest.mark.parametrize("name", CASES)
+def test_a_simulated_attack_is_the_same_on_one_rank_two_ranks_and_recomputed(
+    runs: dict[str, Any],
+) -> None:
+    two, one = runs["two"]["robust"], runs["one"]["robust"]
+    again = runs["two"]["robust_checkpointed"]
+    assert any(two["attacked"][:-1]) and not all(two["attacked"])
+    for other in (one, again):
+        assert other["attacked"] == two["attacked"]
+        assert other["losses"] == pytest.approx(two["losses"], rel=1e-5)
+        assert other["kl"][1:] == pytest.approx(two["kl"][1:], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [*CASES, "robust"])
 def test_ranks_end_with_equal_parameters(runs: dict[str, Any], name: str) -> None:
     digests = runs["two"][name]["digests"]
     assert len(digests) == 2 and len(set(digests)) == 1
 
 
-@pytest.mark.parametrize("name", [c for c in CASES if c != "zero2"])
+@pytest.mark.parametrize("name", [c for c in [*CASES, "robust"] if c != "zero2"])
 def test_trace_is_never_invalidated(runs: dict[str, Any], name: str) -> None:
     """Recorded in the first step, complete and in use from then on."""
     assert runs["two"][name]["trace"][1:] == [True] * (STEPS - 1)

@@ -21,6 +21,7 @@ from es2fast.export import full_state_dict
 from es2fast.modeling.load import load_tokenizer
 from es2fast.ops.whitening import Whitening
 from es2fast.prepare import Prepared
+from es2fast.robust import SimulatedAttack
 
 STEPS = 4
 
@@ -64,6 +65,8 @@ def run_case(case: dict[str, Any], runtime: runtimes.Runtime) -> dict[str, Any]:
         rank=runtime.rank, world_size=runtime.world_size,
     )  # fmt: skip
     found: dict[str, Any] = {"losses": [], "kl": [], "trace": [], "states": []}
+    found["attacked"] = []
+    simulated = SimulatedAttack(config, layers, runtime)
     take_step = engine.step
 
     def step() -> None:
@@ -85,7 +88,9 @@ def run_case(case: dict[str, Any], runtime: runtimes.Runtime) -> dict[str, Any]:
             )
             for a, b in sampler.indices(index)
         ]
-        sums = train_step(engine, batches, config.kl.weight, runtime)
+        push = simulated.for_step(index + 1)
+        sums = train_step(engine, batches, config.kl.weight, runtime, push, simulated.observe)
+        found["attacked"].append(push is not None)
         found["losses"].append(sums["sep"])
         found["kl"].append(sums["kl_sum"] / sums["kl_tokens"])
     digest = hashlib.sha256()
