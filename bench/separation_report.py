@@ -137,14 +137,17 @@ def _loss_table(rows: Sequence[Row], control: str) -> str:
 
 
 def _robust_table(rows: Sequence[Row]) -> str:
+    from bench.separation_study import ATTACKS, ROBUST_MARGINS
+
     lines = []
-    for control in ("weight", "budget"):
-        for robust in (None, "scav", "mean_difference"):
-            found = select(rows, loss="hinge", layers=(2, 4), control=control, robust=robust)
+    for margin in ROBUST_MARGINS:
+        for robust in (None, *ATTACKS):
+            wanted: dict[str, Any] = {"layers": (2, 4), "margin": margin, "robust": robust}
+            found = select(rows, loss="hinge", control="weight", **wanted)
             if found:
-                name = f"{'fixed λ' if control == 'weight' else control}, {robust or 'off'}"
+                name = f"{found[0]['separation']['margin']:g}, {robust or 'none'}"
                 lines.append([name, _seeds(found), *_figures(found)])
-    return _table(_heads("control, simulated attack"), lines)
+    return _table(_heads("margin, simulated attack"), lines)
 
 
 def _margin_table(rows: Sequence[Row]) -> str:

@@ -55,6 +55,7 @@ LAYERS = ((4,), (2, 4), (0, 2, 4))
 CONTROLS = ("weight", "budget")
 ATTACKS = ("scav", "mean_difference")
 PROBABILITY = 0.3  # of a step with a simulated attack
+ROBUST_MARGINS = (None, 3.0)  # the demo's, and one that leaves an attacker something
 MARGINS = (2.0, 3.0, 4.0)  # beside the demo's 6
 LONG = 320  # steps, four times the demo's
 SEEDS = (0, 1, 2)
