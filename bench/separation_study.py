@@ -86,11 +86,14 @@ def cells() -> list[Cell]:
     for seed in SEEDS:
         found.append(Cell("base", (), "", seed))
         found += [Cell(x, y, c, seed) for c in CONTROLS for x in LOSSES for y in LAYERS]
-    found += [
-        Cell("hinge", y, "weight", s, margin=m) for s in SEEDS for m in MARGINS for y in LAYERS
-    ]
-    found += [Cell("l2", y, "weight", s, steps=LONG) for s in SEEDS for y in LAYERS]
-    return found + [Cell("hinge", (2, 4), "weight", s, steps=LONG) for s in SEEDS]
+    attacked = [(margin, attack) for margin in ROBUST_MARGINS for attack in ATTACKS]
+    for seed in SEEDS:
+        found += [Cell("hinge", (2, 4), "weight", seed, a, m) for m, a in attacked]
+        found += [Cell("hinge", y, "weight", seed, margin=m) for m in MARGINS for y in LAYERS]
+    for seed in SEEDS:
+        found += [Cell("l2", y, "weight", seed, steps=LONG) for y in LAYERS]
+        found.append(Cell("hinge", (2, 4), "weight", seed, steps=LONG))
+    return found
 
 
 def settings(cell: Cell, toy: Path, out: Path, prompts: int) -> Config:

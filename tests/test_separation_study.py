@@ -27,6 +27,7 @@ def test_cells_are_distinct_and_whole_seeds_come_first() -> None:
     assert len({cell.key for cell in found}) == len(found)
     core = [c for c in found if c.loss != "base" and c.robust is c.margin is c.steps is None]
     assert len(core) == 8 * 3 * 2 * 3
+    assert sum(cell.robust is not None for cell in found) == 2 * 2 * 3
     seeds = [cell.seed for cell in core]
     assert seeds == sorted(seeds)
 
