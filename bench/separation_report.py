@@ -80,6 +80,7 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
         "robust": _robust_table(rows),
         "margin": _margin_table(rows),
         "long": _long_table(rows),
+        "blocks": _blocks_table(rows),
         "conditions": _conditions(rows),
     }
 
@@ -175,6 +176,18 @@ def _long_table(rows: Sequence[Row]) -> str:
                     name = f"{loss} {_names(layers)}, {steps or 80} steps"
                     lines.append([name, _seeds(found), *_figures(found)])
     return _table(_heads("loss, blocks, steps"), lines)
+
+
+def _blocks_table(rows: Sequence[Row]) -> str:
+    from bench.separation_study import LAYERS, OTHER_LAYERS
+
+    lines = []
+    for loss in ("hinge", "l2"):
+        for layers in sorted((*LAYERS, *OTHER_LAYERS), key=lambda x: (len(x), x[::-1])):
+            found = select(rows, loss=loss, layers=layers, control="weight")
+            if found:
+                lines.append([f"{loss} {_names(layers)}", _seeds(found), *_figures(found)])
+    return _table(_heads("loss, blocks"), lines)
 
 
 def _base_table(rows: Sequence[Row]) -> str:

@@ -6,7 +6,7 @@
     python bench/separation_study.py --report          # tables and plots of docs/separation.md
 
 One row per run: every loss x {1, 2, 3} layers x {fixed lambda, KL budget} x seeds, training under a
-simulated attack, the hinge's margin, and l2 for four times as long. Everything else is the demo's:
+simulated attack, the hinge's margin, l2 for four times as long, other blocks. Else it is the demo:
 steps, learning rate, margin, lambda; one rank takes its two ranks' 2 x 4 pairs per step. The layer
 sets are nested and end at the same block, so the same blocks train in all of them. A seed has its
 own toy, split and batches; all attacks are refitted on the tuned model and judged on held-out
@@ -52,6 +52,7 @@ ROWS = Path(__file__).parent / "results" / "separation_study.jsonl"
 LOSSES = ("hinge", "l2", "log", "squared", "centroid", "softplus", "fisher", "cosine")
 BOUNDED = ("hinge", "softplus", "fisher")  # stop at the demo's margin; cosine at its own, 0
 LAYERS = ((4,), (2, 4), (0, 2, 4))
+OTHER_LAYERS = ((0, 4), (2, 3, 4))  # is it their number, or which they are?
 CONTROLS = ("weight", "budget")
 ATTACKS = ("scav", "mean_difference")
 PROBABILITY = 0.3  # of a step with a simulated attack
@@ -93,6 +94,8 @@ def cells() -> list[Cell]:
     for seed in SEEDS:
         found += [Cell("l2", y, "weight", seed, steps=LONG) for y in LAYERS]
         found.append(Cell("hinge", (2, 4), "weight", seed, steps=LONG))
+    for loss in ("l2", "hinge"):
+        found += [Cell(loss, y, "weight", seed) for seed in SEEDS for y in OTHER_LAYERS]
     return found
 
 
