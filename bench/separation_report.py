@@ -14,6 +14,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogFormatter
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "separation.md"
@@ -221,6 +222,7 @@ PANELS: tuple[tuple[str, Pick, bool], ...] = (
     ("SCAV useful, %", _percent(_attack("scav", "useful")), False),
     ("mean difference useful, %", _percent(_attack("mean_difference", "useful")), False),
     ("harmless intact, %", _percent(lambda row: row["intact"]), False),
+    ("direct refused, %", _percent(_attack("direct", "refused")), False),
     ("KL, nats per token", lambda row: row["kl"], True),
     ("d / d0", lambda row: row["distance_over_base"], True),
 )
@@ -234,7 +236,7 @@ def plots(rows: Sequence[Row]) -> dict[str, Figure]:
 def _losses_figure(rows: Sequence[Row]) -> Figure:
     from bench.separation_study import BUDGET, CONTROLS, LAYERS, LOSSES
 
-    figure = Figure(figsize=(11, 11), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(11, 12), layout="constrained", facecolor="white")
     titles = {"weight": "fixed λ, no safeguards", "budget": f"KL budget {BUDGET:g} nats"}
     grid = figure.subplots(len(PANELS), len(CONTROLS), sharey="row", sharex=True)
     for column, control in enumerate(CONTROLS):
@@ -244,7 +246,7 @@ def _losses_figure(rows: Sequence[Row]) -> Figure:
                 found = [select(rows, loss=loss, layers=layers, control=control) for loss in LOSSES]
                 _points(axes, found, pick, index)
             _finish(axes, logarithmic, name if column == 0 else "")
-            axes.set_xticks(range(len(LOSSES)), LOSSES)
+            axes.set_xticks(range(len(LOSSES)), LOSSES, rotation=20)
             if line == 0:
                 axes.set_title(titles[control])
     _legend(figure)
@@ -255,7 +257,8 @@ def _margin_figure(rows: Sequence[Row]) -> Figure:
     from bench.separation_study import LAYERS, MARGINS
 
     figure = Figure(figsize=(11, 3.2), layout="constrained", facecolor="white")
-    for number, (name, pick, logarithmic) in enumerate(PANELS[:4]):
+    shown = [panel for panel in PANELS if not panel[0].startswith(("direct", "d /"))]
+    for number, (name, pick, logarithmic) in enumerate(shown):
         axes = figure.add_subplot(1, 4, number + 1)
         for index, layers in enumerate(LAYERS):
             found = [
@@ -289,6 +292,8 @@ def _points(
 def _finish(axes: Axes, logarithmic: bool, name: str) -> None:
     if logarithmic:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=True))
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
     else:
         axes.set_ylim(-4, 104)
     axes.set_ylabel(name)
