@@ -84,14 +84,42 @@ def evaluate(
 
 @app.command()
 def layers(
-    config: ConfigFile,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="model folder or Hugging Face id; or the YAML file of a run", show_default=False
+        ),
+    ],
     overrides: Overrides = None,
+    harmful: Annotated[
+        list[str] | None,
+        typer.Option("--harmful", help="prompts: a file, folder or dataset id; may be repeated"),
+    ] = None,
+    harmless: Annotated[list[str] | None, typer.Option("--harmless", help="likewise")] = None,
+    plot: Annotated[Path, typer.Option("--plot", help="figure to write (.png, .svg, .pdf)")] = Path(
+        "layers.png"
+    ),
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="write the table and the choice here")
+    ] = None,
 ) -> None:
-    """Print the probe table of every block and the layers that `layers: auto` takes."""
-    from es2fast.probing import print_layer_table, probe_layers
+    """Measure every block, choose the layers to separate, plot it.
 
-    resolved = load_config(config, overrides or ())
-    print_layer_table(probe_layers(resolved))
+    At most layer_choice.prompts prompts per group are used (256; override it, say
+    layer_choice.prompts=10000). States are fp32 on the CPU, at most 2 GiB of them at a time: more
+    prompts mean more passes over them, a few blocks each.
+    """
+    from es2fast.evaluation.layer_plot import save_layer_plot
+    from es2fast.probing import check_targets, print_layer_table, probe_layers, probing_config
+
+    config = probing_config(model, overrides or (), harmful, harmless)
+    check_targets(plot, json_file)
+    choice = probe_layers(config, progress=True)
+    print_layer_table(choice)
+    save_layer_plot(plot, choice.table, choice.layers, config.layer_choice.accuracy)
+    if json_file is not None:
+        choice.save(json_file)
+    print(f"written: {plot}{f', {json_file}' if json_file else ''}")
 
 
 @app.command()

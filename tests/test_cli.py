@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -90,10 +91,58 @@ def test_validate_describes_the_run_and_trains_nothing(call: Any, project: Path)
     assert not (project / "run").exists()
 
 
-def test_layers_prints_a_row_per_block(call: Any, project: Path) -> None:
-    done = call("layers", project / "run.yaml", "layers=auto")
+def test_layers_of_a_run(call: Any, project: Path, tmp_path: Path) -> None:
+    plot = tmp_path / "blocks.svg"
+    done = call("layers", project / "run.yaml", "layers=auto", "--plot", plot)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("yes") == 2 and "layers: [" in done.stdout
+    assert "<svg" in plot.read_text()
+
+
+def test_layers_of_a_model(call: Any, project: Path, tmp_path: Path) -> None:
+    plot, table = tmp_path / "layers.png", tmp_path / "layers.json"
+    data = [f"--{name}={project}/data/{name}.jsonl" for name in ("harmful", "harmless")]
+    targets = ["--plot", plot, "--json", table]
+    few = ["layer_choice.prompts=8", "train.device=cpu"]
+    done = call("layers", project / "model", *few, *data, *targets)
+    assert done.returncode == 0, done.stderr
+    assert "8 harmful and 8 harmless" in done.stdout and "note: only 8" in done.stdout
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    saved = json.loads(table.read_text())
+    assert [row["layer"] for row in saved["table"]] == [0, 1, 2, 3]
+    columns = {"accuracy", "margin", "fisher", "silhouette", "norm", "relative_push"}
+    assert all(columns <= row.keys() for row in saved["table"])
+    assert len(saved["layers"]) == 2 and saved["reason"] in done.stdout
+
+
+LAYER_MISTAKES: list[tuple[list[str], list[str]]] = [
+    (["{folder}/model", "--harmful={folder}/data/harmful.jsonl"], ["data.harmless", "--harmless"]),
+    (["{folder}/model", "--harmful={folder}/absent.txt", "--harmless={folder}/empty.txt"],
+     ["data.harmful[0]", "absent.txt"]),
+    (["{folder}/nowhere.yaml"], ["nowhere.yaml"]),
+    (["{folder}/nowhere", "--harmful={folder}/data/harmful.jsonl",
+      "--harmless={folder}/data/harmless.jsonl"], ["model.name", "nowhere"]),
+    (["{folder}/run.yaml", "--harmful={folder}/three.txt"], ["data.harmful", "3 prompts", "4"]),
+    (["{folder}/run.yaml", "layers=[7]"], ["block 7", "0..3"]),
+    (["{folder}/run.yaml", "--plot=x.bmp"], ["--plot", "x.bmp", ".png"]),
+    (["{folder}/run.yaml", "--json={folder}/no/x.json"], ["--json", "does not exist"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "words"), LAYER_MISTAKES)
+def test_mistakes_of_layers(
+    call: Any, project: Path, arguments: list[str], words: list[str], tmp_path: Path
+) -> None:
+    (project / "three.txt").write_text("steal the car\nbreak the car\nbreak a road\n")
+    filled = [item.format(folder=project) for item in arguments]
+    if not any(item.startswith("--plot") for item in filled):
+        filled.append(f"--plot={tmp_path}/layers.png")
+    done = call("layers", *filled)
+    assert done.returncode == 2, done.stdout + done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    for word in words:
+        assert word in line
+    assert not (tmp_path / "layers.png").exists()
 
 
 MISTAKES: list[tuple[list[str], list[str]]] = [

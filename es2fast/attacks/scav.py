@@ -14,8 +14,6 @@ decoding step breaks the text (the probe was fitted on prompt states), hence `st
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from es2fast.attacks.base import Attack
@@ -41,7 +39,5 @@ class Scav(Attack):
     def push(self, layer: int, states: Tensor) -> Tensor:
         probe = self.probes[layer]
         weight = probe.weight.to(states.device)
-        norm = weight.norm()
-        target = math.log(self.p0) - math.log1p(-self.p0)
-        eps = ((target - probe.logit(states)) / norm).clamp_max(0.0)  # 0 where P(e) <= P0
-        return eps[:, None] * weight / norm
+        eps = probe.steps_to(states, self.p0).clamp_max(0.0)  # 0 where P(e) <= P0
+        return eps[:, None] * weight / weight.norm()

@@ -22,7 +22,7 @@ from es2fast.data import Formatter, Prompt
 from es2fast.evaluation.judges import is_refusal, judge, looks_like_gibberish, same_text
 from es2fast.evaluation.stats import wilson
 from es2fast.modeling.head import lm_head_of, read_transform
-from es2fast.modeling.layers import fit_probe, mean_distance
+from es2fast.modeling.layers import fisher_ratio, fit_probe, mean_distance
 from es2fast.modeling.taps import backbone, blocks, causal_lm, last_token_states, position_ids
 from es2fast.ops.linear_kl import linear_kl_div
 from es2fast.responses import generate
@@ -251,22 +251,20 @@ def _geometry(
 ) -> dict[str, dict[str, Any]]:
     """Per block: distances and norms on held-out prompts, probe refitted on training prompts.
 
-    `spread` is the mean distance of a group's states from their mean; `fisher` the distance of the
-    means divided by the root mean square of both spreads.
+    `spread` is the mean distance of a group's states from their mean; `fisher` as `fisher_ratio`.
     """
     found = {}
     for layer in states["harmful"]:
         a, b = states["harmful"][layer], states["harmless"][layer]
         probe = fit_probe(states["fit_harmful"][layer], states["fit_harmless"][layer])
         spreads = [(group - group.mean(0)).norm(dim=-1).mean().item() for group in (a, b)]
-        rms = math.sqrt((spreads[0] ** 2 + spreads[1] ** 2) / 2)
         row = {
             "distance": mean_distance(a, b).item(),
             "norm": torch.cat([a, b]).norm(dim=-1).mean().item(),
             "probe_accuracy": probe.accuracy,
             "spread_harmful": spreads[0],
             "spread_harmless": spreads[1],
-            "fisher": (a.mean(0) - b.mean(0)).norm().item() / max(rms, 1e-12),
+            "fisher": fisher_ratio(a, b),
         }
         before = row if base is None else base[str(layer)]
         row["distance_over_base"] = row["distance"] / before["distance"]

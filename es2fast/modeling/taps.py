@@ -11,7 +11,7 @@ last entry comes after the final norm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -288,7 +288,7 @@ class SeparationTaps:
 @torch.no_grad()
 def last_token_states(
     model: nn.Module,
-    batches: Sequence[dict[str, Tensor]],
+    batches: Iterable[dict[str, Tensor]],
     layers: Sequence[int],
     forward: Callable[..., Any] | None = None,
     device: torch.device | None = None,
@@ -322,5 +322,6 @@ def last_token_states(
                 use_cache=False,
             )
             for layer in layers:
-                kept[layer].append(states[layer].float().cpu())
-    return {layer: torch.cat(parts) for layer, parts in kept.items()}
+                # a copy: a view would keep the block's whole (B, T, H) output alive
+                kept[layer].append(states[layer].to("cpu", torch.float32, copy=True))
+    return {layer: torch.cat(kept.pop(layer)) for layer in list(kept)}  # parts freed as it goes
