@@ -77,7 +77,10 @@ def bench_op(
         "torch eager": i.step(eager_loss(i)),
     }
     about = dict(zip(("n", "h", "v"), shape), mode=mode, dtype=str(dtype)[6:])
-    memory = {name: extra_memory(step, "cpu") for name, step in steps.items()}
+    memory = {}
+    for name, step in steps.items():
+        step()  # what libraries keep from a first call on is not the call's
+        memory[name] = extra_memory(step, "cpu")
     times = turns(steps, n)
     floor = times["fp32 GEMMs alone (floor)"]
     for name, found in times.items():

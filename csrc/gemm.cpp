@@ -19,6 +19,7 @@ namespace {
 
 constexpr int64_t BLOCK = 256;      // rows or columns of the result per task
 constexpr int64_t UPCAST_K = 1024;  // rows of a 16-bit (k, n) operand upcast at a time
+constexpr int64_t PACKED_K = 4096;  // of a float32 one: the GEMM underneath packs what it is given
 
 void check_operand(const at::Tensor& tensor, const char* name) {
   const auto type = tensor.scalar_type();
@@ -136,7 +137,7 @@ void gemm_nn(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, bo
   }
 #endif
   const at::Tensor wide = a.to(at::kFloat);
-  const int64_t step = b.scalar_type() == at::kFloat ? k : UPCAST_K;
+  const int64_t step = b.scalar_type() == at::kFloat ? PACKED_K : UPCAST_K;
   for_blocks(n, [&](int64_t first, int64_t length) {
     at::Tensor block = out.narrow(1, first, length);
     for (int64_t at = 0; at < k; at += step) {
