@@ -1,6 +1,7 @@
 # Everything needs only Python 3.11+ and a C++ compiler; the rest is installed into .venv.
 #   make demo    build a small aligned chat model, harden it, attack it before and after
 #   make test    lint, types and the whole test suite
+#   make sanitize  the native kernels' tests under the address and undefined-behaviour sanitizers
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 # pip's build isolation would download torch again for DeepSpeed and for this package.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint install sanitize bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/es2fast demo $(DEMO)
@@ -24,9 +25,24 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Built apart from the library in use; Python itself is not instrumented, hence the preloads, and
+# leaks in it are not ours. Torch's own threads and allocator stay as they are.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
+sanitize: $(VENV)/installed
+	rm -rf build/sanitize && mkdir -p build/sanitize && cp -r es2fast csrc setup.py pyproject.toml README.md tests build/sanitize
+	rm -f build/sanitize/es2fast/_native*.so
+	cd build/sanitize && ES2FAST_CXXFLAGS="$(SANITIZE)" $(abspath $(BIN))/python setup.py -q build_ext --inplace
+	cd build/sanitize && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		$(abspath $(BIN))/python -m pytest -q tests/ops -k "native and not compile" $(PYTEST)
+
+# pytest-benchmark on the CPU; `make bench PYTEST=--benchmark-compare` sets it against the last run.
+bench: $(VENV)/installed
+	$(BIN)/python -m pytest bench --benchmark-autosave $(PYTEST)
+
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml setup.py
+$(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q --upgrade pip "setuptools>=77" wheel ninja
 	$(PIP) install -q "$(TORCH)" numpy

@@ -8,6 +8,7 @@ of memory and a peer that cannot run are rows too, with the reason in place of a
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import platform
@@ -31,6 +32,14 @@ def _run(*command: str) -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip()
+
+
+def cpu_name() -> str:
+    """The processor's own name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def conditions(device: str) -> dict[str, Any]:
@@ -62,7 +71,7 @@ def conditions(device: str) -> dict[str, Any]:
             driver=_run(*query).splitlines()[0] if _run(*query) else None,
         )
     else:
-        rows |= dict(gpu=None, cpu=platform.processor() or platform.machine())
+        rows |= dict(gpu=None, cpu=cpu_name())
         rows |= dict(threads=torch.get_num_threads())
     return rows
 
@@ -71,7 +80,7 @@ def measure(function: Callable[[], Any], device: str, repeats: int = 5) -> dict[
     """{ms, ms_p20, ms_p80, extra_mb}, or {error} when it cannot run or runs out of memory."""
     try:
         function()  # compile, autotune, allocate
-        extra = _extra_memory(function, device)
+        extra = extra_memory(function, device)
         times = _times(function, device, repeats)
         return dict(ms=times[0], ms_p20=times[1], ms_p80=times[2], extra_mb=extra)
     except torch.OutOfMemoryError:
@@ -100,16 +109,37 @@ def _times(function: Callable[[], Any], device: str, repeats: int) -> list[float
     return [statistics.median(samples), samples[round(0.2 * last)], samples[round(0.8 * last)]]
 
 
-def _extra_memory(function: Callable[[], Any], device: str) -> float | None:
-    """Peak of the allocator during a call above what was allocated before it, in MB (1e6)."""
+def extra_memory(function: Callable[[], Any], device: str) -> float | None:
+    """Peak memory during a call above what was in use before it, in MB (1e6): the allocator's on a
+    GPU, the process's resident set on a CPU (Linux only)."""
     if device != "cuda":
-        return None
+        return _extra_resident(function)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     function()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def _extra_resident(function: Callable[[], Any]) -> float | None:
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what malloc keeps would be used again unseen
+    reset.write_text("5")  # the peak starts anew
+    before = _status("VmRSS")
+    function()
+    return (_status("VmHWM") - before) / 1e6
+
+
+def _status(key: str) -> int:
+    """Bytes of an entry of /proc/self/status."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return 1024 * int(line.split()[1])
+    raise KeyError(key)
 
 
 class Rows:

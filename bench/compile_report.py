@@ -1,13 +1,21 @@
 """Compile every Triton kernel ahead of time and print what it uses; needs no GPU.
 
     python bench/compile_report.py            # the configurations in use, sm_80, sm_90, sm_100
-    python bench/compile_report.py --all      # candidates for tuning too
+    python bench/compile_report.py --distinct # without float16 where it equals bfloat16
+    python bench/compile_report.py --all      # candidates for tuning instead
     python bench/compile_report.py --json out.jsonl
 
 Columns: registers per thread, spilled bytes (stack frame and local memory as cuobjdump reports
 them), shared memory per block, and the tensor-core instruction of the kernels with a dot. The exit
 status is 1 when a configuration in use spills, exceeds the shared memory of its chip, or has a dot
-without tensor cores. ``tests/ops/test_compile_report.py`` runs the same function.
+without tensor cores. ``tests/ops/test_compile_report.py`` runs it with ``--distinct``.
+
+Triton compiles another binary for arguments divisible by 16, so each kernel comes with a V that is
+(128256) and one that is not ("odd-V"); strides always are, because the tile-fused kernel is not
+launched on others. float16 kernels are bfloat16's with another type in loads, mma and stores: every
+pair had the same registers and shared memory, except with a bias and an aligned V (up to 16
+registers apart, for those loads are vectorized). ``--distinct`` compiles of float16 those and G's
+row unit, which bfloat16 does not have.
 """
 
 from __future__ import annotations
@@ -44,7 +52,8 @@ class Case:
     max_registers: int | None
     has_dot: bool
     in_use: bool
-    aligned: tuple[str, ...]  # arguments divisible by 16, as a launch on real shapes finds them
+    aligned: tuple[str, ...]  # arguments divisible by 16
+    is_distinct: bool = True  # False: another case was found to cost the same
 
 
 @dataclass(frozen=True)
@@ -68,8 +77,10 @@ def _row_cases() -> Iterator[Case]:
 
     pointers = {"zt_ptr": "*fp32", "zs_ptr": "*fp32", "scale_ptr": "*fp32", "loss_ptr": "*fp32"}
     pointers |= {"unit_ptr": "*fp32", "stats_ptr": "*fp32"}
-    options = itertools.product(kernels.DIRECTION, ("bf16", "fp16", "fp32"), (False, True))
-    for direction, dtype, full in options:
+    heads = ("", " bias+softcap", " bias+softcap odd-V")
+    options = itertools.product(kernels.DIRECTION, ("bf16", "fp16", "fp32"), heads)
+    for direction, dtype, head in options:
+        full = head != ""
         config = kernels.row_config(torch.float32 if dtype == "fp32" else torch.bfloat16)
         for need_grad in (True, False):
             signature = pointers | {"g_ptr": f"*{dtype}", "bt_ptr": f"*{dtype}"}
@@ -87,7 +98,7 @@ def _row_cases() -> Iterator[Case]:
                 BLOCK=config.block,
                 STAGES=config.stages,
             )
-            name = f"row {direction} {dtype}{' bias+softcap' if full else ''}"
+            name = f"row {direction} {dtype}{head}"
             yield Case(
                 kernels.row_kernel,
                 name if need_grad else f"{name} no-grad",
@@ -98,11 +109,24 @@ def _row_cases() -> Iterator[Case]:
                 config.max_registers,
                 has_dot=False,
                 in_use=True,
-                aligned=("pitch", "stride_g"),
+                aligned=("pitch", "stride_g", *(() if "odd" in head else ("V",))),
+                is_distinct=_is_distinct(dtype, head) or bool(constants["ROW_UNIT"]),
             )
 
 
-FUSED_FEATURES = ("plain", "bias odd-H", "bias softcap odd-H")
+def _is_distinct(dtype: str, features: str) -> bool:
+    return dtype != "fp16" or ("bias" in features and "odd-V" not in features)
+
+
+# "tail": H is no multiple of BLOCK_K. What is left out is weaker than what is in: less to load, or
+# the same loads without masks.
+FUSED_FEATURES = (
+    "plain",
+    "bias tail",
+    "bias tail odd-V",
+    "bias softcap tail",
+    "bias softcap tail odd-V",
+)
 
 
 def _fused_cases(capability: int, candidates: bool) -> Iterator[Case]:
@@ -142,7 +166,7 @@ def _fused_case(
         SOFTCAP="softcap" in features,
         HAS_BT="bias" in features,
         HAS_BS="bias" in features,
-        EVEN_K="odd-H" not in features,
+        EVEN_K="tail" not in features,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
@@ -157,18 +181,138 @@ def _fused_case(
         constants,
         config.num_warps,
         config.num_stages,
-        None,
+        config.max_registers,
         has_dot=True,
         in_use=in_use,
-        aligned=strides,
+        aligned=strides if "odd-V" in features else ("N", "V", *strides),
+        is_distinct=_is_distinct(dtype, features),
     )
+
+
+def _moment_cases() -> Iterator[Case]:
+    from es2fast.ops.triton import teacher_moments as kernels
+
+    config = kernels.ROW_CONFIG
+    signature = dict.fromkeys(("zs_ptr", "row_gain_ptr", "probs_ptr"), "*fp32")
+    signature |= {"max_ptr": "*fp32", "sum_ptr": "*fp32", "ids_ptr": "*i32"}
+    signature |= dict.fromkeys(("V", "pitch", "stride_g"), "i32")
+    signature |= dict.fromkeys(("gain", "unit"), "fp32")
+    options = itertools.product(("bf16", "fp16", "fp32"), (0, 16), ("", " bias", " bias odd-V"))
+    for dtype, k, head in options:
+        for need_grad in (True, False):
+            name = f"moments {dtype} {k} anchors{head}"
+            yield Case(
+                kernels.moment_row_kernel,
+                name if need_grad else f"{name} no-grad",
+                signature | {"g_ptr": f"*{dtype}", "b_ptr": f"*{dtype}"},
+                dict(
+                    K=k,
+                    BLOCK_K=max(1, k),
+                    HAS_BIAS="bias" in head,
+                    NEED_GRAD=need_grad,
+                    BLOCK=config.block,
+                    STAGES=config.stages,
+                ),
+                config.num_warps,
+                3,
+                config.max_registers,
+                has_dot=False,
+                in_use=True,
+                aligned=("pitch", "stride_g", *(() if "odd" in head else ("V",))),
+                is_distinct=_is_distinct(dtype, head),
+            )
+
+
+# --- separation -----------------------------------------------------------------------------------
+
+
+def _separation_case(
+    name: str,
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    warps: int,
+    max_registers: int | None = None,
+) -> Case:
+    """Arguments not named in ``types`` or ``constants``: float32 pointers, else 32-bit integers."""
+    signature = {}
+    for argument in kernel.arg_names:
+        if argument not in constants:
+            is_pointer = argument.endswith("_ptr")
+            signature[argument] = types.get(argument, "*fp32" if is_pointer else "i32")
+    floats = {n: "fp32" for n in ("margin", "scale", "close") if n in signature}
+    aligned = tuple(n for n in signature if n in ("H", "pitch") or n.startswith("stride_"))
+    return Case(
+        kernel, f"separation {name}", signature | floats, constants, warps, 3, max_registers,
+        has_dot=False, in_use=True, aligned=aligned, is_distinct="fp16" not in name.split()[1:2],
+    )  # fmt: skip
+
+
+def _separation_cases() -> Iterator[Case]:
+    from es2fast.ops.triton import separation as s
+
+    for dtype, half in (("bf16", True), ("fp16", True), ("fp32", True), ("fp32", False)):
+        name = f"{dtype}{' in fp16' if half else ''}"
+        row, made = f"*{dtype}", "*fp16" if half else "*fp32"
+        kinds = s.KIND if dtype in ("bf16", "fp32") else {"hinge": s.KIND["hinge"]}
+        yield _separation_case(
+            f"prepare {name}", s.prepare_kernel, {"x_ptr": row, "out_ptr": made},
+            dict(HALF=half, BLOCK=s.PREPARE.block), s.PREPARE.num_warps,
+        )  # fmt: skip
+        yield _separation_case(
+            f"finish {name}", s.finish_kernel, {"x_ptr": row},
+            dict(ADD=True, BLOCK=s.FINISH.block), s.FINISH.num_warps,
+        )  # fmt: skip
+        for x, mask_only in ((row, True), (made, False)):
+            yield _separation_case(
+                f"column-sum {x[1:]} {name}", s.column_sum_kernel, {"x_ptr": x},
+                dict(MASK_ONLY=mask_only, ROWS=s.SUM_ROWS, COLUMNS=s.SUM_COLUMNS, STEP=16), 4,
+            )  # fmt: skip
+        yield _separation_case(
+            f"small-gradient {name}", s.small_gradient_kernel,
+            {"own_ptr": row, "other_ptr": row},
+            dict(ROWS=32, WIDTH=s.SMALL_WIDTH), 4,
+        )  # fmt: skip
+        for kind, number in kinds.items():
+            yield from _separation_pair_cases(f"{kind} {name}", row, made, half, number)
+
+
+def _separation_pair_cases(name: str, row: str, made: str, half: bool, kind: int) -> Iterator[Case]:
+    from es2fast.ops.triton import separation as s
+
+    rows = {"a_ptr": row, "b_ptr": row, "own_ptr": row, "other_ptr": row}
+    flags = {"flag_ptr": "*i32"}
+    for need_grad in (True, False):
+        yield _separation_case(
+            f"pairs {name}{'' if need_grad else ' no-grad'}", s.pair_kernel,
+            rows | flags | {"q_ptr": made},
+            dict(KIND=kind, HALF=half, NEED_GRAD=need_grad, BLOCK=s.PAIRS.block, WIDTH=s.WIDTH),
+            s.PAIRS.num_warps, s.PAIRS.max_registers,
+        )  # fmt: skip
+    for by_column in (False, True):
+        yield _separation_case(
+            f"close {name}{' by column' if by_column else ''}", s.close_kernel, rows | flags,
+            dict(KIND=kind, BY_COLUMN=by_column, BLOCK=s.CLOSE.block, WIDTH=s.WIDTH),
+            s.CLOSE.num_warps,
+        )  # fmt: skip
+    yield _separation_case(
+        f"small-pairs {name}", s.small_pairs_kernel, rows,
+        dict(
+            KIND=kind, NEED_GRAD=True, BLOCK_M=s.SMALL, WIDTH=s.SMALL_WIDTH, STAGES=s.SMALL_STAGES
+        ), 4,
+    )  # fmt: skip
 
 
 def cases(capability: int, candidates: bool = False) -> list[Case]:
     """Every specialization in use at a capability (and, with ``candidates``, tuning ones)."""
     if candidates:
         return list(_fused_cases(capability, True))
-    return [*_row_cases(), *_fused_cases(capability, False)]
+    return [
+        *_row_cases(),
+        *_moment_cases(),
+        *_fused_cases(capability, False),
+        *_separation_cases(),
+    ]
 
 
 def compile_case(case: Case, capability: int) -> Report:
@@ -222,19 +366,11 @@ def parse_resources(text: str) -> tuple[int, int]:
     return found["REG"], found["STACK"] + found["LOCAL"]
 
 
-def _is_brief(label: str) -> bool:
-    """One of each kind, the heaviest: what the test suite has time for."""
-    if label.startswith("fused"):
-        return "forward bf16" in label and ("shared" in label or "softcap" in label)
-    heavy = ("row jsd fp32 bias+softcap no-grad", "row forward fp32 bias+softcap")
-    return label in heavy or label.endswith("bf16 bias+softcap")
-
-
 def main() -> int:
     """Command line; see the module docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--all", action="store_true", help="tuning candidates instead")
-    parser.add_argument("--brief", action="store_true", help="one of each kind of kernel")
+    parser.add_argument("--distinct", action="store_true", help="leave out float16 look-alikes")
     parser.add_argument("--sm", type=int, nargs="*", default=CAPABILITIES, choices=CAPABILITIES)
     parser.add_argument("--match", default="", help="only labels containing this")
     parser.add_argument("--json", type=Path, help="write one JSON row per case here")
@@ -243,7 +379,7 @@ def main() -> int:
     print(f"{'kernel':68} {'sm':>4} {'regs':>5} {'spill':>6} {'shared':>7}  core")
     for capability in args.sm:
         for case in cases(capability, args.all):
-            if args.match not in case.label or (args.brief and not _is_brief(case.label)):
+            if args.match not in case.label or (args.distinct and not case.is_distinct):
                 continue
             r = compile_case(case, capability)
             reports.append(r)

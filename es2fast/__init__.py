@@ -2,13 +2,19 @@
 
 from es2fast.ops.distance_stats import DistanceStats, pairwise_distance_stats
 from es2fast.ops.linear_kl import linear_kl_div
+from es2fast.ops.moments_cache import TeacherMoments, half_head
 from es2fast.ops.separation import pairwise_separation
+from es2fast.ops.teacher_moments import moment_kl_div, teacher_moments
 from es2fast.ops.whitening import Whitening
 
 __all__ = [
     "DistanceStats",
+    "TeacherMoments",
     "Whitening",
+    "half_head",
     "linear_kl_div",
+    "moment_kl_div",
     "pairwise_distance_stats",
     "pairwise_separation",
+    "teacher_moments",
 ]

@@ -164,9 +164,12 @@ class SeparationConfig(_Section):
 
 
 class KLConfig(_Section):
-    direction: Literal["forward", "reverse"] = Field(
-        "forward", description="forward: KL(base || tuned); reverse: KL(tuned || base)"
+    direction: Literal["forward", "reverse", "jsd"] = Field(
+        "forward",
+        description="forward: KL(base || tuned); reverse: KL(tuned || base); jsd: both against "
+        "their mixture",
     )
+    beta: float = Field(0.5, gt=0, lt=1, description="jsd: the base model's share of the mixture")
     temperature: float = Field(1.0, gt=0)
     positions: Literal["all", "response", "last"] = Field(
         "all", description="harmless tokens on which next-token distributions are compared"

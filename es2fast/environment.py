@@ -30,4 +30,15 @@ def describe() -> dict[str, str]:
     else:
         found["gpu"] = "none seen by torch"
     found["compiler"] = shutil.which("c++") or "none: DeepSpeed cannot build its operators"
+    found["native"] = native_kernels()
     return found
+
+
+def native_kernels() -> str:
+    """The native CPU kernels: the instruction set in use, or what is missing and what it costs."""
+    from es2fast.ops import native
+
+    missing = native.why_missing()
+    if missing is None:
+        return f"CPU kernels loaded, {native.capability()}"
+    return f"no CPU kernels: {missing}. Without them the losses run on a CPU in plain torch"

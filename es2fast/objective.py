@@ -157,6 +157,7 @@ class ES2Objective(nn.Module):
             weights,
             self.config.kl.direction,
             self.config.kl.temperature,
+            self.config.kl.beta,
         )
         return self.lm_head(hidden.flatten(0, 1)[index], task)
 

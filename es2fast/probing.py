@@ -3,7 +3,8 @@
 Memory: the states are fp32 on the CPU, 4 (n + m) H bytes per block; 10 000 + 10 000 prompts of an
 8B model (H 4096, 32 blocks) would take 10.5 GB. So blocks are taken as many at a time as fit into
 `STATE_BYTES`, one pass over the prompts each; fitting a probe takes about four times one block's
-states beside them (measured at that size: 1.15 GB and 9 s on one core). Prompts are batched by length, so hardly anything is spent on padding.
+states beside them (measured at that size: 1.15 GB and 9 s on one core). Prompts are batched by
+length, so hardly anything is spent on padding.
 """
 
 from __future__ import annotations

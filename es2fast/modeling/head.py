@@ -82,14 +82,15 @@ class KLTask:
     """What `FusedHead` computes in place of logits.
 
     teacher_hidden: (N, H) final hidden states of the base model.
-    token_weights: (N,) fp32.
-    direction, temperature: as `es2fast.linear_kl_div`.
+    token_weights: (N,) fp32; tokens of weight zero are left out before the head.
+    direction, temperature, beta: as `es2fast.linear_kl_div`.
     """
 
     teacher_hidden: Tensor
     token_weights: Tensor
     direction: str
     temperature: float
+    beta: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -138,10 +139,12 @@ class FusedHead:
             bias=getattr(self._module, "bias", None),
             teacher_bias=bias,
             direction=task.direction,
+            beta=task.beta,
             temperature=task.temperature,
             logit_scale=self._transform.logit_scale,
             softcap=self._transform.softcap,
             token_weights=task.token_weights,
+            max_valid_tokens=task.token_weights.shape[0],  # none to drop, so none to count: no sync
             reduction="sum",
         )
 

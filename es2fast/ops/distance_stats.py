@@ -113,7 +113,7 @@ def pairwise_distance_stats(
         a, b: (n, H) and (m, H), any floating dtype, n and m up to 1e5 and beyond. Rounded to
             float32 after centring (float64 inputs stay so).
         quantiles: numbers in [0, 1].
-        chunk_rows: rows of a tile of at most 4096 columns; None: 512 on a CPU, 4096 on a GPU.
+        chunk_rows: rows of a tile of at most 2048 columns; None: 512 on a CPU, 4096 on a GPU.
 
     Raises:
         ValueError: empty groups, shapes or devices that do not fit, quantiles out of range.

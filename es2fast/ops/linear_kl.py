@@ -20,50 +20,34 @@ autograd glue, as one ``torch.library.custom_op`` (torch.compile sees one node).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from es2fast.ops import backends
 from es2fast.ops.linear_kl_chunked import KLProblem, KLResult, run_torch
+from es2fast.ops.linear_kl_native import run_native
 from es2fast.ops.linear_kl_rows import KLSpec
+from es2fast.ops.tokens import (
+    REDUCTIONS,
+    check_head,
+    check_tokens,
+    default_chunk,
+    pack,
+    reduce_rows,
+    refuse,
+    row_scale,
+    saved_dtype,
+    scale_gradient,
+    vocabulary,
+    without_autocast,
+)
 
 DIRECTIONS = ("forward", "reverse", "jsd")
-REDUCTIONS = ("mean", "sum", "none")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-GPU_CHUNK = 1024  # fills the SMs of a big GPU in dX
-GPU_CHUNK_TRAINABLE = 2048  # fewer passes over the float32 dW
-CPU_CHUNK = 256
 
 
 # --- backends -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Backend:
-    """An implementation: why it cannot take some tensors (None: it can), and how to run."""
-
-    why_not: Callable[[Tensor, Tensor | None], str | None]  # (hidden, teacher_weight)
-    run: Callable[[KLProblem], KLResult]
-
-
-def _triton_why_not(hidden: Tensor, teacher_weight: Tensor | None) -> str | None:
-    """The Triton kernels' eligibility: NVIDIA sm_80 or newer, bf16, fp16 or fp32."""
-    try:
-        from es2fast.ops.triton.linear_kl import INTERPRETED
-    except ImportError as error:
-        return f"triton cannot be imported ({error})"
-    for tensor in (hidden, hidden if teacher_weight is None else teacher_weight):
-        if tensor.dtype == torch.float64:
-            return "it computes in float32 and an input is float64"
-    if INTERPRETED and hidden.device.type == "cpu":
-        return None
-    if hidden.device.type != "cuda" or torch.version.hip is not None:
-        return f"it needs an NVIDIA GPU and hidden is on {hidden.device}"
-    if torch.cuda.get_device_capability(hidden.device) < (8, 0):
-        return "it needs compute capability 8.0 or newer"
-    return None
 
 
 def _run_triton(problem: KLProblem) -> KLResult:
@@ -72,70 +56,14 @@ def _run_triton(problem: KLProblem) -> KLResult:
     return run_triton(problem)
 
 
-def _native_missing(problem: KLProblem) -> KLResult:
-    raise RuntimeError("backend='native' is not built")  # unreachable behind why_not
-
-
-BACKENDS: dict[str, Backend] = {
-    "torch": Backend(lambda hidden, teacher_weight: None, run_torch),
-    "triton": Backend(_triton_why_not, _run_triton),
-    "native": Backend(lambda hidden, teacher_weight: "it is not built", _native_missing),
+RUN: dict[str, Callable[[KLProblem], KLResult]] = {
+    "torch": run_torch,
+    "triton": _run_triton,
+    "native": run_native,
 }
 
 
-def choose_backend(name: str | None, hidden: Tensor, teacher_weight: Tensor | None) -> str:
-    """The backend by name, or by the input's device when ``name`` is None.
-
-    Raises ValueError for an unknown name and for one that cannot take these tensors.
-    """
-    if name is None:
-        on_gpu = hidden.device.type == "cuda"
-        return "triton" if on_gpu and _triton_why_not(hidden, teacher_weight) is None else "torch"
-    if name not in BACKENDS:
-        raise ValueError(
-            f"backend={name!r}: expected one of {sorted(BACKENDS)} or None (automatic)"
-        )
-    reason = BACKENDS[name].why_not(hidden, teacher_weight)
-    if reason is not None:
-        usable = [k for k, b in BACKENDS.items() if b.why_not(hidden, teacher_weight) is None]
-        raise ValueError(f"backend={name!r} cannot run here: {reason}; use one of {usable} or None")
-    return name
-
-
 # --- checks ---------------------------------------------------------------------------------------
-
-
-def _refuse(condition: bool, message: str) -> None:
-    if condition:
-        raise ValueError(message)
-
-
-def _check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    for name, tensor in ((f"{side}hidden", hidden), (f"{side}weight", weight)):
-        _refuse(
-            tensor.dim() != 2,
-            f"{name} has shape {tuple(tensor.shape)}: expected two dimensions; flatten batch and "
-            "sequence into tokens first",
-        )
-        _refuse(
-            tensor.dtype not in DTYPES,
-            f"{name} has dtype {tensor.dtype}: expected one of {DTYPES}",
-        )
-    _refuse(
-        hidden.shape[1] != weight.shape[1],
-        f"{side}hidden is {hidden.shape[1]} wide and {side}weight {weight.shape[1]}: a head of "
-        "another width needs its own teacher_weight; a sharded (ZeRO-3) one must be gathered first",
-    )
-    _refuse(
-        hidden.dtype != weight.dtype,
-        f"{side}hidden is {hidden.dtype} and {side}weight {weight.dtype}: cast one of them, for "
-        f"instance {side}hidden.to({weight.dtype})",
-    )
-    _refuse(
-        bias is not None and tuple(bias.shape) != (weight.shape[0],),
-        f"{side}bias has shape {None if bias is None else tuple(bias.shape)}: expected "
-        f"({weight.shape[0]},), one entry per row of {side}weight",
-    )
 
 
 def _check_teacher(
@@ -145,23 +73,28 @@ def _check_teacher(
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
 ) -> None:
-    _refuse(
+    refuse(
         teacher_weight is None and teacher_bias is not None,
         "teacher_bias is given without teacher_weight: a shared head shares its bias; pass "
         "teacher_weight too, or drop teacher_bias",
     )
-    _check_head(
+    check_head(
         "teacher_",
         teacher_hidden,
         weight if teacher_weight is None else teacher_weight,
         teacher_bias,
     )
-    _refuse(
+    refuse(
+        hidden.device != teacher_hidden.device,
+        f"hidden is on {hidden.device} and teacher_hidden on {teacher_hidden.device}: move one of "
+        "them",
+    )
+    refuse(
         hidden.shape[0] != teacher_hidden.shape[0],
         f"hidden has {hidden.shape[0]} tokens and teacher_hidden {teacher_hidden.shape[0]}: they "
         "must be the same tokens",
     )
-    _refuse(
+    refuse(
         (hidden.dtype == torch.float64) != (teacher_hidden.dtype == torch.float64),
         f"hidden is {hidden.dtype} and teacher_hidden {teacher_hidden.dtype}: float64 goes with "
         "float64 only; cast the other side",
@@ -171,7 +104,7 @@ def _check_teacher(
             teacher_hidden=teacher_hidden, teacher_weight=teacher_weight, teacher_bias=teacher_bias
         )
         for name, tensor in teacher.items():
-            _refuse(
+            refuse(
                 tensor is not None and tensor.requires_grad,
                 f"{name} requires grad: the teacher is not trained; pass {name}.detach()"
                 + (" or teacher_weight=None for a shared head" if name != "teacher_hidden" else ""),
@@ -181,54 +114,18 @@ def _check_teacher(
 def _check_options(
     direction: str, beta: float, temperature: float, softcap: float | None, reduction: str
 ) -> None:
-    _refuse(direction not in DIRECTIONS, f"direction={direction!r}: expected one of {DIRECTIONS}")
-    _refuse(reduction not in REDUCTIONS, f"reduction={reduction!r}: expected one of {REDUCTIONS}")
-    _refuse(not temperature > 0, f"temperature={temperature}: expected a positive number")
-    _refuse(
+    refuse(direction not in DIRECTIONS, f"direction={direction!r}: expected one of {DIRECTIONS}")
+    refuse(reduction not in REDUCTIONS, f"reduction={reduction!r}: expected one of {REDUCTIONS}")
+    refuse(not temperature > 0, f"temperature={temperature}: expected a positive number")
+    refuse(
         softcap is not None and not softcap > 0,
         f"softcap={softcap}: expected a positive number, or None for a head without soft-cap",
     )
-    _refuse(
+    refuse(
         direction == "jsd" and not 0 < beta < 1,
         f"beta={beta}: JSD is zero outside 0 < beta < 1; for its limits use direction='forward' "
         "or 'reverse'",
     )
-
-
-def _check_tokens(token_weights: Tensor | None, max_valid_tokens: int | None, n: int) -> None:
-    if token_weights is None:
-        _refuse(
-            max_valid_tokens is not None,
-            f"max_valid_tokens={max_valid_tokens} without token_weights: pass both or neither",
-        )
-        return
-    _refuse(
-        tuple(token_weights.shape) != (n,),
-        f"token_weights has shape {tuple(token_weights.shape)}: expected ({n},), one per token",
-    )
-    _refuse(
-        token_weights.requires_grad,
-        "token_weights requires grad: weights are constants; pass token_weights.detach(), or "
-        "reduction='none' and weigh the result",
-    )
-    _refuse(
-        token_weights.is_complex(), f"token_weights has dtype {token_weights.dtype}: expected float"
-    )
-
-
-def _vocabulary(weight: Tensor, teacher_weight: Tensor | None, vocab_size: int | None) -> int:
-    sizes = [w.shape[0] for w in (weight, teacher_weight) if w is not None]
-    _refuse(
-        vocab_size is None and min(sizes) != max(sizes),
-        f"weight has {sizes[0]} rows and teacher_weight {sizes[-1]}: name the real tokens' "
-        "number as vocab_size (rows beyond it are padding)",
-    )
-    vocab = sizes[0] if vocab_size is None else vocab_size
-    _refuse(
-        not 1 <= vocab <= min(sizes),
-        f"vocab_size={vocab}: expected 1 to {min(sizes)}, the rows of the smaller head",
-    )
-    return vocab
 
 
 # --- the public op --------------------------------------------------------------------------------
@@ -273,8 +170,9 @@ def linear_kl_div(
             gathered chunk by chunk. Their number must be known to the host: weights on the CPU
             cost no synchronization (recommended: the mask comes from the data loader), weights on
             a GPU cost one per call, or none with ``max_valid_tokens``.
-        max_valid_tokens: an upper bound on the non-zero weights that the caller knows. A bound that
-            is too small makes the loss NaN instead of dropping tokens.
+        max_valid_tokens: an upper bound on the non-zero weights that the caller knows; N when there
+            are no zeros to drop. A bound that is too small makes the loss NaN instead of dropping
+            tokens; up to the bound, tokens of weight zero are computed and must be finite.
         reduction: "mean" is sum(w_i KL_i) / sum(w_i) (0 when all weights are 0), "sum", or "none",
             the (N,) values w_i KL_i. "none" with a trainable head recomputes in backward, where
             head and hidden states must still be there: with ZeRO-3 use "mean" or "sum".
@@ -283,6 +181,9 @@ def linear_kl_div(
             trained, 256 on a CPU. Under no_grad None also allows the tile-fused kernel, which
             stores no logits.
         backend: "triton", "torch", "native", or None for the best one on hidden's device.
+
+    Precision follows the inputs' dtype, whatever autocast says. float32 GEMMs on a GPU follow
+    ``torch.set_float32_matmul_precision``: the accuracy tested here is that of the default.
 
     Returns:
         The loss in nats. Gradients flow to hidden, and to weight and bias if they require grad
@@ -294,15 +195,15 @@ def linear_kl_div(
     Source: the definitions above; JSD as in Agarwal et al., arXiv 2306.13649.
     """
     _check_options(direction, beta, temperature, softcap, reduction)
-    _check_head("", hidden, weight, bias)
+    check_head("", hidden, weight, bias)
     _check_teacher(hidden, weight, teacher_hidden, teacher_weight, teacher_bias)
-    _check_tokens(token_weights, max_valid_tokens, hidden.shape[0])
-    _refuse(
+    check_tokens(token_weights, max_valid_tokens, hidden.shape[0])
+    refuse(
         chunk_tokens is not None and chunk_tokens < 1,
         f"chunk_tokens={chunk_tokens}: expected a positive number, or None for the default",
     )
-    vocab = _vocabulary(weight, teacher_weight, vocab_size)
-    chosen = choose_backend(backend, hidden, teacher_weight)
+    vocab = vocabulary(weight, teacher_weight, vocab_size)
+    chosen = backends.choose(backend, hidden=hidden, teacher_weight=teacher_weight)
     grad = torch.is_grad_enabled()
     outputs = torch.ops.es2fast.linear_kl(
         hidden,
@@ -332,40 +233,11 @@ def linear_kl_div(
 # --- the custom op --------------------------------------------------------------------------------
 
 
-def _pack(
-    hidden: Tensor, token_weights: Tensor | None, max_valid: int | None, dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor]:
-    """(indices of the rows that count, or None for all; their weights on hidden's device)."""
-    device = hidden.device
-    if token_weights is None:
-        return None, torch.ones(hidden.shape[0], dtype=dtype, device=device)
-    if max_valid is None:
-        index = token_weights.nonzero().squeeze(1)  # on the CPU: no synchronization
-        kept = token_weights.index_select(0, index)
-        return index.to(device, non_blocking=True), kept.to(device, dtype, non_blocking=True)
-    weights = token_weights.to(device, dtype, non_blocking=True)
-    index = torch.argsort((weights == 0).to(torch.uint8), stable=True)[:max_valid]
-    overflow = (weights != 0).sum() > index.shape[0]
-    kept = weights.index_select(0, index)
-    return index, torch.where(overflow, float("nan"), kept)
-
-
-def _default_chunk(hidden: Tensor, need_dw: bool) -> int:
-    if hidden.device.type != "cuda":
-        return CPU_CHUNK
-    return GPU_CHUNK_TRAINABLE if need_dw else GPU_CHUNK
-
-
-def _saved_dtype(like: Tensor) -> torch.dtype:
-    """What a gradient is kept in until backward; float16 would underflow before loss scaling."""
-    return torch.float32 if like.dtype == torch.float16 else like.dtype
-
-
 def _padded(gradient: Tensor | None, like: Tensor | None) -> Tensor:
     """A gradient in ``like``'s size, zero on padding rows; empty when not asked for."""
     if gradient is None or like is None:
         return torch.empty(0)
-    dtype = _saved_dtype(like)
+    dtype = saved_dtype(like)
     if gradient.shape == like.shape:
         return gradient.to(dtype)
     full = torch.zeros(like.shape, dtype=dtype, device=gradient.device)
@@ -398,36 +270,27 @@ def _linear_kl(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, dX, dW, db); a gradient that is not needed is an empty tensor."""
     accum = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    index, weights = _pack(hidden, token_weights, max_valid_tokens, accum)
-    scale = weights
-    if reduction == "mean":
-        total = weights.sum()
-        scale = torch.where(total == 0, 0.0, weights / total)
-    result = BACKENDS[backend].run(
-        KLProblem(
-            hidden=hidden,
-            weight=weight[:vocab],
-            bias=None if bias is None else bias[:vocab],
-            teacher_hidden=teacher_hidden,
-            teacher_weight=None if teacher_weight is None else teacher_weight[:vocab],
-            teacher_bias=None if teacher_bias is None else teacher_bias[:vocab],
-            index=index,
-            scale=scale,
-            spec=KLSpec(direction, beta, temperature, logit_scale, softcap),
-            chunk_tokens=chunk_tokens or _default_chunk(hidden, need_dw),
-            fused=chunk_tokens is None,
-            need_dx=need_dx,
-            need_dw=need_dw,
-            need_db=need_db,
-        )
+    index, weights = pack(hidden, token_weights, max_valid_tokens, accum)
+    scale = row_scale(weights, reduction)
+    problem = KLProblem(
+        hidden=hidden,
+        weight=weight[:vocab],
+        bias=None if bias is None else bias[:vocab],
+        teacher_hidden=teacher_hidden,
+        teacher_weight=None if teacher_weight is None else teacher_weight[:vocab],
+        teacher_bias=None if teacher_bias is None else teacher_bias[:vocab],
+        index=index,
+        scale=scale,
+        spec=KLSpec(direction, beta, temperature, logit_scale, softcap),
+        chunk_tokens=chunk_tokens or default_chunk(hidden, need_dw),
+        fused=chunk_tokens is None,
+        need_dx=need_dx,
+        need_dw=need_dw,
+        need_db=need_db,
     )
-    rows = result.rows * scale
-    if reduction != "none":
-        loss = rows.sum()
-    elif index is None:
-        loss = rows
-    else:
-        loss = rows.new_zeros(hidden.shape[0]).index_copy_(0, index, rows)
+    with without_autocast(hidden.device.type):
+        result = RUN[backend](problem)
+    loss = reduce_rows(result.rows * scale, reduction, index, hidden.shape[0])
     dx = torch.empty(0) if result.dx is None else result.dx
     return loss, dx, _padded(result.dw, weight), _padded(result.db, bias)
 
@@ -440,7 +303,7 @@ def _(hidden, weight, bias, *rest):
     return (
         hidden.new_empty(shape, dtype=accum),
         *(
-            torch.empty(like.shape, dtype=_saved_dtype(like), device=like.device)
+            torch.empty(like.shape, dtype=saved_dtype(like), device=like.device)
             if needed
             else torch.empty(0)
             for like, needed in ((hidden, need_dx), (weight, need_dw), (bias, need_db))
@@ -476,9 +339,8 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
     else:
         made, factor = ctx.saved_tensors, grad_loss
     for i in range(3):
-        if ctx.needs[i] and factor is not None:  # out of place: backward may run more than once
-            column = factor[:, None] if ctx.reduction == "none" else factor
-            gradients[i] = (made[i] * column).to(ctx.dtypes[i])
+        if ctx.needs[i] and factor is not None:
+            gradients[i] = scale_gradient(made[i], factor, ctx.reduction, ctx.dtypes[i])
         elif ctx.needs[i]:
             gradients[i] = made[i].to(ctx.dtypes[i])
     return tuple(gradients)

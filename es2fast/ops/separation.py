@@ -19,93 +19,65 @@ survive a large common mean. ``fisher`` whitens the centred rows first
 With ``group`` the pairs are those of all D ranks. A rank makes the pairs of its own harmful rows
 with all harmless ones and the reverse, 2/D of all pairs, instead of all of them D times.
 
-This file holds the contract: the checks, the choice of the backend and the autograd glue, as one
-``torch.library.custom_op`` (torch.compile sees one node).
+This file holds the contract: the checks, the choice of the backend and the autograd glue, for
+torch.compile as one ``torch.library.custom_op``.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from es2fast.ops import backends
 from es2fast.ops.separation_chunked import PairProblem, PairResult, PairSpec, run_torch
 from es2fast.ops.separation_group import Rows, gather_groups, sum_over_ranks
+from es2fast.ops.separation_native import run_native
+from es2fast.ops.tokens import DTYPES, refuse
 from es2fast.ops.whitening import Whitening
 
 LOSSES = ("hinge", "l2", "log", "softplus", "squared", "centroid", "fisher", "cosine")
 NEED_MARGIN = ("hinge", "softplus", "cosine")
 NO_MARGIN = ("l2", "log")
 REDUCTIONS = ("mean", "sum")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 # --- backends -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Backend:
-    """An implementation: why it cannot take some rows (None: it can), and how to run."""
+def _run_triton(problem: PairProblem) -> PairResult:
+    from es2fast.ops.triton.separation import run_triton
 
-    why_not: Callable[[Tensor], str | None]  # (harmful)
-    run: Callable[[PairProblem], PairResult]
+    return run_triton(problem)
 
 
-def _native_missing(problem: PairProblem) -> PairResult:
-    raise RuntimeError("backend='native' is not built")  # unreachable behind why_not
-
-
-# native: run_chunked(problem, its own PairPass), see separation_chunked.PairPass
-BACKENDS: dict[str, Backend] = {
-    "torch": Backend(lambda harmful: None, run_torch),
-    "native": Backend(lambda harmful: "it is not built", _native_missing),
+RUN: dict[str, Callable[[PairProblem], PairResult]] = {
+    "torch": run_torch,
+    "triton": _run_triton,
+    "native": run_native,
 }
-
-
-def choose_backend(name: str | None, harmful: Tensor) -> str:
-    """The backend by name, or by the input's device when ``name`` is None.
-
-    Raises ValueError for an unknown name and for one that cannot take these rows.
-    """
-    if name is None:
-        return "torch"
-    if name not in BACKENDS:
-        raise ValueError(
-            f"backend={name!r}: expected one of {sorted(BACKENDS)} or None (automatic)"
-        )
-    reason = BACKENDS[name].why_not(harmful)
-    if reason is not None:
-        usable = [k for k, b in BACKENDS.items() if b.why_not(harmful) is None]
-        raise ValueError(f"backend={name!r} cannot run here: {reason}; use one of {usable} or None")
-    return name
 
 
 # --- checks ---------------------------------------------------------------------------------------
 
 
-def _refuse(condition: bool, message: str) -> None:
-    if condition:
-        raise ValueError(message)
-
-
 def _check_rows(harmful: Tensor, harmless: Tensor) -> None:
     for name, rows in (("harmful", harmful), ("harmless", harmless)):
-        _refuse(
+        refuse(
             rows.dim() != 2,
             f"{name} has shape {tuple(rows.shape)}: expected two dimensions, one row per prompt",
         )
-        _refuse(
+        refuse(
             rows.dtype not in DTYPES,
             f"{name} has dtype {rows.dtype}: expected one of {DTYPES}",
         )
-    _refuse(
+    refuse(
         harmful.shape[1] != harmless.shape[1],
         f"harmful is {harmful.shape[1]} wide and harmless {harmless.shape[1]}: distances need the "
         "same hidden size",
     )
-    _refuse(
+    refuse(
         harmful.dtype != harmless.dtype or harmful.device != harmless.device,
         f"harmful is {harmful.dtype} on {harmful.device} and harmless {harmless.dtype} on "
         f"{harmless.device}: cast or move one of them",
@@ -115,46 +87,46 @@ def _check_rows(harmful: Tensor, harmless: Tensor) -> None:
 def _check_weights(name: str, weights: Tensor | None, rows: int) -> None:
     if weights is None:
         return
-    _refuse(
+    refuse(
         tuple(weights.shape) != (rows,),
         f"{name}_weights has shape {tuple(weights.shape)}: expected ({rows},), one per row",
     )
-    _refuse(
+    refuse(
         weights.requires_grad,
         f"{name}_weights requires grad: weights are constants; pass {name}_weights.detach()",
     )
-    _refuse(weights.is_complex(), f"{name}_weights has dtype {weights.dtype}: expected float")
+    refuse(weights.is_complex(), f"{name}_weights has dtype {weights.dtype}: expected float")
 
 
 def _check_options(
     loss: str, margin: float | None, scale: float, reduction: str, whitening: Whitening | None
 ) -> None:
-    _refuse(loss not in LOSSES, f"loss={loss!r}: expected one of {LOSSES}")
-    _refuse(reduction not in REDUCTIONS, f"reduction={reduction!r}: expected one of {REDUCTIONS}")
-    _refuse(not scale > 0, f"scale={scale}: expected a positive number, in the units of the input")
-    _refuse(
+    refuse(loss not in LOSSES, f"loss={loss!r}: expected one of {LOSSES}")
+    refuse(reduction not in REDUCTIONS, f"reduction={reduction!r}: expected one of {REDUCTIONS}")
+    refuse(not scale > 0, f"scale={scale}: expected a positive number, in the units of the input")
+    refuse(
         margin is None and loss in NEED_MARGIN,
         f"margin=None: loss={loss!r} needs a margin, "
         + ("a cosine between -1 and 1" if loss == "cosine" else "in the units of the input"),
     )
-    _refuse(
+    refuse(
         margin is not None and loss in NO_MARGIN,
         f"margin={margin}: loss={loss!r} takes none; use loss='hinge' or margin=None",
     )
-    _refuse(
+    refuse(
         margin is not None and loss != "cosine" and not margin >= 0,
         f"margin={margin}: expected zero or a positive number, in the units of the input",
     )
-    _refuse(
+    refuse(
         loss == "fisher" and whitening is None,
         "whitening=None: loss='fisher' needs the base model's within-group covariance; pass "
         "Whitening.fit(states_harmful, states_harmless)",
     )
-    _refuse(
+    refuse(
         loss != "fisher" and whitening is not None,
         f"whitening is given and loss={loss!r} does not use it: use loss='fisher' or drop it",
     )
-    _refuse(
+    refuse(
         reduction == "sum" and loss == "centroid",
         "reduction='sum': loss='centroid' is the distance of two means; use reduction='mean'",
     )
@@ -201,8 +173,8 @@ def pairwise_separation(
         whitening: for fisher.
         max_rows: with ``group``, upper bounds of any rank's n and m, the same on all ranks: then
             nothing synchronises with the host (else one exchange of row counts does).
-        chunk_rows: rows of the n x m matrix that exist at once, times at most 4096 columns.
-            None: 512 on a CPU, 4096 on a GPU.
+        chunk_rows: rows of the n x m matrix that exist at once. None: torch 512 on a CPU and 4096
+            on a GPU, of at most 2048 columns; triton 2^24 pairs, at least 256 rows.
         backend: "triton", "torch", "native", or None for the best one on harmful's device.
 
     Returns:
@@ -219,19 +191,19 @@ def pairwise_separation(
     _check_rows(harmful, harmless)
     _check_weights("harmful", harmful_weights, harmful.shape[0])
     _check_weights("harmless", harmless_weights, harmless.shape[0])
-    _refuse(
+    refuse(
         chunk_rows is not None and chunk_rows < 1,
         f"chunk_rows={chunk_rows}: expected a positive number, or None for the default",
     )
-    _refuse(
+    refuse(
         whitening is not None and whitening.inverse_std.shape[0] != harmful.shape[1],
         "whitening was fitted on another hidden size than harmful has: take both from one layer",
     )
-    _refuse(
+    refuse(
         max_rows is not None and group is None,
         f"max_rows={max_rows} without group: there are no other ranks; pass both or neither",
     )
-    chosen = choose_backend(backend, harmful)
+    chosen = backends.choose(backend, harmful=harmful)
     own = Rows.of(harmful, harmful_weights), Rows.of(harmless, harmless_weights)
     if group is not None and dist.get_world_size(group) > 1:
         everyone = gather_groups(*own, group, max_rows)
@@ -252,9 +224,13 @@ def _accumulation(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _normalised(weights: Tensor, total: Tensor, reduction: str) -> Tensor:
-    """weights / total, 0 when the total is 0; unchanged for sums."""
-    return weights if reduction == "sum" else torch.where(total == 0, 0.0, weights / total)
+def _normalised(weights: Tensor, everyone: Rows, total: Tensor | None, reduction: str) -> Tensor:
+    """weights / total, 0 when the total is 0; unchanged for sums. Total None: the row count."""
+    if reduction == "sum":
+        return weights
+    if total is None:
+        return weights / max(1, everyone.w.shape[0])
+    return torch.where(total == 0, 0.0, weights / total)
 
 
 def _mean_of(everyone: tuple[Rows, Rows]) -> Tensor:  # (H,), no gradient
@@ -275,7 +251,7 @@ def _without_pairs(
     """The closed forms, in plain differentiable torch on centred rows."""
     mean = _mean_of((harmful, harmless))
     a, b = _centred(harmful, mean), _centred(harmless, mean)
-    u, v = (_normalised(g.w, g.w.sum(), reduction) for g in (harmful, harmless))
+    u, v = (_normalised(g.w, g, g.w.sum(), reduction) for g in (harmful, harmless))
     if loss == "squared":
         # sum_ij u_i v_j |a_i - b_j|^2
         sizes = v.sum() * (u @ a.square().sum(1)) + u.sum() * (v @ b.square().sum(1))
@@ -308,7 +284,8 @@ class _Prepared:
             kind = "l2" if margin is None else "hinge"
             self.mean = _mean_of(everyone)
         self.spec = PairSpec(kind, self.margin, float(scale))
-        self.totals = [g.w.sum() for g in everyone]
+        self.everyone = everyone
+        self.totals = [None if g.equal else g.w.sum() for g in everyone]
 
     def _mapped(self, group: Rows) -> tuple[Tensor, Tensor]:
         """(rows as the pair loss wants them, weights without rows that have no direction)."""
@@ -326,14 +303,17 @@ class _Prepared:
         unit = x / torch.linalg.vector_norm(x, dim=1, keepdim=True)
         return unit, group.w * has_direction
 
+    def _share(self, side: int, weights: Tensor) -> Tensor:
+        return _normalised(weights, self.everyone[side], self.totals[side], self.reduction)
+
     def separation(self, a: Rows, b: Rows, chunk_rows: int | None, backend: str) -> Tensor:
         """sum over the pairs of a and b, divided by the global totals for reduction "mean"."""
         (x, w_x), (y, w_y) = self._mapped(a), self._mapped(b)
-        u = _normalised(w_x, self.totals[0], self.reduction)
-        v = _normalised(w_y, self.totals[1], self.reduction)
+        u, v = self._share(0, w_x), self._share(1, w_y)
+        masked = self.loss == "cosine" or not (a.equal and b.equal)
         half = a.x.dtype in (torch.bfloat16, torch.float16)
         grad = torch.is_grad_enabled()
-        value = torch.ops.es2fast.separation(
+        value = _call(
             x,
             y,
             u,
@@ -341,15 +321,15 @@ class _Prepared:
             self.spec.kind,
             self.spec.margin,
             self.spec.scale,
+            masked,
             half,
             chunk_rows,
             backend,
             grad and x.requires_grad,
             grad and y.requires_grad,
-        )[0]
+        )
         if self.loss == "cosine" and self.margin < 0:  # cosine 0 with a row that has no direction
-            all_u = _normalised(a.w, self.totals[0], self.reduction).sum()
-            all_v = _normalised(b.w, self.totals[1], self.reduction).sum()
+            all_u, all_v = self._share(0, a.w).sum(), self._share(1, b.w).sum()
             value = value - self.margin * (all_u * all_v - u.sum() * v.sum())
         return value
 
@@ -357,8 +337,7 @@ class _Prepared:
 # --- the custom op --------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("es2fast::separation", mutates_args=())
-def _separation(
+def _run(
     a: Tensor,
     b: Tensor,
     u: Tensor,
@@ -366,6 +345,7 @@ def _separation(
     kind: str,
     margin: float,
     scale: float,
+    masked: bool,
     half: bool,
     chunk_rows: int | None,
     backend: str,
@@ -378,15 +358,18 @@ def _separation(
     scales them they would miss 1e-3.
     """
     spec = PairSpec(kind, margin, scale)
-    problem = PairProblem(a, b, u, v, spec, half, chunk_rows, need_da, need_db)
-    result = BACKENDS[backend].run(problem)
+    problem = PairProblem(a, b, u, v, spec, masked, half, chunk_rows, need_da, need_db)
+    result = RUN[backend](problem)
     da = torch.empty(0) if result.da is None else result.da
     db = torch.empty(0) if result.db is None else result.db
     return result.loss, da, db
 
 
+_separation = torch.library.custom_op("es2fast::separation", mutates_args=())(_run)
+
+
 @_separation.register_fake
-def _(a, b, u, v, kind, margin, scale, half, chunk_rows, backend, need_da, need_db):
+def _(a, b, u, v, kind, margin, scale, masked, half, chunk_rows, backend, need_da, need_db):
     accum = _accumulation(a.dtype)
     return (
         a.new_empty((), dtype=accum),
@@ -408,13 +391,37 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
             "pairwise_separation has no second derivatives (create_graph=True): use "
             "es2fast.ops.reference.separation where they are needed"
         )
-    gradients: list[Tensor | None] = [None] * 12
+    gradients: list[Tensor | None] = [None] * 13
     if grad_loss is None:
         return tuple(gradients)
+    # On a CPU, by far the usual factor 1 costs no copy: half of the memory of a large call.
+    # Autograd clones what is still saved for another backward; tracing sees no plain tensor.
+    is_one = type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and bool(grad_loss == 1)
     for i, made in enumerate(ctx.saved_tensors):
         if ctx.needs[i]:  # out of place: backward may run more than once
-            gradients[i] = (made * grad_loss).to(ctx.dtypes[i])
+            gradients[i] = (made if is_one else made * grad_loss).to(ctx.dtypes[i])
     return tuple(gradients)
 
 
 _separation.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    """The op without the dispatcher's 100 us a call, which is what 64 x 64 pairs take."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        loss, da, db = _run(*inputs)
+        _setup_context(ctx, inputs, (loss, da, db))
+        return loss
+
+    backward = staticmethod(_backward)
+
+
+def _call(*inputs: Any) -> Tensor:
+    """One node for torch.compile and torch.export, a plain autograd function otherwise."""
+    if torch.compiler.is_compiling():
+        return torch.ops.es2fast.separation(*inputs)[0]
+    if inputs[-2] or inputs[-1]:
+        return _Eager.apply(*inputs)
+    return _run(*inputs)[0]

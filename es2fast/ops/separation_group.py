@@ -20,16 +20,17 @@ class Rows:
 
     x: Tensor  # (N, H)
     w: Tensor  # (N,)
+    equal: bool  # all weights are 1
 
     @staticmethod
     def of(x: Tensor, weights: Tensor | None) -> Rows:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         if weights is None:
-            return Rows(x, torch.ones(x.shape[0], dtype=dtype, device=x.device))
-        return Rows(x, weights.to(x.device, dtype))
+            return Rows(x, torch.ones(x.shape[0], dtype=dtype, device=x.device), True)
+        return Rows(x, weights.to(x.device, dtype), False)
 
     def detached(self) -> Rows:
-        return Rows(self.x.detach(), self.w)
+        return Rows(self.x.detach(), self.w, self.equal)
 
 
 def _counts(harmful: Rows, harmless: Rows, group: dist.ProcessGroup) -> list[tuple[int, int]]:
@@ -94,7 +95,7 @@ def gather_groups(
         rows = [x[part] for x, part in zip(xs, parts)]
         rows[rank] = torch.cat([mine.x, rows[rank][own[side] :]])  # with its gradient
         weights = torch.cat([w[part] for w, part in zip(ws, parts)])
-        gathered.append(Rows(torch.cat(rows), weights))
+        gathered.append(Rows(torch.cat(rows), weights, mine.equal and max_rows is None))
     return gathered[0], gathered[1]
 
 

@@ -31,7 +31,7 @@ def test_final_kl_is_within_the_budget(toy: Path, tmp_path: Path) -> None:
         "output_dir": str(tmp_path / "run"),
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
-    launch(tmp_path / "run.yaml", device="cpu")
+    launch(tmp_path / "run.yaml", ranks=2, device="cpu")
     rows = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     summary = json.loads((tmp_path / "run/train.json").read_text())
     assert max(row["kl"] for row in rows) > 1.5 * BUDGET  # it binds

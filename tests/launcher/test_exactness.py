@@ -63,6 +63,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("exact")
     untied = save_tiny(folder / "untied", "llama", tie_word_embeddings=False)
     tied = save_tiny(folder / "tied", "qwen3", tie_word_embeddings=True)
+    biased = save_tiny(folder / "biased", "phi", tie_word_embeddings=False)
+    capped = save_tiny(folder / "capped", "gemma2", tie_word_embeddings=True)
     data = write_prompts(folder / "data")
     two = {
         "twin": case(untied, data),
@@ -73,6 +75,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ),
         "all": case(untied, data, trainable="all"),
         "all_tied": case(tied, data, trainable="all", direction="reverse"),
+        "all_biased": case(biased, data, trainable="all"),
+        "tied": case(capped, data),
+        "tied_lora": case(tied, data, trainable="lora", lora={"r": 4}),
         "accumulated": case(untied, data, gradient_accumulation=2),
         "zero2": case(untied, data, stage=2),
         "normed": case(untied, data, separation={"space": "normed", "margin": 2.0}),
@@ -106,9 +111,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
-CASES = ["twin", "twin_checkpointed", "lora", "lora_checkpointed", "all", "all_tied",
-         "accumulated", "zero2", "normed", "normed_checkpointed", "norm_band", "bank",
-         "bank_accumulated", *UNBOUNDED, "softplus", "cosine", "centroid_bank"]  # fmt: skip
+CASES = ["twin", "twin_checkpointed", "lora", "lora_checkpointed", "all", "all_tied", "all_biased",
+         "tied", "tied_lora", "accumulated", "zero2", "normed", "normed_checkpointed", "norm_band",
+         "bank", "bank_accumulated", *UNBOUNDED, "softplus", "cosine",
+         "centroid_bank"]  # fmt: skip
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:

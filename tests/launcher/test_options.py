@@ -31,7 +31,7 @@ def test_all_options_together(tmp_path: Path) -> None:
         "output_dir": str(tmp_path / "run"),
     }  # fmt: skip
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    launch(tmp_path / "run.yaml", device="cpu")
+    launch(tmp_path / "run.yaml", ranks=2, device="cpu")
     rows = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert {row["attacked"] for row in rows} == {0.0, 1.0}

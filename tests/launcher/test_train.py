@@ -110,3 +110,38 @@ def test_adapter_and_merged_export_give_the_same_logits(run: Path) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         assert (found - base(input_ids=IDS).logits).abs().max() > 1e-3
     assert (run / "run/model/README.md").read_text().count("es2fast") > 0
+
+
+REMOTE = """
+from transformers import LlamaForCausalLM
+
+class HalvedLlama(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits * self.config.my_logit_factor
+        return out
+"""
+
+
+def test_a_head_that_is_not_understood_is_refused_before_training(tmp_path: Path) -> None:
+    """A model whose code scales its logits by a key of its own: one line that names the key."""
+    model = save_tiny(tmp_path / "model")
+    (model / "halved.py").write_text(REMOTE)
+    settings = json.loads((model / "config.json").read_text())
+    settings |= {"auto_map": {"AutoModelForCausalLM": "halved.HalvedLlama"}, "my_logit_factor": 0.5}
+    (model / "config.json").write_text(json.dumps(settings))
+    sources = write_prompts(tmp_path / "data")
+    config = {
+        "model": {"name": str(model), "dtype": "fp32", "trust_remote_code": True},
+        "data": {"harmful": sources["harmful"], "harmless": sources["harmless"]},
+        "train": {"steps": 1, "device": "cpu"}, "output_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    done = subprocess.run(
+        [sys.executable, "-m", "es2fast.train", "--config", str(tmp_path / "run.yaml")],
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "my_logit_factor" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "model").exists()

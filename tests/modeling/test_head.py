@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import FAMILIES, HEAD_FAMILIES, tiny_model
+from transformers import LlamaForCausalLM
 
 from es2fast.errors import UserError
 from es2fast.modeling import head as heads
@@ -40,36 +42,81 @@ def test_a_wrong_transform_is_refused_by_name(family: str, key: str) -> None:
     heads.check_parity(heads.parity_error(model, right, IDS).item(), torch.float32, model.config)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "cohere", "phi"])
-@pytest.mark.parametrize("share_head", [True, False])
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
-def test_fused_kl_equals_full_logits_in_fp64(family: str, share_head: bool, direction: str) -> None:
-    student, teacher = tiny_model(family), tiny_model(family)
+HEADS = [
+    *("llama", "qwen2", "qwen3", "gemma2", "granite", "cohere", "phi"),
+    *("llama tied", "qwen2 tied", "gemma2 untied"),
+]
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen head", "trainable head"])
+@pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
+def test_fused_kl_equals_full_logits_in_fp64(name: str, trainable: bool, direction: str) -> None:
+    """Value and the gradient of every parameter. A frozen head serves the teacher too."""
+    family, *tying = name.split()
+    options = {"tie_word_embeddings": tying == ["tied"]} if tying else {}
+    student, teacher = tiny_model(family, **options), tiny_model(family, **options)
+    tied = student.get_output_embeddings().weight is student.get_input_embeddings().weight
+    assert not tying or tied == (tying == ["tied"])
+    assert (student.get_output_embeddings().bias is not None) == (family == "phi")
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in blocks(student).parameters():
             parameter += 0.3 * parameter.abs().mean() * torch.randn_like(parameter)
-        if not share_head:
-            student.get_output_embeddings().weight *= 1.1
+        for parameter in student.get_output_embeddings().parameters() if trainable else ():
+            parameter *= 1.1
+    student.get_output_embeddings().requires_grad_(trainable)
+    weights = torch.linspace(0.5, 1.5, IDS.numel())
     # The oracle first, on the models' own logits, before any forward is replaced.
-    s = _log_probs(student)
-    t = _log_probs(teacher)
-    p, q = (t, s) if direction == "forward" else (s, t)
-    expected = (p.exp() * (p - q)).sum(-1).flatten()
+    expected, gradients = _plain_kl(student, teacher, direction, weights.double())
     hidden = backbone(student)(input_ids=IDS).last_hidden_state.flatten(0, 1)
     target = backbone(teacher)(input_ids=IDS).last_hidden_state.flatten(0, 1)
-    lm_head, _ = heads.install(student, teacher, share_head=share_head)
-    weights = torch.linspace(0.5, 1.5, len(hidden))
-    found = lm_head(hidden, heads.KLTask(target.detach(), weights, direction, 1.0))
-    assert expected.max() > 1e-4
-    assert found.item() == pytest.approx((expected * weights).sum().item(), rel=1e-4)
+    lm_head, _ = heads.install(student, teacher, share_head=not trainable)
+    found = lm_head(hidden, heads.KLTask(target.detach(), weights, direction, 1.0, beta=0.3))
+    found.backward()
+    assert expected > 1e-3
+    assert found.item() == pytest.approx(expected, rel=1e-4)
+    ours = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
+    assert ours.keys() == gradients.keys()
+    assert any(name.startswith("lm_head") for name in ours) == (trainable and not tied)
+    everything = torch.cat([gradients[n].flatten() for n in ours])
+    error = torch.cat([ours[n].double().flatten() for n in ours]) - everything
+    assert error.norm() / everything.norm() < 1e-4
 
 
-def _log_probs(model: Any) -> torch.Tensor:
-    import copy
-
+def _plain_kl(
+    student: Any, teacher: Any, direction: str, weights: torch.Tensor
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Weighted sum of token KLs in fp64 and its gradients, from the models' own logits."""
+    student, teacher = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
+    s = student(input_ids=IDS).logits.log_softmax(-1).flatten(0, 1)
     with torch.no_grad():
-        return copy.deepcopy(model).double()(input_ids=IDS).logits.log_softmax(-1)
+        t = teacher(input_ids=IDS).logits.log_softmax(-1).flatten(0, 1)
+    mixed = (0.3 * t.exp() + 0.7 * s.exp()).log()
+    parts = {"forward": [(1, t, s)], "reverse": [(1, s, t)]}
+    terms = parts.get(direction, [(0.3, t, mixed), (0.7, s, mixed)])
+    rows = sum(factor * (p.exp() * (p - q)).sum(-1) for factor, p, q in terms)
+    loss = (rows * weights).sum()
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
+
+
+class ScaledLlama(LlamaForCausalLM):
+    """A family that is not known: it multiplies its logits by a key of its own."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits * self.config.my_logit_factor
+        return out
+
+
+def test_an_unknown_transform_is_refused_naming_the_key_it_may_be() -> None:
+    config = tiny_model("llama").config
+    config.my_logit_factor = 0.5
+    model = ScaledLlama(config).eval()
+    error = heads.parity_error(model, heads.read_transform(config), IDS).item()
+    with pytest.raises(UserError, match=r"unread candidates: .*my_logit_factor"):
+        heads.check_parity(error, torch.float32, config)
 
 
 def test_called_with_hidden_states_alone_the_head_still_makes_logits() -> None:

@@ -6,11 +6,15 @@ when the interpreter is on (test_separation_triton.py starts a process with it).
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from es2fast import pairwise_separation
-from es2fast.ops.separation import BACKENDS, choose_backend
+from es2fast.ops.backends import WHY_NOT, choose
 from tests.ops.separation_matrix import (
     BF16,
     CASES,
@@ -18,6 +22,7 @@ from tests.ops.separation_matrix import (
     FP32,
     FP64,
     PAIR_CASES,
+    SIZES,
     Problem,
     check,
     make_problem,
@@ -27,12 +32,41 @@ from tests.ops.separation_matrix import (
 )
 
 
-@pytest.fixture(params=sorted(BACKENDS))
-def backend(request) -> str:
+@pytest.fixture(params=(*WHY_NOT, "triton gemm"))
+def backend(request, monkeypatch) -> str:
+    """Triton twice: small groups have kernels of their own, which ``triton gemm`` turns off."""
+    name = request.param.split()[0]
     try:
-        return choose_backend(request.param, torch.empty(1, 1))
+        chosen = choose(name, harmful=torch.empty(1, 1))
     except ValueError as error:
-        pytest.skip(str(error))
+        pytest.skip(f"{error} (test_separation_triton.py covers it in the interpreter)")
+    if request.param == "triton gemm":
+        module = "es2fast.ops.triton.separation"
+        monkeypatch.setattr(f"{module}.SMALL", 0)
+        for name in ("PREPARE", "PAIRS", "FINISH", "CLOSE"):  # several tiles of everything
+            monkeypatch.setattr(f"{module}.{name}", triton_config(16, 4))
+        for name in ("WIDTH", "SUM_ROWS", "SUM_COLUMNS"):
+            monkeypatch.setattr(f"{module}.{name}", 32)
+    return chosen
+
+
+def triton_config(block: int, num_warps: int):
+    from es2fast.ops.triton.separation import Config
+
+    return Config(block, num_warps)
+
+
+def few(backend: str, case: str, cases: tuple[str, ...] = ("hinge", "log")) -> None:
+    """Closed forms know no backend, and the interpreter gets a selection."""
+    if backend != "torch" and case not in PAIR_CASES:
+        pytest.skip("no pairs: the same for every backend")
+    if backend == "triton" and case not in cases:
+        pytest.skip("the interpreter is slow")
+
+
+def sized(backend: str, case: str, dtype: torch.dtype, **options) -> Problem:
+    n, m, h = SIZES[backend]
+    return make_problem(case, dtype, **(dict(n=n, m=m, h=h) | options))
 
 
 # --- accuracy -------------------------------------------------------------------------------------
@@ -42,7 +76,10 @@ def backend(request) -> str:
 @pytest.mark.parametrize("dtype", (FP32, BF16, FP16), ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_losses(backend, case, dtype, weights):
-    check(make_problem(case, dtype, weights=weights, chunk_rows=16), backend)
+    if backend == "triton" and (dtype == FP16 or not weights):
+        pytest.skip("the interpreter is slow")
+    few(backend, case, tuple(CASES))
+    check(sized(backend, case, dtype, weights=weights, chunk_rows=4), backend)
 
 
 @pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
@@ -50,26 +87,30 @@ def test_losses(backend, case, dtype, weights):
 def test_large_common_mean(backend, case, dtype):
     """The anisotropic case: ||mean|| = 1000 x spread. bf16 rounds the inputs, not the result."""
     bound = 1e-3 if dtype == BF16 else 2e-4  # float32 inputs carry no rounding the oracle lacks
-    check(make_problem(case, dtype, mean=1000.0), backend, bound)
+    few(backend, case, ("hinge", "log", "cosine"))
+    check(sized(backend, case, dtype, mean=1000.0), backend, bound)
 
 
 @pytest.mark.parametrize("case", PAIR_CASES)
 def test_sum_is_mean_times_total_weight(backend, case):
-    problem = make_problem(case, FP32, weights=True)
+    few(backend, case)
+    problem = sized(backend, case, FP32, weights=True)
     u, v = problem.options["harmful_weights"], problem.options["harmless_weights"]
     total = run(problem, backend, reduction="sum").loss
     assert relative(total, oracle(problem).loss * u.sum() * v.sum()) < 2e-5
 
 
-@pytest.mark.parametrize("n,m", ((1, 1), (1, 50), (50, 1), (3, 2)))
+@pytest.mark.parametrize("n,m", ((1, 1), (1, 20), (20, 1), (3, 2)))
 @pytest.mark.parametrize("case", CASES)
 def test_few_rows(backend, case, n, m):
-    check(make_problem(case, BF16, n=n, m=m), backend)
-    check(make_problem(case, FP32, n=n, m=m), backend)
+    few(backend, case, ("hinge",))
+    for dtype in (BF16, FP32):
+        check(sized(backend, case, dtype, n=n, m=m), backend)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_rows(backend, case):
+    few(backend, case)
     for n, m in ((0, 4), (4, 0), (0, 0)):
         got = run(make_problem(case, FP32, n=n, m=m), backend)
         assert got.loss == 0 and not got.da.any() and not got.db.any()
@@ -78,8 +119,9 @@ def test_no_rows(backend, case):
 @pytest.mark.parametrize("case", CASES)
 def test_duplicates_and_close_pairs(backend, case):
     """Equal rows, and rows far closer than their norms, where the Gram form has no digits."""
+    few(backend, case, ("hinge", "log", "l2"))
     for dtype in (FP32, BF16):
-        problem = make_problem(case, dtype)
+        problem = sized(backend, case, dtype, n=14)
         a, b = problem.harmful, problem.harmless
         b[:5] = a[:5]
         b[5] = b[6] = a[0]
@@ -91,7 +133,8 @@ def test_duplicates_and_close_pairs(backend, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_all_equal(backend, case):
-    problem = make_problem(case, FP32, n=4, m=6)
+    few(backend, case)
+    problem = sized(backend, case, FP32, n=4, m=6)
     problem.harmful[:] = problem.harmless[:] = problem.harmful[0].clone()
     got, want = run(problem, backend), oracle(problem)
     assert got.da.isfinite().all() and got.db.isfinite().all()
@@ -102,20 +145,21 @@ def test_all_equal(backend, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_rows_of_weight_zero_are_ignored(backend, case):
-    problem = make_problem(case, FP32, weights=True)
+    few(backend, case)
+    problem = sized(backend, case, FP32, weights=True)
     want = oracle(problem)
     problem.harmful[problem.options["harmful_weights"] == 0] = float("nan")
     problem.harmless[problem.options["harmless_weights"] == 0] = float("inf")
     got = run(problem, backend)
     for name in ("loss", "da", "db"):
         assert relative(getattr(got, name), getattr(want, name)) < 2e-5
-    nothing = run(problem, backend, harmful_weights=torch.zeros(37))
+    nothing = run(problem, backend, harmful_weights=torch.zeros_like(problem.harmful[:, 0]))
     assert nothing.loss == 0 and not nothing.da.any() and not nothing.db.any()
 
 
 @pytest.mark.parametrize("margin", (0.2, -0.5))
 def test_cosine_of_zero_rows_is_zero(backend, margin):
-    problem = make_problem("cosine", FP32)
+    problem = sized(backend, "cosine", FP32)
     problem.options["margin"] = margin
     problem.harmful[3] = 0
     got, want = run(problem, backend), oracle(problem)
@@ -124,7 +168,7 @@ def test_cosine_of_zero_rows_is_zero(backend, margin):
 
 
 def test_the_hinge_rests_beyond_the_margin(backend):
-    problem = make_problem("hinge", BF16)
+    problem = sized(backend, "hinge", BF16)
     problem.harmful += 100
     got = run(problem, backend)
     assert got.loss == 0 and not got.da.any() and not got.db.any()
@@ -144,7 +188,8 @@ def test_gradcheck(case):
 
 @pytest.mark.parametrize("case", ("hinge", "cosine", "squared"))
 def test_double_use_retain_graph_and_one_sided(backend, case):
-    problem = make_problem(case, FP32)
+    few(backend, case)
+    problem = sized(backend, case, FP32)
     want = oracle(problem)
     a = problem.harmful.requires_grad_()
     loss = pairwise_separation(a, problem.harmless, backend=backend, **problem.options)
@@ -158,7 +203,8 @@ def test_double_use_retain_graph_and_one_sided(backend, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_bitwise_repeatable(backend, case):
-    problem = make_problem(case, BF16, n=150, m=130, weights=True, chunk_rows=64)
+    few(backend, case, ("hinge",))
+    problem = sized(backend, case, BF16, n=20, weights=True, chunk_rows=8)
     problem.harmless[:9] = problem.harmful[:9]
     first, second = run(problem, backend), run(problem, backend)
     for name in ("loss", "da", "db"):
@@ -168,7 +214,7 @@ def test_bitwise_repeatable(backend, case):
 def test_chunks_do_not_change_the_result(backend, monkeypatch):
     monkeypatch.setattr("es2fast.ops.separation_chunked.COLUMNS", 20)
     for case in ("hinge", "log"):
-        check(make_problem(case, FP32, weights=True, chunk_rows=7), backend)
+        check(sized(backend, case, FP32, weights=True, chunk_rows=7), backend)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -187,12 +233,12 @@ def test_compiled_equals_eager(case):
 def test_opcheck():
     a, b = torch.randn(5, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
     u, v = torch.full((5,), 0.2), torch.full((4,), 0.25)
-    arguments = (a, b, u, v, "hinge", 4.0, 1.0, False, None, "torch", True, True)
+    arguments = (a, b, u, v, "hinge", 4.0, 1.0, False, False, None, "torch", True, True)
     torch.library.opcheck(torch.ops.es2fast.separation.default, arguments)
 
 
 def test_second_derivatives_are_refused(backend):
-    problem = make_problem("l2", FP32)
+    problem = sized(backend, "l2", FP32)
     a = problem.harmful.requires_grad_()
     loss = pairwise_separation(a, problem.harmless, backend=backend, **problem.options)
     with pytest.raises(RuntimeError, match="second derivatives"):
@@ -200,8 +246,9 @@ def test_second_derivatives_are_refused(backend):
 
 
 def test_non_contiguous_rows(backend):
-    problem = make_problem("hinge", BF16)
-    wide = torch.randn(37, 2 * 129).to(BF16)
+    problem = sized(backend, "hinge", BF16)
+    n, h = problem.harmful.shape
+    wide = torch.randn(n, 2 * h).to(BF16)
     wide[:, ::2] = problem.harmful
     strided = Problem(wide[:, ::2], problem.harmless.t().contiguous().t(), problem.options)
     check(strided, backend)
@@ -238,3 +285,30 @@ ROWS = torch.zeros(3, 8)
 def test_mistakes(match, change):
     with pytest.raises(ValueError, match=match):
         pairwise_separation(ROWS, **({"harmless": ROWS} | change))
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+PEAK = """
+from pathlib import Path
+import torch
+from es2fast import pairwise_separation
+def resident(key):
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if key in x)
+    return int(line.split()[1]) * 1024
+def call(n):
+    a, b = torch.randn(n, 16, requires_grad=True), torch.randn(n, 16, requires_grad=True)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    pairwise_separation(a, b, margin=6.0, backend="torch").backward()
+    return resident("VmHWM") - before
+call(64)
+print(call(8192))
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
+def test_memory_is_a_tile():
+    """8192 x 8192 float32 distances are 268 MB; a tile and its temporaries are about 30 MB."""
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 80e6

@@ -18,8 +18,9 @@ sum s, other's max and sumexp. Offsets of rows and of head entries are 64-bit: N
 
 from __future__ import annotations
 
+import contextlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,8 +35,8 @@ from es2fast.ops.linear_kl_chunked import (
     run_chunked,
 )
 from es2fast.ops.linear_kl_rows import merge_partials
+from es2fast.ops.triton import INTERPRETED
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
 _INTERPRETED = tl.constexpr(INTERPRETED)
 DIRECTION = {"forward": 0, "reverse": 1, "jsd": 2}
 STATISTICS = 6
@@ -61,6 +62,7 @@ class FusedConfig:
     num_warps: int
     num_stages: int
     parts: int  # pieces of a tile of logits that are folded one after the other
+    max_registers: int | None = None  # per thread; 255 is no bound, but see fused_config
 
 
 ROW_CONFIG_INTERPRETED = RowConfig(block=512)
@@ -81,10 +83,13 @@ def fused_config(capability: int, softcap: bool = False) -> FusedConfig:
 
     The largest tile that bench/compile_report.py shows free of spills; chips other than Hopper and
     data-center Blackwell have about 100 KiB of shared memory at least, which the small one fits.
+    With a soft-cap on sm_100 ptxas would stop at 128 registers and spill 8 bytes for an occupancy
+    that shared memory rules out anyway; any explicit bound keeps it from that.
     """
+    small = FusedConfig(128, 64, 64, 8, 3, 4)
     if not 90 <= capability < 110:
-        return FusedConfig(128, 64, 64, 8, 3, 4)
-    return FusedConfig(128, 64, 64, 8, 3, 4) if softcap else FusedConfig(128, 128, 64, 8, 3, 4)
+        return small
+    return replace(small, max_registers=255) if softcap else FusedConfig(128, 128, 64, 8, 3, 4)
 
 
 # --- device functions -----------------------------------------------------------------------------
@@ -566,7 +571,11 @@ def _scalars(p: KLProblem) -> dict[str, float]:
 def _biases(p: KLProblem) -> tuple[Tensor | None, Tensor | None]:
     """(teacher's bias, student's bias) as the kernels add them; a shared one cancels in a delta."""
     bias_t = p.bias if p.teacher_weight is None else p.teacher_bias
-    return bias_t, None if p.is_delta else p.bias
+    bias_s = None if p.is_delta else p.bias
+    return (
+        None if bias_t is None else bias_t.contiguous(),
+        None if bias_s is None else bias_s.contiguous(),
+    )
 
 
 def _gradient_place(zs: Tensor, dtype: torch.dtype) -> Tensor:
@@ -643,7 +652,20 @@ def _fused_reason(p: KLProblem) -> str | None:
         return "JSD needs normalized rows before its value"
     if p.hidden.dtype == torch.float32 or p.teacher_hidden.dtype != p.hidden.dtype:
         return "float32 has no tensor-core path at full precision"
+    w_t = p.weight if p.teacher_weight is None else p.teacher_weight
+    if not (INTERPRETED or all(map(has_aligned_rows, (p.hidden, p.teacher_hidden, p.weight, w_t)))):
+        return "loads that are not vectorized spill registers"
     return "there are no rows" if p.rows == 0 else None
+
+
+def has_aligned_rows(x: Tensor) -> bool:
+    """Whether rows start at multiples of 16 elements, as Triton's vectorized loads need it.
+
+    Without that the tile-fused kernels spill 8 to 664 bytes per thread. Real models have it.
+    """
+    if x.stride(1) != 1:  # will be copied
+        return x.shape[1] % 16 == 0
+    return x.shape[1] % 16 == 0 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
 
 
 def _contiguous_rows(weight: Tensor) -> Tensor:
@@ -699,11 +721,14 @@ def launch_fused(
         PARTS=config.parts,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.max_registers,
     )  # fmt: skip
 
 
 def run_triton(problem: KLProblem) -> KLResult:
-    """The ``triton`` backend."""
-    if _fused_reason(problem) is None:
-        return _run_fused(problem)
-    return run_chunked(problem, _row_pass)
+    """The ``triton`` backend. Kernels start on the tensors' GPU, which need not be the current."""
+    on_gpu = problem.hidden.is_cuda
+    with torch.cuda.device(problem.hidden.device) if on_gpu else contextlib.nullcontext():
+        if _fused_reason(problem) is None:
+            return _run_fused(problem)
+        return run_chunked(problem, _row_pass)

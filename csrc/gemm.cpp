@@ -1,0 +1,181 @@
+// Matrix products with float32 results whose bits do not depend on the number of threads.
+//
+// Two bfloat16 inputs go to our own kernels where the CPU has them (gemm_bf16.h). Everything else is
+// cut into fixed blocks of the result, each made by one thread with torch's float32 GEMM: a GEMM
+// left to spread itself over threads may sum in another order with another number of them. 16-bit
+// inputs are upcast a block at a time, so that a block stays in the second-level cache.
+#include "gemm_bf16.h"
+#include "ops.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/mm.h>
+
+#include <vector>
+
+namespace es2fast {
+namespace {
+
+constexpr int64_t BLOCK = 256;      // rows or columns of the result per task
+constexpr int64_t UPCAST_K = 1024;  // rows of a 16-bit (k, n) operand upcast at a time
+constexpr int64_t PACKED_K = 4096;  // of a float32 one: the GEMM underneath packs what it is given
+
+void check_operand(const at::Tensor& tensor, const char* name) {
+  const auto type = tensor.scalar_type();
+  TORCH_CHECK(
+      type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, name,
+      ": expected float32, bfloat16 or float16, got ", tensor.toString());
+  TORCH_CHECK(tensor.device().is_cpu() && tensor.dim() == 2, name, ": expected a CPU matrix");
+}
+
+void check(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, int64_t k_a, int64_t k_b,
+           int64_t rows, int64_t columns) {
+  check_operand(a, "a");
+  check_operand(b, "b");
+  check_matrix(out, at::kFloat, "out");
+  TORCH_CHECK(k_a == k_b, "a and b: inner sizes ", k_a, " and ", k_b);
+  TORCH_CHECK(
+      out.size(0) == rows && out.size(1) == columns, "out: expected ", rows, " x ", columns, ", got ",
+      out.sizes());
+}
+
+int64_t count_of(int64_t size, int64_t block) {
+  return (size + block - 1) / block;
+}
+
+// Runs body(first, length) for every block of [0, size), on several threads, below autograd. There
+// are always two tasks or more: a single one would run outside of a parallel region, where the GEMM
+// inside would use all threads.
+template <typename Body>
+void for_blocks(int64_t size, const Body& body) {
+  const int64_t blocks = count_of(size, BLOCK);
+  at::parallel_for(0, std::max<int64_t>(blocks, 2), 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowAutograd guard;
+    for (int64_t i = begin; i < std::min(end, blocks); ++i) {
+      body(i * BLOCK, std::min(BLOCK, size - i * BLOCK));
+    }
+  });
+}
+
+bool is_bf16(const at::Tensor& a, const at::Tensor& b) {
+  const auto packed = [](const at::Tensor& t) {
+    return t.scalar_type() == at::kBFloat16 && (t.stride(1) == 1 || t.size(1) <= 1);
+  };
+  return has_gemm_bf16() && packed(a) && packed(b);
+}
+
+#ifdef ES2FAST_X86
+Bf16Matrix matrix(const at::Tensor& t) {
+  return {static_cast<const uint16_t*>(t.const_data_ptr()), t.stride(0)};
+}
+
+Fp32Matrix result(const at::Tensor& out) {
+  return {out.mutable_data_ptr<float>(), out.stride(0)};
+}
+
+// Runs body(panel, scratch) for every panel of `columns`.
+template <typename Body>
+void for_panels(int64_t columns, int64_t scratch_size, const Body& body) {
+  at::parallel_for(0, count_of(columns, PANEL), 1, [&](int64_t begin, int64_t end) {
+    std::vector<uint32_t> scratch(scratch_size);
+    for (int64_t i = begin; i < end; ++i) body(i, scratch.data());
+  });
+}
+#endif
+
+}  // namespace
+
+bool has_gemm_bf16() {
+#ifdef ES2FAST_X86
+  static const bool found =
+      capability() == "AVX512" && __builtin_cpu_supports("avx512bf16") != 0;
+  return found;
+#else
+  return false;
+#endif
+}
+
+// out = a b^T: (m, k), (n, k) -> (m, n)
+void gemm_nt(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out) {
+  const int64_t m = a.size(0), k = a.size(1), n = b.size(0);
+  check(a, b, out, k, b.size(1), m, n);
+  if (k == 0) {
+    out.zero_();
+    return;
+  }
+#ifdef ES2FAST_X86
+  if (is_bf16(a, b)) {
+    const auto a_m = matrix(a), b_m = matrix(b);
+    const auto o = result(out);
+    for_panels(n, PANEL_SCRATCH, [&](int64_t panel, uint32_t* scratch) {
+      gemm_nt_panel(a_m, b_m, o, m, n, k, panel, scratch);
+    });
+    return;
+  }
+#endif
+  const at::Tensor wide = a.to(at::kFloat);
+  for_blocks(n, [&](int64_t first, int64_t length) {
+    at::Tensor block = out.narrow(1, first, length);
+    at::mm_out(block, wide, b.narrow(0, first, length).to(at::kFloat).t());
+  });
+}
+
+// out (+)= a b: (m, k), (k, n) -> (m, n)
+void gemm_nn(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, bool add) {
+  const int64_t m = a.size(0), k = a.size(1), n = b.size(1);
+  check(a, b, out, k, b.size(0), m, n);
+  if (!add) out.zero_();
+#ifdef ES2FAST_X86
+  if (is_bf16(a, b)) {
+    const auto a_m = matrix(a), b_m = matrix(b);
+    const auto o = result(out);
+    for_panels(n, PANEL_SCRATCH, [&](int64_t panel, uint32_t* scratch) {
+      gemm_nn_panel(a_m, b_m, o, m, n, k, true, panel, scratch);
+    });
+    return;
+  }
+#endif
+  const at::Tensor wide = a.to(at::kFloat);
+  const int64_t step = b.scalar_type() == at::kFloat ? PACKED_K : UPCAST_K;
+  for_blocks(n, [&](int64_t first, int64_t length) {
+    at::Tensor block = out.narrow(1, first, length);
+    for (int64_t at = 0; at < k; at += step) {
+      const int64_t size = std::min(step, k - at);
+      const at::Tensor part = b.narrow(0, at, size).narrow(1, first, length).to(at::kFloat);
+      at::addmm_out(block, block, wide.narrow(1, at, size), part);
+    }
+  });
+}
+
+// out (+)= a^T b: (m, k), (m, n) -> (k, n)
+void gemm_tn(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, bool add) {
+  const int64_t m = a.size(0), k = a.size(1), n = b.size(1);
+  check(a, b, out, m, b.size(0), k, n);
+#ifdef ES2FAST_X86
+  if (is_bf16(a, b)) {
+    const auto a_m = matrix(a), b_m = matrix(b);
+    const auto o = result(out);
+    const int64_t pairs = count_of(m, 2);
+    std::vector<uint32_t> packed(count_of(n, PANEL) * pairs * PANEL);
+    for_panels(n, 0, [&](int64_t panel, uint32_t*) {
+      pack_tn_panel(b_m, m, n, panel, packed.data());
+    });
+    at::parallel_for(0, count_of(k, TN_ROWS), 1, [&](int64_t begin, int64_t end) {
+      std::vector<uint32_t> scratch(pairs * TN_ROWS);
+      for (int64_t i = begin; i < end; ++i) {
+        gemm_tn_rows(a_m, packed.data(), o, m, n, k, add, i, scratch.data());
+      }
+    });
+    return;
+  }
+#endif
+  const at::Tensor wide = b.to(at::kFloat);
+  for_blocks(k, [&](int64_t first, int64_t length) {
+    at::Tensor block = out.narrow(0, first, length);
+    const at::Tensor part = a.narrow(1, first, length).to(at::kFloat).t();
+    at::addmm_out(block, block, part, wide, add ? 1 : 0);
+  });
+}
+
+}  // namespace es2fast

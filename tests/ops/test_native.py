@@ -1,0 +1,156 @@
+"""The native CPU library: its GEMMs, its threads, its instruction sets, and life without it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from es2fast.ops import native
+from tests.ops.linear_kl_matrix import BF16, FP16, FP32, make_problem, relative, run
+from tests.ops.moments_matrix import run as run_moments
+
+ROOT = Path(__file__).resolve().parents[2]
+built = pytest.mark.skipif(native.why_missing() is not None, reason=str(native.why_missing()))
+SIZES = ((1, 1, 1), (5, 7, 9), (6, 64, 512), (13, 63, 33), (37, 130, 1025), (48, 192, 96))
+
+
+@built
+@pytest.mark.parametrize("dtype", (BF16, FP16, FP32), ids=str)
+@pytest.mark.parametrize(("m", "n", "k"), SIZES)
+def test_gemms_keep_float32(m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    """All three products, strided and not, added to and not, against float64."""
+    torch.manual_seed(m)
+    ops = torch.ops.es2fast
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape).to(dtype)
+
+    a, b = randn(m, k + 3)[:, :k], randn(n, k + 1)[:, 1:]
+    out = torch.full((m, n + 5), float("nan"))[:, :n]
+    ops.native_gemm_nt(a, b, out)
+    assert relative(out, a.double() @ b.double().t()) < 1e-6
+    b = randn(k, n + 1)[:, :n]
+    for add in (False, True):
+        out = torch.randn(m, n)
+        expected = a.double() @ b.double() + (out.double() if add else 0)
+        ops.native_gemm_nn(a, b, out, add)
+        assert relative(out, expected) < 1e-6
+        b_t = randn(m, n)
+        out = torch.randn(k, n)
+        expected = a.double().t() @ b_t.double() + (out.double() if add else 0)
+        ops.native_gemm_tn(a, b_t, out, add)
+        assert relative(out, expected) < 1e-6
+
+
+@built
+def test_gemm_refuses_what_it_cannot_take() -> None:
+    a, out = torch.randn(4, 8), torch.empty(4, 4)
+    for bad in (a.double(), a.long(), torch.randn(4, 7)):
+        with pytest.raises(RuntimeError, match=r"^[ab]"):
+            torch.ops.es2fast.native_gemm_nt(bad, a, out)
+    for bad in (torch.empty(4, 5), torch.empty(4, 4).t()[:, ::2], out.bfloat16()):
+        with pytest.raises(RuntimeError, match="out"):
+            torch.ops.es2fast.native_gemm_nt(a, a, bad)
+
+
+@built
+@pytest.mark.parametrize("dtype", (FP32, BF16, FP16), ids=str)
+def test_one_thread_and_two_give_the_same_bits(dtype: torch.dtype) -> None:
+    problem = make_problem(dtype, n=70, h=130, v=1001, separate=True, chunk_tokens=32)
+    threads = torch.get_num_threads()
+    try:
+        outcomes = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            outcomes.append(run(problem, "native"))
+    finally:
+        torch.set_num_threads(threads)
+    one, two = outcomes
+    assert torch.equal(one.loss, two.loss)
+    assert torch.equal(one.dx, two.dx) and torch.equal(one.dw, two.dw)
+
+
+@built
+def test_one_thread_and_two_give_the_same_moments_loss() -> None:
+    problem = make_problem(BF16, n=70, h=130, v=1001, chunk_tokens=32)
+    threads = torch.get_num_threads()
+    try:
+        outcomes = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            outcomes.append(run_moments(problem, "native"))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(outcomes[0].loss, outcomes[1].loss)
+    assert torch.equal(outcomes[0].dx, outcomes[1].dx)
+
+
+@built
+def test_operators_have_fakes() -> None:
+    z, ones = torch.randn(3, 20), torch.ones(3)
+    ids, probs = torch.zeros(3, 1, dtype=torch.int32), torch.full((3, 1), 0.1)
+    a, ops = torch.randn(4, 8), torch.ops.es2fast
+    calls = {
+        ops.native_kl_rows: (z, z.clone(), None, None, ones, 0, 0.5, 1.0, 0.0, 0.0, False, True,
+                             False),
+        ops.native_moment_rows: (z, ones, None, 1.0, ids, probs, True, False),
+        ops.native_pair_distances: (torch.zeros(3, 20), ones, torch.ones(20), 1.5),
+        ops.native_pair_rows: (z.square(), ones, torch.ones(20), 0, 4.0, 1.0, 1e-12, True),
+        ops.native_few_pairs: (a, a[:3], torch.ones(4), ones, 0, 4.0, 1.0, 1e-12, True, False),
+        ops.native_gemm_nt: (a, a, torch.empty(4, 4)),
+        ops.native_gemm_nn: (a, a.t().contiguous(), torch.empty(4, 4), False),
+        ops.native_gemm_tn: (a, a, torch.empty(8, 8), False),
+    }  # fmt: skip
+    for op, arguments in calls.items():
+        tests = ("test_schema", "test_faketensor")
+        torch.library.opcheck(op.default, arguments, test_utils=tests)
+
+
+@built
+@pytest.mark.parametrize("capability", ("default", "avx2"))
+def test_matrix_with_smaller_instruction_sets(capability: str) -> None:
+    """The same kernels compiled for AVX2 and in plain C++, where this machine has more."""
+    if native.capability() == "DEFAULT":
+        pytest.skip("this machine runs plain C++ already")
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
+    chosen = f"from es2fast.ops import native; assert native.capability() == {capability!r}.upper()"
+    subprocess.run([sys.executable, "-c", chosen], cwd=ROOT, env=environment, check=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore", "-p", "no:cacheprovider"]
+    command += [
+        "tests/ops/test_linear_kl.py",
+        "-k",
+        "native and (options or sweep or apart or zero)",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:]
+
+
+def test_without_the_library_the_reason_and_the_remedy_are_told(tmp_path: Path) -> None:
+    missing = native.load(tmp_path)
+    assert missing is not None and "not built" in missing and "pip install" in missing
+    (tmp_path / "_native.so").write_text("not a library")
+    broken = native.load(tmp_path)
+    assert broken is not None and "another torch" in broken and "pip install" in broken
+
+
+@pytest.mark.slow
+def test_installation_without_a_compiler_succeeds(tmp_path: Path) -> None:
+    environment = os.environ | {"CC": "false", "CXX": "false"}
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "-b",
+        str(tmp_path),
+        "-t",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not list(tmp_path.rglob("*.so"))

@@ -1,0 +1,13 @@
+"""The separation's Triton kernels, on the CPU: test_separation.py in the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.ops.interpreter import check_in_interpreter
+
+pytest.importorskip("triton", reason="the kernels need triton")
+
+
+def test_matrix_in_the_interpreter():
+    check_in_interpreter("tests/ops/test_separation.py", "triton")

@@ -1,0 +1,13 @@
+"""The teacher moments' Triton kernel, on the CPU: its tests in the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.ops.interpreter import check_in_interpreter
+
+pytest.importorskip("triton", reason="the kernels need triton")
+
+
+def test_matrix_in_the_interpreter():
+    check_in_interpreter("tests/ops/test_teacher_moments.py", "triton")
