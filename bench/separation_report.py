@@ -153,11 +153,11 @@ def _robust_table(rows: Sequence[Row]) -> str:
 
 
 def _margin_table(rows: Sequence[Row]) -> str:
-    from bench.separation_study import LAYERS, MARGINS
+    from bench.separation_study import LAYERS, MARGINS, OTHER_LAYERS
 
     lines = []
     for margin in (*MARGINS, None):
-        for layers in LAYERS:
+        for layers in (*LAYERS, OTHER_LAYERS[0]):
             found = select(rows, loss="hinge", layers=layers, control="weight", margin=margin)
             if found:
                 name = f"{found[0]['separation']['margin']:g}, {_names(layers)}"
