@@ -21,7 +21,7 @@ from es2fast.toy import build_toy
 from es2fast.train import run_in
 
 SETTINGS: dict[str, Any] = {
-    "layers": [2, 4],
+    "layers": "auto",
     "separation": {"loss": "hinge", "margin": 6.0},
     "kl": {"weight": 10.0},
     "train": {"steps": 80, "micro_batch_size": 4, "lr": 3e-4},
