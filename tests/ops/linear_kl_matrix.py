@@ -23,7 +23,7 @@ VALUE_BOUND = 1e-3
 
 
 def gradient_bound(dtype: torch.dtype, kl: float) -> float:
-    """Relative L2 error allowed in dX (and dW): the issue's numbers."""
+    """Relative L2 error allowed in dX (and dW): what the op promises."""
     if dtype == torch.float32:
         return 2e-5 if kl >= 2e-3 else 2e-3
     return 4e-3
