@@ -247,8 +247,8 @@ def study(arguments: argparse.Namespace) -> None:
     work, rows = arguments.work, Rows(arguments.out, conditions("cpu"))
     shared: Seed | None = None
     runtime, current, count = None, None, 0
-    while (todo := pending(arguments)) and count != arguments.at_most:
-        cell, began = todo[0], time.perf_counter()
+    while (waiting := pending(arguments)) and count != arguments.at_most:
+        cell, began = waiting[0], time.perf_counter()
         if shared is None or cell.seed != current:
             shared, current = Seed.load(work, cell.seed, arguments.prompts), cell.seed
             runtime = runtime or runtimes.start(shared.config)

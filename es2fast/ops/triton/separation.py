@@ -256,17 +256,17 @@ def pair_kernel(
         size = a_sq + tl.load(b_sq_ptr + cols, mask=mask, other=0.0)
         dot = tl.load(gram_row + cols, mask=mask, other=0.0)
         d2 = size - 2.0 * a_unit * b_unit * dot
-        todo = (d2 < close * size) & (tl.where(u != 0, v, 0.0) != 0)
-        is_close = todo
+        unseen = (d2 < close * size) & (tl.where(u != 0, v, 0.0) != 0)
+        is_close = unseen
         d2 = _relu(d2)
-        column = tl.min(tl.where(todo, cols, _NO_COLUMN), 0)
+        column = tl.min(tl.where(unseen, cols, _NO_COLUMN), 0)
         while column < _NO_COLUMN:
             exact = _exact_square(
                 a_ptr + row * stride_a, b_ptr + column.to(tl.int64) * stride_b, H, WIDTH
             )
             d2 = tl.where(cols == column, exact, d2)
-            todo = todo & (cols != column)
-            column = tl.min(tl.where(todo, cols, _NO_COLUMN), 0)
+            unseen = unseen & (cols != column)
+            column = tl.min(tl.where(unseen, cols, _NO_COLUMN), 0)
             flag = 1
         value, slope = _pair(d2, margin, scale, KIND)
         values += tl.where(v != 0, v * value, 0.0)
@@ -368,10 +368,10 @@ def close_kernel(
                 place = own * pitch + others
             d2 = tl.load(d2_ptr + place, mask=mask, other=0.0)
             weight = tl.load(other_w_ptr + others, mask=mask, other=0.0)
-            todo = d2 < 0
+            unseen = d2 < 0
             _, slope = _pair(tl.abs(d2), margin, scale, KIND)
             pull = own_w * weight * slope
-            other = tl.min(tl.where(todo, others, _NO_COLUMN), 0)
+            other = tl.min(tl.where(unseen, others, _NO_COLUMN), 0)
             while other < _NO_COLUMN:
                 c = tl.sum(tl.where(others == other, pull, 0.0), 0)
                 own_row = own_ptr + own * stride_own
@@ -382,8 +382,8 @@ def close_kernel(
                     y = tl.load(other_row + h + wide, mask=inside, other=0.0).to(tl.float32)
                     out = tl.load(out_ptr + own * H + h + wide, mask=inside, other=0.0)
                     tl.store(out_ptr + own * H + h + wide, out + c * (x - y), mask=inside)
-                todo = todo & (others != other)
-                other = tl.min(tl.where(todo, others, _NO_COLUMN), 0)
+                unseen = unseen & (others != other)
+                other = tl.min(tl.where(unseen, others, _NO_COLUMN), 0)
 
 
 # --- kernels for small groups ---------------------------------------------------------------------
