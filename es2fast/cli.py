@@ -129,7 +129,7 @@ def export(
     merge: Annotated[bool, typer.Option("--merge", help="fold a LoRA adapter in")] = False,
 ) -> None:
     """Write the trained model as a plain Hugging Face folder."""
-    from es2fast.export import export_run
+    from es2fast.run.export import export_run
 
     export_run(run, out, merge=merge)
     print(f"written: {out}")
