@@ -38,10 +38,10 @@ import torch
 from torch import nn
 
 from bench._harness import Rows, conditions
-from es2fast import runtime as runtimes
 from es2fast.config import Config, parse_config
 from es2fast.data import Formatter, PromptGroups, load_groups
 from es2fast.demo import demo_config
+from es2fast.distributed import runtime as runtimes
 from es2fast.engine import train
 from es2fast.errors import UserError
 from es2fast.evaluation.evaluate import evaluate_model

@@ -50,7 +50,7 @@ def train(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = None) 
 
     On a cluster call the launcher itself: deepspeed --module es2fast.train --config run.yaml
     """
-    from es2fast.launch import launch, rank_count
+    from es2fast.distributed.launch import launch, rank_count
     from es2fast.validate import validate
 
     resolved = load_config(config, overrides or ())
@@ -61,7 +61,7 @@ def train(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = None) 
 @app.command("validate")
 def validate_command(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = None) -> None:
     """Check configuration, data, model and batch arithmetic without training."""
-    from es2fast.launch import rank_count
+    from es2fast.distributed.launch import rank_count
     from es2fast.validate import validate
 
     resolved = load_config(config, overrides or ())

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from es2fast.config import Config, save_config
 from es2fast.data import Formatter, MicroBatch, PairedSampler, Prompt, PromptGroups, collate
-from es2fast.deepspeed_config import build_deepspeed
+from es2fast.distributed.deepspeed_config import build_deepspeed
+from es2fast.distributed.runtime import Runtime
 from es2fast.errors import RunStopped
 from es2fast.modeling.load import load_causal_lm, load_model_config
 from es2fast.modeling.taps import Push
@@ -31,7 +32,6 @@ from es2fast.prepare import Prepared, prepare, zero3_loading
 from es2fast.robust import SimulatedAttack
 from es2fast.run.export import save_model
 from es2fast.run.metrics import MetricsWriter
-from es2fast.runtime import Runtime
 from es2fast.safeguards import (
     CollapseMonitor,
     DualAscent,

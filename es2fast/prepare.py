@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from es2fast.config import Config
 from es2fast.data import Formatter, Prompt, PromptGroups
-from es2fast.deepspeed_config import build_deepspeed, zero_stage
+from es2fast.distributed.deepspeed_config import build_deepspeed, zero_stage
+from es2fast.distributed.runtime import Runtime
 from es2fast.errors import UserError
 from es2fast.modeling import head as heads
 from es2fast.modeling.layers import LayerProbe
@@ -32,7 +33,6 @@ from es2fast.modeling.taps import backbone, blocks, check_layers, last_token_sta
 from es2fast.ops.whitening import Whitening
 from es2fast.probing import choose
 from es2fast.responses import fill_responses
-from es2fast.runtime import Runtime
 
 
 @dataclass

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from es2fast.config import Config
 from es2fast.data import Formatter, Prompt, ResponseCache, model_fingerprint
-from es2fast.deepspeed_config import zero_stage
+from es2fast.distributed.deepspeed_config import zero_stage
+from es2fast.distributed.runtime import Runtime
 from es2fast.modeling.taps import position_ids
-from es2fast.runtime import Runtime
 
 
 def fill_responses(

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from es2fast.attacks import Attack, MeanDifference, make_attack
 from es2fast.config import Config
+from es2fast.distributed.runtime import Runtime
 from es2fast.modeling.taps import Push
-from es2fast.runtime import Runtime
 
 
 class SimulatedAttack:

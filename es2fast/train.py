@@ -58,7 +58,7 @@ def _leave_together() -> None:
     """The launcher kills the other ranks when one has left: not before rank 0 has spoken."""
     import torch.distributed as dist
 
-    from es2fast.runtime import stop
+    from es2fast.distributed.runtime import stop
 
     if dist.is_initialized():
         dist.barrier()
@@ -71,8 +71,8 @@ def run(config: Config) -> None:
     Raises:
         UserError: any mistake in configuration, data, model or folders.
     """
-    from es2fast import runtime as runtimes
     from es2fast.data import Formatter, load_groups
+    from es2fast.distributed import runtime as runtimes
     from es2fast.engine import train
     from es2fast.modeling.load import load_tokenizer
     from es2fast.validate import validate

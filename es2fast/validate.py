@@ -6,14 +6,14 @@ from pathlib import Path
 
 from es2fast.config import Config
 from es2fast.data import Formatter, PairedSampler, load_groups
-from es2fast.deepspeed_config import build_deepspeed
+from es2fast.distributed.deepspeed_config import build_deepspeed
+from es2fast.distributed.runtime import resolve_device, resolve_dtype
 from es2fast.errors import UserError
 from es2fast.modeling.head import read_transform
 from es2fast.modeling.load import check_weights, load_model_config, load_tokenizer
 from es2fast.modeling.taps import check_layers
 from es2fast.modeling.teacher import resolve_teacher
 from es2fast.run.metrics import check_trackers
-from es2fast.runtime import resolve_device, resolve_dtype
 from es2fast.train import occupied, run_in
 
 

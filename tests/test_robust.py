@@ -11,9 +11,9 @@ from torch import Tensor
 
 from es2fast.attacks import MeanDifference, Scav
 from es2fast.config import Config, parse_config
+from es2fast.distributed.runtime import Runtime
 from es2fast.modeling.taps import SeparationTaps, backbone
 from es2fast.robust import SimulatedAttack
-from es2fast.runtime import Runtime
 
 ALONE = Runtime(rank=0, world_size=1, device=torch.device("cpu"), dtype="fp32")
 

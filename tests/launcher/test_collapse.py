@@ -15,7 +15,7 @@ import yaml
 from tiny_models import save_tiny, write_prompts
 from transformers import AutoModelForCausalLM
 
-from es2fast.launch import free_port
+from es2fast.distributed.launch import free_port
 
 pytestmark = [pytest.mark.launcher, pytest.mark.slow]
 IDS = torch.tensor([[1, 4, 10, 16, 5, 23]])

@@ -15,7 +15,7 @@ from tiny_models import save_tiny, tokenizer, write_prompts
 
 from es2fast.config import DataConfig, parse_config
 from es2fast.data import Formatter, PairedSampler, load_groups
-from es2fast.launch import free_port
+from es2fast.distributed.launch import free_port
 from es2fast.modeling.teacher import set_trainable
 from launcher.plain_es2 import es2_loss, state_after_block
 from launcher.worker import STEPS, some_whitening

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from es2fast import runtime as runtimes
 from es2fast.config import parse_config
 from es2fast.data import Formatter, PairedSampler, collate, load_groups
+from es2fast.distributed import runtime as runtimes
 from es2fast.engine import build_engine, train_step
 from es2fast.modeling.load import load_tokenizer
 from es2fast.ops.whitening import Whitening

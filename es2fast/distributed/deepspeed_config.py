@@ -50,7 +50,9 @@ def load_deepspeed(choice: str | dict[str, Any]) -> dict[str, Any]:
     if isinstance(choice, dict):
         raw = json.loads(json.dumps(choice))
     elif choice in PRESETS:
-        raw = json.loads((resources.files("es2fast") / "presets" / f"{choice}.json").read_text())
+        raw = json.loads(
+            (resources.files("es2fast.distributed") / "presets" / f"{choice}.json").read_text()
+        )
     else:
         raw = _read_json(choice)
     _check_keys(raw)

@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 
 from es2fast.config import Config, parse_config
-from es2fast.deepspeed_config import PRESETS, build_deepspeed, load_deepspeed, zero_stage
+from es2fast.distributed.deepspeed_config import (
+    PRESETS,
+    build_deepspeed,
+    load_deepspeed,
+    zero_stage,
+)
 from es2fast.errors import UserError
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from es2fast.distributed.runtime import resolve_device, resolve_dtype, stale_locks
 from es2fast.errors import UserError
-from es2fast.runtime import resolve_device, resolve_dtype, stale_locks
 
 
 def test_left_over_locks_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

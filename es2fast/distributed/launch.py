@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from es2fast.distributed.runtime import resolve_device
 from es2fast.errors import UserError
-from es2fast.runtime import resolve_device
 
 
 def launch(
