@@ -20,7 +20,7 @@ from es2fast.errors import RunStopped, UserError
 
 if TYPE_CHECKING:
     from es2fast.data import Formatter, PromptGroups
-    from es2fast.engine import TrainResult
+    from es2fast.training.engine import TrainResult
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "layers.json", "model", "report.json", "report.html",
              "states.npz", "train.json", "tensorboard", "last_good",
@@ -73,9 +73,9 @@ def run(config: Config) -> None:
     """
     from es2fast.data import Formatter, load_groups
     from es2fast.distributed import runtime as runtimes
-    from es2fast.engine import train
     from es2fast.modeling.load import load_tokenizer
-    from es2fast.validate import validate
+    from es2fast.training.engine import train
+    from es2fast.training.plan import validate
 
     runtime = runtimes.start(config)
     validate(config, world_size=runtime.world_size)

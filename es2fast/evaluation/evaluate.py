@@ -25,7 +25,7 @@ from es2fast.modeling.head import lm_head_of, read_transform
 from es2fast.modeling.layers import fisher_ratio, fit_probe, mean_distance
 from es2fast.modeling.taps import backbone, blocks, causal_lm, last_token_states, position_ids
 from es2fast.ops.linear_kl import linear_kl_div
-from es2fast.responses import generate
+from es2fast.training.responses import generate
 
 _TRIALS = 16  # training prompts on which the mean-difference attacker compares blocks
 _CANDIDATES = 8  # blocks it tries at most

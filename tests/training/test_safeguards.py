@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from es2fast.config import parse_config
-from es2fast.safeguards import (
+from es2fast.training.safeguards import (
     CollapseMonitor,
     DualAscent,
     EarlyStop,

@@ -32,7 +32,7 @@ from es2fast.modeling.load import DTYPES, load_causal_lm
 from es2fast.modeling.taps import backbone, blocks, check_layers, last_token_states
 from es2fast.ops.whitening import Whitening
 from es2fast.probing import choose
-from es2fast.responses import fill_responses
+from es2fast.training.responses import fill_responses
 
 
 @dataclass

@@ -27,12 +27,12 @@ from es2fast.errors import RunStopped
 from es2fast.modeling.load import load_causal_lm, load_model_config
 from es2fast.modeling.taps import Push
 from es2fast.modeling.teacher import head_is_shared, resolve_teacher, set_trainable
-from es2fast.objective import ES2Objective
-from es2fast.prepare import Prepared, prepare, zero3_loading
-from es2fast.robust import SimulatedAttack
 from es2fast.run.export import save_model
 from es2fast.run.metrics import MetricsWriter
-from es2fast.safeguards import (
+from es2fast.training.objective import ES2Objective
+from es2fast.training.prepare import Prepared, prepare, zero3_loading
+from es2fast.training.robust import SimulatedAttack
+from es2fast.training.safeguards import (
     CollapseMonitor,
     DualAscent,
     EarlyStop,

@@ -13,7 +13,7 @@ from es2fast.attacks import MeanDifference, Scav
 from es2fast.config import Config, parse_config
 from es2fast.distributed.runtime import Runtime
 from es2fast.modeling.taps import SeparationTaps, backbone
-from es2fast.robust import SimulatedAttack
+from es2fast.training.robust import SimulatedAttack
 
 ALONE = Runtime(rank=0, world_size=1, device=torch.device("cpu"), dtype="fp32")
 

@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from es2fast.bank import EmbeddingBank
 from es2fast.config import Config
 from es2fast.errors import UserError
 from es2fast.modeling import head as heads
@@ -29,6 +28,7 @@ from es2fast.modeling.taps import Push, SeparationTaps, backbone, position_ids
 from es2fast.modeling.teacher import freeze, teacher_hidden
 from es2fast.ops.separation import pairwise_separation
 from es2fast.ops.whitening import Whitening
+from es2fast.training.bank import EmbeddingBank
 
 
 class ES2Objective(nn.Module):

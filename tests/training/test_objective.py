@@ -8,7 +8,7 @@ import pytest
 
 from es2fast.config import Config, parse_config
 from es2fast.errors import UserError
-from es2fast.objective import layer_weights
+from es2fast.training.objective import layer_weights
 
 
 def config(layers: Any, weights: list[float] | None) -> Config:
