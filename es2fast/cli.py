@@ -110,7 +110,12 @@ def layers(
     prompts mean more passes over them, a few blocks each.
     """
     from es2fast.evaluation.layer_plot import save_layer_plot
-    from es2fast.probing import check_targets, print_layer_table, probe_layers, probing_config
+    from es2fast.probing.choose import (
+        check_targets,
+        print_layer_table,
+        probe_layers,
+        probing_config,
+    )
 
     config = probing_config(model, overrides or (), harmful, harmless)
     check_targets(plot, json_file)

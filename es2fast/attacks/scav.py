@@ -17,7 +17,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from es2fast.attacks.base import Attack
-from es2fast.modeling.layers import Probe, fit_probe
+from es2fast.probing.probes import Probe, fit_probe
 
 
 class Scav(Attack):

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from es2fast.evaluation.plots import COLOURS, GROUP_LOOK
-from es2fast.modeling.layers import LayerProbe
+from es2fast.probing.probes import LayerProbe
 
 PANELS = (
     ("accuracy", "Probe accuracy", "held-out accuracy"),

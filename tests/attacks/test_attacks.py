@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from es2fast.attacks import ATTACKS, Direct, MeanDifference, Scav, make_attack
 from es2fast.config import EvaluateConfig
 from es2fast.errors import UserError
-from es2fast.modeling.layers import Probe
 from es2fast.modeling.taps import blocks, hidden_of, tapped
+from es2fast.probing.probes import Probe
 
 H = 6
 

@@ -10,7 +10,7 @@ import torch
 
 from es2fast.attacks import Scav
 from es2fast.errors import UserError
-from es2fast.modeling.layers import (
+from es2fast.probing.probes import (
     SAMPLE,
     LayerProbe,
     choose_layers,

@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from es2fast.config import DataConfig
 from es2fast.data import Formatter, Prompt
 from es2fast.modeling.taps import blocks, hidden_of, last_token_states
-from es2fast.probing import probing_config, states_by_block
+from es2fast.probing.choose import probing_config, states_by_block
 
 COUNT, WIDTH, DEPTH = 40, 32, 4
 

@@ -23,9 +23,9 @@ from es2fast.config import Config, load_config
 from es2fast.data import Formatter, Prompt, load_groups
 from es2fast.distributed.runtime import resolve_device, resolve_dtype
 from es2fast.errors import UserError
-from es2fast.modeling.layers import LayerProbe, choose_layers, probe_table
 from es2fast.modeling.load import load_causal_lm, load_tokenizer
 from es2fast.modeling.taps import blocks, check_layers, last_token_states
+from es2fast.probing.probes import LayerProbe, choose_layers, probe_table
 
 STATE_BYTES = 2 << 30  # of fp32 states held at a time
 FEWEST = 4  # prompts per group: three to fit a probe and one to test it
