@@ -76,7 +76,7 @@ def evaluate(
 ) -> None:
     """Attack base and trained model with refitted attacks; write report.json and report.html."""
     from es2fast.evaluation.compare import evaluate_run
-    from es2fast.evaluation.report import print_table
+    from es2fast.report.html import print_table
 
     print_table(evaluate_run(run, overrides or ()))
     print(f"written: {run / 'report.json'}, {run / 'report.html'}")
@@ -109,13 +109,13 @@ def layers(
     layer_choice.prompts=10000). States are fp32 on the CPU, at most 2 GiB of them at a time: more
     prompts mean more passes over them, a few blocks each.
     """
-    from es2fast.evaluation.layer_plot import save_layer_plot
     from es2fast.probing.choose import (
         check_targets,
         print_layer_table,
         probe_layers,
         probing_config,
     )
+    from es2fast.report.layer_plot import save_layer_plot
 
     config = probing_config(model, overrides or (), harmful, harmless)
     check_targets(plot, json_file)

@@ -100,7 +100,7 @@ def _finish(
     config: Config, result: TrainResult, groups: PromptGroups, formatter: Formatter
 ) -> None:
     """Rank 0's last files: train.json and the model card."""
-    from es2fast.model_card import write_model_card
+    from es2fast.report.model_card import write_model_card
 
     folder = Path(config.output_dir)
     summary = result.to_dict() | {"truncated_prompts": formatter.truncated}

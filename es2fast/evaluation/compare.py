@@ -20,10 +20,10 @@ from es2fast.data import Formatter, Prompt, PromptGroups, load_groups
 from es2fast.distributed.runtime import resolve_device, resolve_dtype
 from es2fast.errors import UserError
 from es2fast.evaluation.evaluate import evaluate_model
-from es2fast.evaluation.report import write_report
-from es2fast.model_card import write_model_card
 from es2fast.modeling.load import load_causal_lm, load_tokenizer
 from es2fast.modeling.taps import last_token_states
+from es2fast.report.html import write_report
+from es2fast.report.model_card import write_model_card
 
 
 def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         overrides: `key=value` changes to the run's saved configuration, e.g. evaluate.limit=50.
 
     Returns:
-        the report (see `es2fast.evaluation.schema`).
+        the report (see `es2fast.report.schema`).
 
     Raises:
         UserError: no finished run there; no held-out prompts.

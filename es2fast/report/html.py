@@ -20,9 +20,9 @@ from markupsafe import Markup
 
 from es2fast.config import Config, SeparationConfig
 from es2fast.errors import UserError
-from es2fast.evaluation import plots, schema
-from es2fast.evaluation.schema import check_report
-from es2fast.evaluation.table import legend, print_table, table_markdown, table_rows
+from es2fast.report import plots, schema
+from es2fast.report.schema import check_report
+from es2fast.report.table import legend, print_table, table_markdown, table_rows
 
 __all__ = [
     "check_report",
@@ -82,7 +82,7 @@ def write_report(
 
     Args:
         folder: made when missing.
-        report: see `es2fast.evaluation.schema`; keys beyond the schema are kept.
+        report: see `es2fast.report.schema`; keys beyond the schema are kept.
         states: for the projection, `base_harmful`, `base_harmless`, `tuned_harmful` and
             `tuned_harmless`, each (n, H), last-prompt-token states at the deepest separated layer.
         config: the run's configuration, summarised in the page.
@@ -237,7 +237,7 @@ def _render_html(
 
 
 def _template(name: str) -> jinja2.Template:
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True
     )

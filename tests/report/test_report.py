@@ -15,8 +15,9 @@ from rich.console import Console
 
 from es2fast.config import parse_config
 from es2fast.errors import UserError
-from es2fast.evaluation import plots, report, table
-from es2fast.evaluation.stats import rate_interval, wilson
+from es2fast.report import html as report
+from es2fast.report import plots, table
+from es2fast.report.stats import rate_interval, wilson
 
 
 def attack(refused, useful, gibberish, push, n=100):

@@ -40,7 +40,7 @@ def _words(text: str) -> list[str]:
 @cache
 def refusal_phrases() -> tuple[str, ...]:
     """The normalised phrases of `refusals.txt`."""
-    lines = files("es2fast.evaluation").joinpath("refusals.txt").read_text("utf-8").splitlines()
+    lines = files("es2fast.judges").joinpath("refusals.txt").read_text("utf-8").splitlines()
     return tuple(normalise(line) for line in lines if line.strip() and not line.startswith("#"))
 
 

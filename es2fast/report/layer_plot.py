@@ -11,8 +11,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from es2fast.evaluation.plots import COLOURS, GROUP_LOOK
 from es2fast.probing.probes import LayerProbe
+from es2fast.report.plots import COLOURS, GROUP_LOOK
 
 PANELS = (
     ("accuracy", "Probe accuracy", "held-out accuracy"),

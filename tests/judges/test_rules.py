@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from es2fast.evaluation.judges import (
+from es2fast.judges.rules import (
     is_refusal,
     judge,
     looks_like_gibberish,

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from es2fast.evaluation import schema
-from es2fast.evaluation.stats import rate_interval
+from es2fast.report import schema
+from es2fast.report.stats import rate_interval
 
 WIDTH = 100  # columns when the output is a file or a pipe
 NOT_MEASURED = "–"

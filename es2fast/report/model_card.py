@@ -15,10 +15,10 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from es2fast.config import Config
-from es2fast.evaluation.report import config_rows, write_text_atomically
-from es2fast.evaluation.table import markdown_text, table_markdown
+from es2fast.report.html import config_rows, write_text_atomically
+from es2fast.report.table import markdown_text, table_markdown
 
-TEMPLATE = Path(__file__).with_name("model_card.md.j2")
+TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.j2"
 TAGS = ["es2fast", "embedding-space-separation", "safety", "arxiv:2603.20206"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -39,7 +39,7 @@ def write_model_card(
     Args:
         folder: the exported model; holds `adapter_config.json` when it is an adapter.
         config: the resolved configuration of the run.
-        report: what was measured (`es2fast.evaluation.schema`), or None when nothing was.
+        report: what was measured (`es2fast.report.schema`), or None when nothing was.
         base_model: Hugging Face id, or folder, of the model before training.
         layers: the decoder blocks that were separated.
         d0: mean distance between the groups in the base model, per block, in the units of the

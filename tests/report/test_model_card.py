@@ -7,9 +7,9 @@ from huggingface_hub import ModelCard
 
 from es2fast.config import parse_config
 from es2fast.errors import UserError
-from es2fast.evaluation.report import table_markdown
-from es2fast.model_card import public_name, write_model_card
 from es2fast.ops.separation import LOSSES, NEED_MARGIN
+from es2fast.report.html import table_markdown
+from es2fast.report.model_card import public_name, write_model_card
 
 BLOCK = {
     "harmless": {"refusal_rate": 0.0, "intact_rate": 1.0, "kl_to_base": 0.0, "n": 50},
