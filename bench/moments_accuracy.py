@@ -90,7 +90,7 @@ def toy_cases(folder: Path, tokens: int = 256) -> Iterator[Case]:
     """The toy's own tokens: perturbed states, and states after real steps of separation."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from es2fast.toy import build_toy
+    from es2fast.demo.toy import build_toy
 
     build_toy(folder, seed=0, progress=False)
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)

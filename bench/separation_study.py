@@ -40,12 +40,12 @@ from torch import nn
 from bench._harness import Rows, conditions
 from es2fast.config import Config, parse_config
 from es2fast.data import Formatter, PromptGroups, load_groups
-from es2fast.demo import demo_config
+from es2fast.demo.run import demo_config
+from es2fast.demo.toy import build_toy
 from es2fast.distributed import runtime as runtimes
 from es2fast.errors import UserError
-from es2fast.evaluation.evaluate import evaluate_model
+from es2fast.evaluation.measure import evaluate_model
 from es2fast.modeling.load import load_causal_lm, load_tokenizer
-from es2fast.toy import build_toy
 from es2fast.training.engine import train
 
 ROWS = Path(__file__).parent / "results" / "separation_study.jsonl"

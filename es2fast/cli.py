@@ -75,7 +75,7 @@ def evaluate(
     overrides: Overrides = None,
 ) -> None:
     """Attack base and trained model with refitted attacks; write report.json and report.html."""
-    from es2fast.evaluation.compare import evaluate_run
+    from es2fast.evaluation.run import evaluate_run
     from es2fast.report.html import print_table
 
     print_table(evaluate_run(run, overrides or ()))
@@ -157,7 +157,7 @@ def demo(
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Build a small aligned chat model, harden it, attack it before and after, print the table."""
-    from es2fast.demo import run_demo
+    from es2fast.demo.run import run_demo
 
     run_demo(out, seed=seed, steps=steps, device=device)
 

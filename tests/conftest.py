@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from es2fast.toy import build_toy
+from es2fast.demo.toy import build_toy
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from es2fast.attacks.base import Attack, Pushes
 from es2fast.attacks.direct import Direct
-from es2fast.attacks.mean_difference import MeanDifference
-from es2fast.attacks.scav import Scav
+from es2fast.attacks.states.mean_difference import MeanDifference
+from es2fast.attacks.states.pushes import Attack, Pushes
+from es2fast.attacks.states.scav import Scav
 from es2fast.config import EvaluateConfig
 from es2fast.errors import UserError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from es2fast.attacks.base import Attack
+from es2fast.attacks.states.pushes import Attack
 
 
 class Direct(Attack):

@@ -13,7 +13,7 @@ import yaml
 from es2fast.config import DataConfig, ModelConfig, load_config
 from es2fast.data import Formatter, load_groups
 from es2fast.distributed.launch import launch
-from es2fast.evaluation.evaluate import kl_to_base
+from es2fast.evaluation.measure import kl_to_base
 from es2fast.modeling.load import load_causal_lm, load_tokenizer
 
 pytestmark = [pytest.mark.launcher, pytest.mark.slow]

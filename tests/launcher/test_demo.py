@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from es2fast.demo import run_demo
+from es2fast.demo.run import run_demo
 from es2fast.errors import UserError
 
 pytestmark = [pytest.mark.launcher, pytest.mark.slow]

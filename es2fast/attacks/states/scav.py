@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from es2fast.attacks.base import Attack
+from es2fast.attacks.states.pushes import Attack
 from es2fast.probing.probes import Probe, fit_probe
 
 

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from es2fast.config import Config, EvaluateConfig
 from es2fast.data import Formatter, PromptGroups, load_groups
+from es2fast.demo.toy import PHRASINGS, Recipe, build_toy, make_tokenizer, recipe_hash, split_rows
 from es2fast.errors import UserError
-from es2fast.evaluation.evaluate import evaluate_model
-from es2fast.toy import PHRASINGS, Recipe, build_toy, make_tokenizer, recipe_hash, split_rows
+from es2fast.evaluation.measure import evaluate_model
 
 SMALL = Recipe(hidden=16, ffn=16, depth=2, heads=2, answer_steps=2, align_steps=2,
                answer_batch=4, align_batch=4)  # fmt: skip
@@ -110,7 +110,7 @@ def test_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     def stop(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("es2fast.toy.write_data", stop)
+    monkeypatch.setattr("es2fast.demo.toy.write_data", stop)
     with pytest.raises(KeyboardInterrupt):
         build_toy(tmp_path / "toy", progress=False, recipe=SMALL)
     assert list(tmp_path.iterdir()) == []

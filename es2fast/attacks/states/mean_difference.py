@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from es2fast.attacks.base import Attack
+from es2fast.attacks.states.pushes import Attack
 
 
 class MeanDifference(Attack):

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from es2fast.config import DataConfig, EvaluateConfig
 from es2fast.data import Formatter, Prompt
-from es2fast.evaluation.evaluate import evaluate_model, kl_to_base
+from es2fast.demo.toy import Recipe, build_toy, split_rows
+from es2fast.evaluation.measure import evaluate_model, kl_to_base
 from es2fast.modeling.taps import blocks
 from es2fast.report.schema import check_report
-from es2fast.toy import Recipe, build_toy, split_rows
 
 RECIPE = Recipe(hidden=16, ffn=16, depth=3, heads=2, answer_steps=2, align_steps=2,
                 answer_batch=4, align_batch=4)  # fmt: skip

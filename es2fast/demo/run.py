@@ -13,11 +13,11 @@ from typing import Any
 import yaml
 
 from es2fast.config import Config, parse_config, save_config
+from es2fast.demo.toy import build_toy
 from es2fast.distributed.launch import launch
 from es2fast.errors import UserError
-from es2fast.evaluation.compare import evaluate_run
+from es2fast.evaluation.run import evaluate_run
 from es2fast.report.html import print_table, read_report
-from es2fast.toy import build_toy
 from es2fast.train import run_in
 
 SETTINGS: dict[str, Any] = {
