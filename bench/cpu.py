@@ -31,9 +31,9 @@ from bench._linear_kl_contestants import Inputs, eager_loss, make_inputs
 from bench.linear_kl import MODES, floor_step
 from es2fast import linear_kl_div
 from es2fast.ops import native
-from es2fast.ops.linear_kl_chunked import KLProblem, torch_row_pass
-from es2fast.ops.linear_kl_native import kl_row_pass
-from es2fast.ops.linear_kl_rows import KLSpec
+from es2fast.ops.linear_kl.chunked import KLProblem, torch_row_pass
+from es2fast.ops.linear_kl.native import kl_row_pass
+from es2fast.ops.linear_kl.rows import KLSpec
 from es2fast.ops.tokens import CPU_CHUNK
 
 Step = Callable[[], Any]

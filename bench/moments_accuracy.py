@@ -30,7 +30,7 @@ from torch import Tensor
 
 from bench._harness import Rows, conditions
 from es2fast import TeacherMoments, half_head, teacher_moments
-from es2fast.ops.teacher_moments_chunked import MomentProblem, rounded_row_pass, run_moments
+from es2fast.ops.moments.chunked import MomentProblem, rounded_row_pass, run_moments
 
 TARGETS = (3e-2, 2e-3, 2e-4, 2e-6)  # nats
 SPREADS = {"flat": 0.5, "middle": 2.0, "peaked": 5.0}  # standard deviation of the logits

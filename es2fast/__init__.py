@@ -1,11 +1,11 @@
 """es2fast: Embedding Space Separation (arXiv 2603.20206) for safer open LLMs."""
 
-from es2fast.ops.distance_stats import DistanceStats, pairwise_distance_stats
-from es2fast.ops.linear_kl import linear_kl_div
-from es2fast.ops.moments_cache import TeacherMoments, half_head
-from es2fast.ops.separation import pairwise_separation
-from es2fast.ops.teacher_moments import moment_kl_div, teacher_moments
-from es2fast.ops.whitening import Whitening
+from es2fast.ops.linear_kl.op import linear_kl_div
+from es2fast.ops.moments.cache import TeacherMoments, half_head
+from es2fast.ops.moments.op import moment_kl_div, teacher_moments
+from es2fast.ops.separation.distance_stats import DistanceStats, pairwise_distance_stats
+from es2fast.ops.separation.op import pairwise_separation
+from es2fast.ops.separation.whitening import Whitening
 
 __all__ = [
     "DistanceStats",

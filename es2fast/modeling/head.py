@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from es2fast.errors import UserError
 from es2fast.modeling.taps import backbone, causal_lm
-from es2fast.ops.linear_kl import linear_kl_div
+from es2fast.ops.linear_kl.op import linear_kl_div
 
 _SOFTCAP_KEYS = ("final_logit_softcapping", "logits_soft_cap")
 _MULTIPLY_KEYS = ("logit_scale", "output_multiplier", "lm_head_multiplier")

@@ -26,8 +26,8 @@ from es2fast.errors import UserError
 from es2fast.modeling import head as heads
 from es2fast.modeling.taps import Push, SeparationTaps, backbone, position_ids
 from es2fast.modeling.teacher import freeze, teacher_hidden
-from es2fast.ops.separation import pairwise_separation
-from es2fast.ops.whitening import Whitening
+from es2fast.ops.separation.op import pairwise_separation
+from es2fast.ops.separation.whitening import Whitening
 from es2fast.training.bank import EmbeddingBank
 
 

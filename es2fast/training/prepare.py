@@ -29,7 +29,7 @@ from es2fast.errors import UserError
 from es2fast.modeling import head as heads
 from es2fast.modeling.load import DTYPES, load_causal_lm
 from es2fast.modeling.taps import backbone, blocks, check_layers, last_token_states
-from es2fast.ops.whitening import Whitening
+from es2fast.ops.separation.whitening import Whitening
 from es2fast.probing.choose import choose
 from es2fast.probing.probes import LayerProbe
 from es2fast.training.responses import fill_responses

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_models import save_tiny, write_prompts
 
 from es2fast.distributed.launch import launch
-from es2fast.ops.whitening import Whitening
+from es2fast.ops.separation.whitening import Whitening
 
 pytestmark = [pytest.mark.launcher, pytest.mark.slow]
 

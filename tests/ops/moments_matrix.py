@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from es2fast import TeacherMoments, moment_kl_div, teacher_moments
-from es2fast.ops.teacher_moments_chunked import MomentProblem, rounded_row_pass, run_moments
+from es2fast.ops.moments.chunked import MomentProblem, rounded_row_pass, run_moments
 from tests.ops.linear_kl_matrix import (
     Outcome,
     Problem,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from es2fast import Whitening, pairwise_distance_stats
-from es2fast.ops import distance_stats
+from es2fast.ops.separation.op import distance_stats
 
 
 def groups(dtype: torch.dtype, n: int, m: int, mean: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,7 +49,7 @@ def test_against_all_distances(dtype, n, m, mean):
 def test_tiles_do_not_change_the_result(monkeypatch):
     a, b = groups(torch.float32, 100, 90, 0.0)
     whole = pairwise_distance_stats(a, b)
-    monkeypatch.setattr("es2fast.ops.separation_chunked.COLUMNS", 17)
+    monkeypatch.setattr("es2fast.ops.separation.chunked.COLUMNS", 17)
     monkeypatch.setattr(distance_stats, "COLUMNS", 17)
     parts = pairwise_distance_stats(a, b, chunk_rows=13)
     assert parts.mean == pytest.approx(whole.mean) and parts.std == pytest.approx(whole.std)

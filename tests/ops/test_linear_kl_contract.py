@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from es2fast import linear_kl_div
-from es2fast.ops import linear_kl_chunked, native
+from es2fast.ops import native
 from es2fast.ops.backends import choose
-from es2fast.ops.linear_kl_rows import KLSpec
+from es2fast.ops.linear_kl.op import chunked as linear_kl_chunked
+from es2fast.ops.linear_kl.rows import KLSpec
 from tests.ops.linear_kl_matrix import BF16, FP16, FP32, make_problem
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -147,7 +148,7 @@ def test_gemms_of_a_gpu_by_their_shape_functions(monkeypatch, dtype, shared):
 
 def test_only_vectorized_rows_go_to_the_tile_fused_kernel():
     pytest.importorskip("triton")
-    from es2fast.ops.triton.linear_kl import has_aligned_rows
+    from es2fast.ops.linear_kl.triton import has_aligned_rows
 
     x = torch.empty(8, 96, dtype=BF16)
     assert has_aligned_rows(x) and has_aligned_rows(x[:, ::3])  # the second will be copied

@@ -21,9 +21,9 @@ if triton.knobs.runtime.interpret:
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from es2fast.ops.linear_kl_chunked import KLProblem, run_chunked  # noqa: E402
-from es2fast.ops.linear_kl_rows import KLSpec  # noqa: E402
-from es2fast.ops.triton import linear_kl as kernels  # noqa: E402
+from es2fast.ops.interpreter import linear_kl as kernels  # noqa: E402
+from es2fast.ops.linear_kl.chunked import KLProblem, run_chunked  # noqa: E402
+from es2fast.ops.linear_kl.rows import KLSpec  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

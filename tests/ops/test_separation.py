@@ -41,7 +41,7 @@ def backend(request, monkeypatch) -> str:
     except ValueError as error:
         pytest.skip(f"{error} (test_separation_triton.py covers it in the interpreter)")
     if request.param == "triton gemm":
-        module = "es2fast.ops.triton.separation"
+        module = "es2fast.ops.separation.triton"
         monkeypatch.setattr(f"{module}.SMALL", 0)
         for name in ("PREPARE", "PAIRS", "FINISH", "CLOSE"):  # several tiles of everything
             monkeypatch.setattr(f"{module}.{name}", triton_config(16, 4))
@@ -51,7 +51,7 @@ def backend(request, monkeypatch) -> str:
 
 
 def triton_config(block: int, num_warps: int):
-    from es2fast.ops.triton.separation import Config
+    from es2fast.ops.separation.triton import Config
 
     return Config(block, num_warps)
 
@@ -212,7 +212,7 @@ def test_bitwise_repeatable(backend, case):
 
 
 def test_chunks_do_not_change_the_result(backend, monkeypatch):
-    monkeypatch.setattr("es2fast.ops.separation_chunked.COLUMNS", 20)
+    monkeypatch.setattr("es2fast.ops.separation.chunked.COLUMNS", 20)
     for case in ("hinge", "log"):
         check(sized(backend, case, FP32, weights=True, chunk_rows=7), backend)
 

@@ -12,7 +12,7 @@ import torch
 
 from es2fast import half_head, moment_kl_div, teacher_moments
 from es2fast.ops.backends import choose
-from es2fast.ops.teacher_moments_chunked import head_input, split_gradient
+from es2fast.ops.moments.chunked import head_input, split_gradient
 from tests.ops.linear_kl_matrix import (
     BF16,
     FP16,

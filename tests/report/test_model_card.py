@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 
 from es2fast.config import parse_config
 from es2fast.errors import UserError
-from es2fast.ops.separation import LOSSES, NEED_MARGIN
+from es2fast.ops.separation.op import LOSSES, NEED_MARGIN
 from es2fast.report.html import table_markdown
 from es2fast.report.model_card import public_name, write_model_card
 

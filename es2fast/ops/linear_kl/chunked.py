@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from es2fast.ops.linear_kl_rows import KLSpec, row_divergence
+from es2fast.ops.linear_kl.rows import KLSpec, row_divergence
 
 UPCAST_ROWS = 4096  # weight rows upcast at a time where no mixed-precision GEMM exists
 LINE = 128  # logit rows start at multiples of this many elements, so that odd V stay aligned

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from es2fast.ops.separation_chunked import (
+from es2fast.ops.separation.chunked import (
     CLOSE,
     KINDS,
     LOG_FLOOR,

@@ -6,7 +6,7 @@ With ``z = softcap(logit_scale (W h + b)) / temperature`` on both sides (softcap
     jsd      beta KL(t||m) + (1-beta) KL(s||m),  m = beta t + (1-beta) s
 
 Value and gradients are made in the forward pass, chunk by chunk of tokens, so that no more than
-``chunk_tokens`` rows of logits ever exist (:mod:`es2fast.ops.linear_kl_chunked`); backward only
+``chunk_tokens`` rows of logits ever exist (:mod:`es2fast.ops.linear_kl.chunked`); backward only
 multiplies the saved gradients by ``grad_output``, out of place. Logits stay in float32 from the
 GEMM's accumulator on and p_s - p_t is formed without cancellation, so that the gradient is right
 where ES2 works, next to the teacher.
@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from es2fast.ops import backends
-from es2fast.ops.linear_kl_chunked import KLProblem, KLResult, run_torch
-from es2fast.ops.linear_kl_native import run_native
-from es2fast.ops.linear_kl_rows import KLSpec
+from es2fast.ops.linear_kl.chunked import KLProblem, KLResult, run_torch
+from es2fast.ops.linear_kl.native import run_native
+from es2fast.ops.linear_kl.rows import KLSpec
 from es2fast.ops.tokens import (
     REDUCTIONS,
     check_head,
@@ -51,7 +51,7 @@ DIRECTIONS = ("forward", "reverse", "jsd")
 
 
 def _run_triton(problem: KLProblem) -> KLResult:
-    from es2fast.ops.triton.linear_kl import run_triton
+    from es2fast.ops.linear_kl.triton import run_triton
 
     return run_triton(problem)
 

@@ -2,7 +2,7 @@
 
 Per token: the moment of the tail (H numbers), the ids and probabilities of the K likeliest tokens
 (the *anchors*) and three sums over the tail. With the head frozen, forward KL needs nothing else of
-the teacher (:mod:`es2fast.ops.teacher_moments_chunked` has the formulas). Size per token:
+the teacher (:mod:`es2fast.ops.moments.chunked` has the formulas). Size per token:
 ``4 H + 8 K + 24`` bytes, 16.5 KB at H = 4096, K = 16.
 
 The moments are tied to the head they were made with. ``head`` is a fingerprint of it (shape, 16

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from es2fast.ops import native
-from es2fast.ops.linear_kl_chunked import KLProblem, KLResult, RowGradient, run_chunked
+from es2fast.ops.linear_kl.chunked import KLProblem, KLResult, RowGradient, run_chunked
 
 # G is rounded to bfloat16 from this many tokens on, where its roundings average out: at most 0.29 %
 # in a gradient over sweeps at 64 tokens and more, against 0.42 % with three. Where the weights let

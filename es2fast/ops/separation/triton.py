@@ -18,7 +18,7 @@ the rounded Gram form. pair_kernel recomputes their distance from the rows as gi
 of the coefficients and marks their squared distance by its sign; ``close_kernel`` adds their
 gradients, one owner per row. It costs a scan of flagged rows, nothing where there are none.
 
-Nothing here synchronises with the host. Formulas: :mod:`es2fast.ops.separation_chunked`.
+Nothing here synchronises with the host. Formulas: :mod:`es2fast.ops.separation.chunked`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from es2fast.ops.separation_chunked import KINDS, LOG_FLOOR, PairProblem, PairResult, nothing
+from es2fast.ops.separation.chunked import KINDS, LOG_FLOOR, PairProblem, PairResult, nothing
 
 KIND = {name: i for i, name in enumerate(KINDS)}
 HINGE, L2, LOG, SOFTPLUS, SQUARED, COSINE = (tl.constexpr(KIND[name]) for name in KINDS)

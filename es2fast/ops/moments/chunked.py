@@ -37,7 +37,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from es2fast.ops.linear_kl_chunked import (
+from es2fast.ops.linear_kl.chunked import (
     LINE,
     TORCH_GEMMS,
     Gemms,

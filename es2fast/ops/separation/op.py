@@ -9,12 +9,12 @@ With ``d_ij = ||a_i - b_j||`` and weighted means over all pairs (``sum w_i v_j f
     fisher    l2, with a margin hinge, of Mahalanobis distances ||W (a_i - b_j)||
     cosine    mean relu(cos(a_i, b_j) - margin)
 
-Pairs are made tile by tile (:mod:`es2fast.ops.separation_chunked`), value and gradients in the
+Pairs are made tile by tile (:mod:`es2fast.ops.separation.chunked`), value and gradients in the
 forward pass; backward only multiplies the saved gradients by ``grad_output``, out of place.
 ``squared`` without margin and ``centroid`` need no pairs. ``cosine`` is a pair loss on rows scaled
 to length 1, where ``cos = 1 - d^2/2``: so it too is computed from centred rows, and its digits
 survive a large common mean. ``fisher`` whitens the centred rows first
-(:class:`es2fast.ops.whitening.Whitening`).
+(:class:`es2fast.ops.separation.whitening.Whitening`).
 
 With ``group`` the pairs are those of all D ranks. A rank makes the pairs of its own harmful rows
 with all harmless ones and the reverse, 2/D of all pairs, instead of all of them D times.
@@ -31,11 +31,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from es2fast.ops import backends
-from es2fast.ops.separation_chunked import PairProblem, PairResult, PairSpec, run_torch
-from es2fast.ops.separation_group import Rows, gather_groups, sum_over_ranks
-from es2fast.ops.separation_native import run_native
+from es2fast.ops.separation.chunked import PairProblem, PairResult, PairSpec, run_torch
+from es2fast.ops.separation.group import Rows, gather_groups, sum_over_ranks
+from es2fast.ops.separation.native import run_native
+from es2fast.ops.separation.whitening import Whitening
 from es2fast.ops.tokens import DTYPES, refuse
-from es2fast.ops.whitening import Whitening
 
 LOSSES = ("hinge", "l2", "log", "softplus", "squared", "centroid", "fisher", "cosine")
 NEED_MARGIN = ("hinge", "softplus", "cosine")
@@ -47,7 +47,7 @@ REDUCTIONS = ("mean", "sum")
 
 
 def _run_triton(problem: PairProblem) -> PairResult:
-    from es2fast.ops.triton.separation import run_triton
+    from es2fast.ops.separation.triton import run_triton
 
     return run_triton(problem)
 

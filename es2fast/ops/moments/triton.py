@@ -8,7 +8,7 @@ sweep, behind a barrier, ``p_s - p_t`` is stored over their K columns, formed in
 is rounded. So K costs K loads and stores per row, whatever the vocabulary. 6 bytes per logit: 4
 read, 2 written; the second read comes from L2 for the most part.
 
-Contract: :mod:`es2fast.ops.teacher_moments_chunked`. Row offsets are 64-bit: C V exceeds 2^31 for
+Contract: :mod:`es2fast.ops.moments.chunked`. Row offsets are 64-bit: C V exceeds 2^31 for
 large chunks.
 """
 
@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from es2fast.ops.teacher_moments_chunked import HALVES, MomentProblem, grad_unit, run_moments
-from es2fast.ops.triton import INTERPRETED
-from es2fast.ops.triton.linear_kl import RowConfig, _gradient_place, _rounded
+from es2fast.ops.interpreter import INTERPRETED
+from es2fast.ops.linear_kl.triton import RowConfig, _gradient_place, _rounded
+from es2fast.ops.moments.chunked import HALVES, MomentProblem, grad_unit, run_moments
 
 ROW_CONFIG = RowConfig()
 ROW_CONFIG_INTERPRETED = RowConfig(block=512)

@@ -1,6 +1,6 @@
 """Statistics of all n x m distances of two groups, for whole data sets, in the memory of a tile.
 
-Two passes over the tiles of the Gram form (:mod:`es2fast.ops.separation_chunked`): the first gives
+Two passes over the tiles of the Gram form (:mod:`es2fast.ops.separation.chunked`): the first gives
 mean, standard deviation, minimum and maximum, the second a histogram of ``BINS`` equal bins between
 minimum and maximum from which the quantiles are read. A quantile is the middle of the bin that
 holds its order statistic: off by half a bin, ``(max - min) / (2 BINS)``, at most.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from es2fast.ops.separation_chunked import COLUMNS, CPU_ROWS, GPU_ROWS, distance_tiles
+from es2fast.ops.separation.chunked import COLUMNS, CPU_ROWS, GPU_ROWS, distance_tiles
 
 BINS = 65536
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from es2fast.ops import native
-from es2fast.ops.teacher_moments_chunked import MomentProblem, run_moments
+from es2fast.ops.moments.chunked import MomentProblem, run_moments
 
 
 def moment_row_pass(

@@ -17,7 +17,7 @@ in the rest. What that buys, measured: docs/teacher_moments.md.
 The cache in its plain form has been described publicly (J. Chang, "KL cache trick", May 2026). The
 anchors, the float16 head and the refusals are ours.
 
-This file holds the contract; the formulas are in :mod:`es2fast.ops.teacher_moments_chunked`.
+This file holds the contract; the formulas are in :mod:`es2fast.ops.moments.chunked`.
 """
 
 from collections.abc import Callable
@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from es2fast.ops import backends
-from es2fast.ops.moments_cache import TeacherMoments, head_fingerprint
-from es2fast.ops.teacher_moments_chunked import MomentProblem, make_moments, run_torch
-from es2fast.ops.teacher_moments_native import run_native
+from es2fast.ops.moments.cache import TeacherMoments, head_fingerprint
+from es2fast.ops.moments.chunked import MomentProblem, make_moments, run_torch
+from es2fast.ops.moments.native import run_native
 from es2fast.ops.tokens import (
     REDUCTIONS,
     check_bias,
@@ -49,7 +49,7 @@ from es2fast.ops.tokens import (
 
 
 def _run_triton(problem: MomentProblem) -> tuple[Tensor, Tensor | None]:
-    from es2fast.ops.triton.teacher_moments import run_triton
+    from es2fast.ops.moments.triton import run_triton
 
     return run_triton(problem)
 

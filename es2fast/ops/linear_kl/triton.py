@@ -10,8 +10,8 @@ of the first sweep is still in L2. JSD needs one more sweep. G is written over t
 logits tile by tile with tensor cores and folds them into the same statistics; nothing of size
 N x V is stored, and with a shared head each tile of W is read once for both sides.
 
-Formulas: :mod:`es2fast.ops.linear_kl_rows`, whose names are used here. Statistics per row, merged
-by :func:`es2fast.ops.linear_kl_rows.merge_partials`: base's max m and sumexp p, centre c, centred
+Formulas: :mod:`es2fast.ops.linear_kl.rows`, whose names are used here. Statistics per row, merged
+by :func:`es2fast.ops.linear_kl.rows.merge_partials`: base's max m and sumexp p, centre c, centred
 sum s, other's max and sumexp. Offsets of rows and of head entries are 64-bit: N V and V H exceed
 2^31 for real models.
 """
@@ -28,14 +28,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from es2fast.ops.linear_kl_chunked import (
+from es2fast.ops.interpreter import INTERPRETED
+from es2fast.ops.linear_kl.chunked import (
     KLProblem,
     KLResult,
     RowGradient,
     run_chunked,
 )
-from es2fast.ops.linear_kl_rows import merge_partials
-from es2fast.ops.triton import INTERPRETED
+from es2fast.ops.linear_kl.rows import merge_partials
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 DIRECTION = {"forward": 0, "reverse": 1, "jsd": 2}
