@@ -2,8 +2,7 @@
 
 One JSON Lines file for all models; a line is `{"key", "text"}`. The key is a sha256 over everything
 the answer depends on: the model's fingerprint, the template's hash, the lengths and the prompt's
-messages. A line is appended with a single write, so a killed process leaves at most one broken last
-line, which is skipped on reading and closed before the next append.
+messages. See `es2fast.run.files` for what a killed process leaves.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 from es2fast.config import DataConfig
 from es2fast.data.prompts import Prompt
 from es2fast.errors import UserError
+from es2fast.run.files import append_line, read_lines
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 _SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json")
@@ -48,17 +47,12 @@ class ResponseCache:
     def reload(self) -> None:
         """Reads the file again, for a rank other than the one that writes."""
         try:
-            content = self.path.read_bytes()
-        except FileNotFoundError:
-            return
+            records = list(read_lines(self.path))
         except OSError as error:
             raise self._error("read", error) from None
-        for line in content.splitlines():
-            try:
-                record = json.loads(line)
-                self._texts[str(record["key"])] = str(record["text"])
-            except (ValueError, KeyError, TypeError):
-                continue  # the torn line of a writer that was killed
+        for record in records:
+            if isinstance(record.get("key"), str) and "text" in record:
+                self._texts[record["key"]] = str(record["text"])
 
     def key(self, prompt: Prompt) -> str:
         """sha256 of the prompt's messages in this cache's scope; the response takes no part."""
@@ -72,11 +66,8 @@ class ResponseCache:
     def put(self, prompt: Prompt, text: str) -> None:
         """Keeps an answer, here and on disk. Raises UserError: the folder is not writable."""
         key = self.key(prompt)
-        line = json.dumps({"key": key, "text": text}).encode() + b"\n"
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab+", buffering=0) as file:
-                file.write(b"\n" + line if _is_torn(file) else line)
+            append_line(self.path, {"key": key, "text": text})
         except OSError as error:
             raise self._error("written", error) from None
         self._texts[key] = text
@@ -95,14 +86,6 @@ class ResponseCache:
             f"data.cache_dir: {str(self.path)!r} cannot be {action} ({error.strerror}); "
             "set data.cache_dir to a folder that can be written"
         )
-
-
-def _is_torn(file: BinaryIO) -> bool:
-    """Whether the last line of a file open for appending lacks its newline."""
-    if file.seek(0, os.SEEK_END) == 0:
-        return False
-    file.seek(-1, os.SEEK_END)
-    return file.read(1) != b"\n"
 
 
 def cache_folder(configured: str | None) -> Path:

@@ -1,0 +1,82 @@
+"""The folder of a run: the one place that knows which files it holds and what they are called.
+
+A run folder is claimed before anything is written into it, so a finished model is never lost to a
+second run: its files are set aside in `previous/` until the new run has a model of its own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from es2fast.errors import UserError
+from es2fast.run.files import remove
+
+
+class RunFolder:
+    """Names, claim and state of one run's folder; nothing is made until `claim` or a write.
+
+    Args:
+        path: the folder; it need not exist.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"  # every default resolved
+        self.metrics = self.path / "metrics.jsonl"  # a line per optimizer step
+        self.tensorboard = self.path / "tensorboard"
+        self.layers = self.path / "layers.json"  # what was measured on the base model
+        self.whitening = self.path / "whitening.safetensors"
+        self.model = self.path / "model"  # safetensors, tokenizer, model card
+        self.summary = self.path / "train.json"  # how the training went
+        self.last_good = self.path / "last_good"  # weights of a run that a safeguard stopped
+        self.answers = self.path / "answers.jsonl"  # every generated answer, as it came
+        self.measured = self.path / "measured"  # per model, what evaluation needs of it later
+        self.report = self.path / "report.json"
+        self.page = self.path / "report.html"
+        self.previous = self.path / "previous"
+
+    @property
+    def contents(self) -> tuple[Path, ...]:
+        """Everything a run may have written, `previous` apart."""
+        return tuple(path for name, path in vars(self).items() if name not in ("path", "previous"))
+
+    @property
+    def occupied(self) -> bool:
+        """A training wrote here."""
+        return any(path.exists() for path in (self.config, self.metrics, self.model))
+
+    @property
+    def finished(self) -> bool:
+        """A training came to its end here."""
+        return self.model.is_dir() and self.summary.is_file()
+
+    def check_free(self, *, overwrite: bool = False) -> None:
+        """UserError when the folder holds a run that must not be replaced."""
+        if self.occupied and not overwrite:
+            raise UserError(
+                f"output_dir: {str(self.path)!r} already holds a run; choose another output_dir "
+                "or set train.overwrite=true"
+            )
+
+    def check_finished(self, command: str) -> None:
+        """UserError, in the name of `command`, when there is no finished run here."""
+        if not self.finished:
+            raise UserError(f"{command}: {str(self.path)!r} holds no finished run; train it first")
+
+    def claim(self) -> None:
+        """Makes room for a run. A finished model is set aside with its files, in `previous/`,
+        until the new run has one of its own; of a run without a model nothing is kept."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        found = [path for path in self.contents if path.exists()]
+        if not self.model.is_dir():
+            for path in found:
+                remove(path)
+            return
+        remove(self.previous)
+        self.previous.mkdir()
+        for path in found:
+            path.rename(self.previous / path.name)
+
+    def drop_previous(self) -> None:
+        """Removes the earlier run that `claim` set aside."""
+        remove(self.previous)
