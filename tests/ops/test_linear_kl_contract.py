@@ -12,7 +12,7 @@ import torch
 from es2fast import linear_kl_div
 from es2fast.ops import native
 from es2fast.ops.backends import choose
-from es2fast.ops.linear_kl.op import chunked as linear_kl_chunked
+from es2fast.ops.linear_kl import chunked as linear_kl_chunked
 from es2fast.ops.linear_kl.rows import KLSpec
 from tests.ops.linear_kl_matrix import BF16, FP16, FP32, make_problem
 
