@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from es2fast import linear_kl_div
-from es2fast.ops import native
+from es2fast.ops import gemms, native
 from es2fast.ops.backends import choose
 from es2fast.ops.linear_kl import chunked as linear_kl_chunked
 from es2fast.ops.linear_kl.rows import KLSpec
@@ -129,7 +129,8 @@ def test_gemms_of_a_gpu_by_their_shape_functions(monkeypatch, dtype, shared):
 
     ``has_mixed_gemm`` is what says that 16-bit matrices multiply into float32 here.
     """
-    monkeypatch.setattr(linear_kl_chunked, "has_mixed_gemm", lambda x: True)
+    for module in (gemms, linear_kl_chunked):
+        monkeypatch.setattr(module, "has_mixed_gemm", lambda x: True)
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -26,21 +26,18 @@ import torch
 from torch import Tensor
 
 from es2fast.ops import backends
+from es2fast.ops.checks import check_head, check_tokens, refuse, vocabulary
 from es2fast.ops.linear_kl.chunked import KLProblem, KLResult, run_torch
 from es2fast.ops.linear_kl.native import run_native
 from es2fast.ops.linear_kl.rows import KLSpec
 from es2fast.ops.tokens import (
     REDUCTIONS,
-    check_head,
-    check_tokens,
     default_chunk,
     pack,
     reduce_rows,
-    refuse,
     row_scale,
     saved_dtype,
     scale_gradient,
-    vocabulary,
     without_autocast,
 )
 

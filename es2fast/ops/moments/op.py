@@ -27,23 +27,25 @@ import torch
 from torch import Tensor
 
 from es2fast.ops import backends
+from es2fast.ops.checks import (
+    check_bias,
+    check_head,
+    check_matrix,
+    check_tokens,
+    refuse,
+    vocabulary,
+)
 from es2fast.ops.moments.cache import TeacherMoments, head_fingerprint
 from es2fast.ops.moments.chunked import MomentProblem, make_moments, run_torch
 from es2fast.ops.moments.native import run_native
 from es2fast.ops.tokens import (
     REDUCTIONS,
-    check_bias,
-    check_head,
-    check_matrix,
-    check_tokens,
     default_chunk,
     pack,
     reduce_rows,
-    refuse,
     row_scale,
     saved_dtype,
     scale_gradient,
-    vocabulary,
     without_autocast,
 )
 
@@ -54,7 +56,7 @@ def _run_triton(problem: MomentProblem) -> tuple[Tensor, Tensor | None]:
     return run_triton(problem)
 
 
-# The row passes' contract stands in teacher_moments_chunked.
+# The row passes' contract stands in chunked.py.
 RUN: dict[str, Callable[[MomentProblem], tuple[Tensor, Tensor | None]]] = {
     "torch": run_torch,
     "triton": _run_triton,

@@ -31,11 +31,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from es2fast.ops import backends
+from es2fast.ops.checks import DTYPES, refuse
 from es2fast.ops.separation.chunked import PairProblem, PairResult, PairSpec, run_torch
 from es2fast.ops.separation.group import Rows, gather_groups, sum_over_ranks
 from es2fast.ops.separation.native import run_native
 from es2fast.ops.separation.whitening import Whitening
-from es2fast.ops.tokens import DTYPES, refuse
 
 LOSSES = ("hinge", "l2", "log", "softplus", "squared", "centroid", "fisher", "cosine")
 NEED_MARGIN = ("hinge", "softplus", "cosine")

@@ -80,7 +80,7 @@ def _softplus(x):
 
 @triton.jit
 def _pair(d2, margin, scale, KIND: tl.constexpr):
-    """(f(d), f'(d)/d) of squared distances, as separation_chunked.pair_values."""
+    """(f(d), f'(d)/d) of squared distances, as chunked.pair_values."""
     if KIND == SQUARED:
         rest = margin * margin - d2
         value = _relu(rest) / (scale * scale)
