@@ -61,7 +61,7 @@ WHY_NOT: dict[str, Callable[..., str | None]] = {
 DEFAULT = {"cuda": "triton", "cpu": "native"}
 
 
-def choose(name: str | None, **tensors: Tensor | None) -> str:
+def choose_backend(name: str | None, **tensors: Tensor | None) -> str:
     """The backend by name, or by the first tensor's device when ``name`` is None.
 
     Args:

@@ -31,7 +31,7 @@ from es2fast.ops.arguments import Arguments
 from es2fast.ops.checks import check_head, check_tokens, refuse, vocabulary
 from es2fast.ops.linear_kl.chunked import KLProblem, KLResult, run_torch
 from es2fast.ops.linear_kl.native import run_native
-from es2fast.ops.linear_kl.rows import KLSpec
+from es2fast.ops.linear_kl.rows import DIRECTION, KLSpec
 from es2fast.ops.tokens import (
     REDUCTIONS,
     default_chunk,
@@ -42,9 +42,6 @@ from es2fast.ops.tokens import (
     scale_gradient,
     without_autocast,
 )
-
-DIRECTIONS = ("forward", "reverse", "jsd")
-
 
 # --- backends -------------------------------------------------------------------------------------
 
@@ -113,7 +110,9 @@ def _check_teacher(
 def _check_options(
     direction: str, beta: float, temperature: float, softcap: float | None, reduction: str
 ) -> None:
-    refuse(direction not in DIRECTIONS, f"direction={direction!r}: expected one of {DIRECTIONS}")
+    refuse(
+        direction not in DIRECTION, f"direction={direction!r}: expected one of {tuple(DIRECTION)}"
+    )
     refuse(reduction not in REDUCTIONS, f"reduction={reduction!r}: expected one of {REDUCTIONS}")
     refuse(not temperature > 0, f"temperature={temperature}: expected a positive number")
     refuse(
@@ -202,7 +201,7 @@ def linear_kl_div(
         f"chunk_tokens={chunk_tokens}: expected a positive number, or None for the default",
     )
     vocab = vocabulary(weight, teacher_weight, vocab_size)
-    chosen = backends.choose(backend, hidden=hidden, teacher_weight=teacher_weight)
+    chosen = backends.choose_backend(backend, hidden=hidden, teacher_weight=teacher_weight)
     grad = torch.is_grad_enabled()
     outputs = torch.ops.es2fast.linear_kl(
         hidden=hidden,

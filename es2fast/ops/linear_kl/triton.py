@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from es2fast.ops.linear_kl.chunked import KLProblem, KLResult, RowGradient, run_chunked
-from es2fast.ops.linear_kl.rows import merge_partials
+from es2fast.ops.linear_kl.rows import DIRECTION, merge_partials
 from es2fast.ops.triton_rows import (
     INTERPRETED,
     ROW_CONFIG_INTERPRETED,
@@ -39,7 +39,6 @@ from es2fast.ops.triton_rows import (
 )
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
-DIRECTION = {"forward": 0, "reverse": 1, "jsd": 2}
 STATISTICS = 6
 
 

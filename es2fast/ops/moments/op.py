@@ -274,7 +274,7 @@ def moment_kl_div(
         vocab=moments.vocab_size,
         reduction=reduction,
         chunk_tokens=chunk_tokens,
-        backend=backends.choose(backend, hidden=hidden),
+        backend=backends.choose_backend(backend, hidden=hidden),
         need_dx=torch.is_grad_enabled() and hidden.requires_grad,
     )[0]
 

@@ -204,7 +204,7 @@ def pairwise_separation(
         max_rows is not None and group is None,
         f"max_rows={max_rows} without group: there are no other ranks; pass both or neither",
     )
-    chosen = backends.choose(backend, harmful=harmful)
+    chosen = backends.choose_backend(backend, harmful=harmful)
     own = Rows.of(harmful, harmful_weights), Rows.of(harmless, harmless_weights)
     if group is not None and dist.get_world_size(group) > 1:
         everyone = gather_groups(*own, group, max_rows)
