@@ -8,7 +8,7 @@
 Columns: registers per thread, spilled bytes (stack frame and local memory as cuobjdump reports
 them), shared memory per block, and the tensor-core instruction of the kernels with a dot. The exit
 status is 1 when a configuration in use spills, exceeds the shared memory of its chip, or has a dot
-without tensor cores. ``tests/ops/test_compile_report.py`` runs it with ``--distinct``.
+without tensor cores. ``tests/bench/test_compile_report.py`` runs it with ``--distinct``.
 
 Triton compiles another binary for arguments divisible by 16, so each kernel comes with a V that is
 (128256) and one that is not ("odd-V"); strides always are, because the tile-fused kernel is not

@@ -7,7 +7,7 @@ import torch
 
 from es2fast import pairwise_distance_stats, pairwise_separation
 from es2fast.ops.backends import choose_backend
-from tests.ops.separation_matrix import (
+from tests.ops.separation.matrix import (
     BF16,
     CASES,
     FP16,

@@ -7,8 +7,8 @@ import torch
 
 from es2fast import half_head, moment_kl_div, teacher_moments
 from es2fast.ops.backends import choose_backend
-from tests.ops.linear_kl_matrix import BF16, FP16, FP32, at_divergence, make_problem
-from tests.ops.moments_matrix import check, moments_of, options_without_softcap, run
+from tests.ops.linear_kl.matrix import BF16, FP16, FP32, at_divergence, make_problem
+from tests.ops.moments.matrix import check, moments_of, options_without_softcap, run
 
 pytestmark = [
     pytest.mark.gpu,

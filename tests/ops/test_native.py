@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from es2fast.ops import native
-from tests.ops.linear_kl_matrix import BF16, FP16, FP32, make_problem, relative, run
-from tests.ops.moments_matrix import moments_of
-from tests.ops.moments_matrix import run as run_moments
+from tests.ops.linear_kl.matrix import BF16, FP16, FP32, make_problem, relative, run
+from tests.ops.moments.matrix import moments_of
+from tests.ops.moments.matrix import run as run_moments
 
 ROOT = Path(__file__).resolve().parents[2]
 built = pytest.mark.skipif(native.why_missing() is not None, reason=str(native.why_missing()))
@@ -124,7 +124,7 @@ def test_matrix_with_smaller_instruction_sets(capability: str) -> None:
     subprocess.run([sys.executable, "-c", chosen], cwd=ROOT, env=environment, check=True)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore", "-p", "no:cacheprovider"]
     command += [
-        "tests/ops/test_linear_kl.py",
+        "tests/ops/linear_kl/test_linear_kl.py",
         "-k",
         "native and (options or sweep or apart or zero)",
     ]

@@ -13,7 +13,7 @@ import torch
 from es2fast import half_head, moment_kl_div, teacher_moments
 from es2fast.ops.backends import choose_backend
 from es2fast.ops.moments.chunked import head_input, split_gradient
-from tests.ops.linear_kl_matrix import (
+from tests.ops.linear_kl.matrix import (
     BF16,
     FP16,
     FP32,
@@ -22,7 +22,7 @@ from tests.ops.linear_kl_matrix import (
     oracle,
     relative,
 )
-from tests.ops.moments_matrix import check, moments_of, options_without_softcap, run
+from tests.ops.moments.matrix import check, moments_of, options_without_softcap, run
 
 SHAPE = dict(n=4, h=96, v=2003, chunk_tokens=3)
 PEAKED, FLAT = 7.0, 0.5  # standard deviation of the logits

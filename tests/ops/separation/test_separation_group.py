@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops import separation_ranks as ranks
-from tests.ops.separation_matrix import CASES, oracle, relative
+from tests.ops.separation import ranks
+from tests.ops.separation.matrix import CASES, oracle, relative
 
 
 @pytest.fixture(scope="module")

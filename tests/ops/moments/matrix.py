@@ -13,7 +13,7 @@ from torch import Tensor
 
 from es2fast import TeacherMoments, moment_kl_div, teacher_moments
 from es2fast.ops.moments.chunked import MomentProblem, rounded_row_pass, run_moments
-from tests.ops.linear_kl_matrix import (
+from tests.ops.linear_kl.matrix import (
     Outcome,
     Problem,
     make_problem,

@@ -1,4 +1,4 @@
-"""The linear KL's Triton kernels, on the CPU: test_linear_kl.py in the interpreter."""
+"""The teacher moments' Triton kernel, on the CPU: its tests in the interpreter."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ pytest.importorskip("triton", reason="the kernels need triton")
 
 
 def test_matrix_in_the_interpreter():
-    check_in_interpreter("tests/ops/test_linear_kl.py", "triton and sweep", "triton and not sweep")
+    check_in_interpreter("tests/ops/moments/test_teacher_moments.py", "triton")

@@ -1,4 +1,4 @@
-"""The separation's Triton kernels, on the CPU: test_separation.py in the interpreter."""
+"""The linear KL's Triton kernels, on the CPU: test_linear_kl.py in the interpreter."""
 
 from __future__ import annotations
 
@@ -10,4 +10,6 @@ pytest.importorskip("triton", reason="the kernels need triton")
 
 
 def test_matrix_in_the_interpreter():
-    check_in_interpreter("tests/ops/test_separation.py", "triton")
+    check_in_interpreter(
+        "tests/ops/linear_kl/test_linear_kl.py", "triton and sweep", "triton and not sweep"
+    )

@@ -14,7 +14,7 @@ from es2fast.ops import gemms, native
 from es2fast.ops.backends import choose_backend
 from es2fast.ops.linear_kl import chunked as linear_kl_chunked
 from es2fast.ops.linear_kl.rows import KLSpec
-from tests.ops.linear_kl_matrix import BF16, FP16, FP32, make_problem
+from tests.ops.linear_kl.matrix import BF16, FP16, FP32, make_problem
 
 # --- memory ---------------------------------------------------------------------------------------
 

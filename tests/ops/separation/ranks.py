@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from es2fast import pairwise_separation
-from tests.ops.separation_matrix import CASES, FP32, make_problem
+from tests.ops.separation.matrix import CASES, FP32, make_problem
 
 H = 24
 # rows per rank: ragged, empty on one side, empty on one rank

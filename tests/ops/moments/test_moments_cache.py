@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 import es2fast
 from es2fast import TeacherMoments, half_head, moment_kl_div, teacher_moments
 from es2fast.ops.moments.cache import head_fingerprint
-from tests.ops.linear_kl_matrix import BF16, FP16, FP32, make_problem
-from tests.ops.moments_matrix import moments_of
+from tests.ops.linear_kl.matrix import BF16, FP16, FP32, make_problem
+from tests.ops.moments.matrix import moments_of
 
 # --- the moments as a value -----------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import torch
 
 from es2fast import linear_kl_div
 from es2fast.ops.backends import choose_backend
-from tests.ops.linear_kl_matrix import (
+from tests.ops.linear_kl.matrix import (
     BF16,
     DIRECTIONS,
     FP16,

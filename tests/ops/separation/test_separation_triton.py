@@ -1,4 +1,4 @@
-"""The teacher moments' Triton kernel, on the CPU: its tests in the interpreter."""
+"""The separation's Triton kernels, on the CPU: test_separation.py in the interpreter."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ pytest.importorskip("triton", reason="the kernels need triton")
 
 
 def test_matrix_in_the_interpreter():
-    check_in_interpreter("tests/ops/test_teacher_moments.py", "triton")
+    check_in_interpreter("tests/ops/separation/test_separation.py", "triton")

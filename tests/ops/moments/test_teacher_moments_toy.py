@@ -8,8 +8,8 @@ import pytest
 
 from bench.moments_accuracy import Case, moments_gradient, toy_cases
 from es2fast import half_head, moment_kl_div, teacher_moments
-from tests.ops.linear_kl_matrix import relative
-from tests.ops.moments_matrix import GRADIENT_BOUND, VALUE_BOUND
+from tests.ops.linear_kl.matrix import relative
+from tests.ops.moments.matrix import GRADIENT_BOUND, VALUE_BOUND
 
 
 @pytest.fixture(scope="module")
