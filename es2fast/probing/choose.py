@@ -108,7 +108,7 @@ def probe_layers(config: Config, *, progress: bool = False) -> LayerChoice:
     for states in states_by_block(model, formatter, [*harmful, *harmless], progress=progress):
         a, b = ({i: part[group] for i, part in states.items()}
                 for group in (slice(None, len(harmful)), slice(len(harmful), None)))  # fmt: skip
-        table += probe_table(a, b, p0=config.evaluate.scav_p0, progress=progress)
+        table += probe_table(a, b, progress=progress)
     return pick(config, table, (len(harmful), len(harmless)))
 
 
@@ -166,7 +166,7 @@ def states_by_block(
 def choose(config: Config, harmful: dict[int, Tensor], harmless: dict[int, Tensor]) -> LayerChoice:
     """Probes the states (layer -> (n, H)) and applies `layers` and `layer_choice`."""
     counts = tuple(len(next(iter(group.values()))) for group in (harmful, harmless))
-    table = probe_table(harmful, harmless, p0=config.evaluate.scav_p0)
+    table = probe_table(harmful, harmless)
     return pick(config, table, (counts[0], counts[1]))
 
 
