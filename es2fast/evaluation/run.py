@@ -271,5 +271,6 @@ def _check_held_out(groups: PromptGroups) -> None:
     for name in ("eval_harmful", "eval_harmless"):
         if not getattr(groups, name):
             raise UserError(
-                f"data.{name}: no held-out prompts; name a source that training did not see"
+                f"data.{name}: no held-out prompts; name a source that training did not see, or "
+                f"give --{name.removeprefix('eval_')} FILE"
             )
