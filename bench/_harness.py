@@ -42,6 +42,12 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def _script() -> str:
+    """The running script's path within the repository."""
+    root, script = Path(__file__).resolve().parents[1], Path(sys.argv[0]).resolve()
+    return str(script.relative_to(root) if script.is_relative_to(root) else script.name)
+
+
 def conditions(device: str) -> dict[str, Any]:
     """Where and with what: goes into every row."""
     try:
@@ -57,7 +63,7 @@ def conditions(device: str) -> dict[str, Any]:
         python=platform.python_version(),
         commit=_run("git", "-C", here, "rev-parse", "--short", "HEAD") or None,
         dirty=bool(_run("git", "-C", here, "status", "--porcelain", "--untracked-files=no")),
-        command=" ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        command=" ".join(["python", _script(), *sys.argv[1:]]),
         time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         device=device,
     )

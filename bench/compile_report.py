@@ -73,7 +73,7 @@ class Report:
 def _row_cases() -> Iterator[Case]:
     import torch
 
-    from es2fast.ops.linear_kl.op import triton as kernels
+    from es2fast.ops.linear_kl import triton as kernels
 
     pointers = {"zt_ptr": "*fp32", "zs_ptr": "*fp32", "scale_ptr": "*fp32", "loss_ptr": "*fp32"}
     pointers |= {"unit_ptr": "*fp32", "stats_ptr": "*fp32"}
@@ -130,7 +130,7 @@ FUSED_FEATURES = (
 
 
 def _fused_cases(capability: int, candidates: bool) -> Iterator[Case]:
-    from es2fast.ops.linear_kl.op import triton as kernels
+    from es2fast.ops.linear_kl import triton as kernels
 
     heads = itertools.product(("forward", "reverse"), ("bf16", "fp16"), ("shared", "two heads"))
     for (direction, dtype, head), features in itertools.product(heads, FUSED_FEATURES):
@@ -143,7 +143,7 @@ def _fused_cases(capability: int, candidates: bool) -> Iterator[Case]:
 
 
 def _candidates() -> Iterator[Any]:
-    from es2fast.ops.linear_kl.op import triton as kernels
+    from es2fast.ops.linear_kl import triton as kernels
 
     tiles = ((64, 128, 64), (128, 64, 32), (128, 64, 64), (128, 128, 32), (128, 128, 64))
     for tile, stages, parts in itertools.product(tiles, (3, 4), (1, 2, 4)):
@@ -153,7 +153,7 @@ def _candidates() -> Iterator[Any]:
 def _fused_case(
     config: Any, direction: str, dtype: str, head: str, features: str, in_use: bool
 ) -> Case:
-    from es2fast.ops.linear_kl.op import triton as kernels
+    from es2fast.ops.linear_kl import triton as kernels
 
     names = ("x_ptr", "w_ptr", "xt_ptr", "wt_ptr", "bt_ptr", "bs_ptr")
     signature = dict.fromkeys(names, f"*{dtype}") | {"stats_ptr": "*fp32"}
@@ -249,7 +249,7 @@ def _separation_case(
 
 
 def _separation_cases() -> Iterator[Case]:
-    from es2fast.ops.separation.op import triton as s
+    from es2fast.ops.separation import triton as s
 
     for dtype, half in (("bf16", True), ("fp16", True), ("fp32", True), ("fp32", False)):
         name = f"{dtype}{' in fp16' if half else ''}"
@@ -278,7 +278,7 @@ def _separation_cases() -> Iterator[Case]:
 
 
 def _separation_pair_cases(name: str, row: str, made: str, half: bool, kind: int) -> Iterator[Case]:
-    from es2fast.ops.separation.op import triton as s
+    from es2fast.ops.separation import triton as s
 
     rows = {"a_ptr": row, "b_ptr": row, "own_ptr": row, "other_ptr": row}
     flags = {"flag_ptr": "*i32"}

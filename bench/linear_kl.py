@@ -31,7 +31,7 @@ import torch
 from bench._harness import Rows, conditions, measure
 from bench._linear_kl_contestants import CHECK_SHAPE, Inputs, check, contestants, make_inputs
 from es2fast import teacher_moments
-from es2fast.ops.linear_kl.chunked import add_weight_gradient, input_gradient, logits_into
+from es2fast.ops.gemms import add_weight_gradient, input_gradient, logits_into
 
 MODES = {"trainable": 8, "frozen": 6, "no-grad": 4, "moments": 4}  # flop in units of N H V
 CEILING = 790e12  # dense bf16 flop/s, measured ceiling of an H200

@@ -11,7 +11,7 @@ import torch
 
 from bench._linear_kl_contestants import make_inputs
 from es2fast import linear_kl_div
-from es2fast.ops.backends import choose
+from es2fast.ops.backends import choose_backend
 
 SHAPE = (512, 512, 16000)
 
@@ -21,7 +21,7 @@ SHAPE = (512, 512, 16000)
 @pytest.mark.parametrize("backend", ("native", "torch"))
 def test_linear_kl(benchmark, backend: str, dtype: torch.dtype, mode: str) -> None:
     try:
-        choose(backend, hidden=torch.empty(1, 1))
+        choose_backend(backend, hidden=torch.empty(1, 1))
     except ValueError as error:
         pytest.skip(str(error))
     i = make_inputs(SHAPE, mode, "cpu", dtype=dtype)

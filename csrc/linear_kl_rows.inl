@@ -1,4 +1,4 @@
-// Row pass of the linear KL: formulas and names as in es2fast/ops/linear_kl_rows.py.
+// Row pass of the linear KL: formulas and names as in es2fast/ops/linear_kl/rows.py.
 //
 // A row is swept once for its statistics, in blocks that stay in the first-level cache, and once for
 // the gradient; JSD, whose value needs normalised rows, once more. With z the base's logits and d

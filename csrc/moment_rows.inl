@@ -1,4 +1,4 @@
-// Row pass of the moment KL: formulas and names as in es2fast/ops/teacher_moments_chunked.py.
+// Row pass of the moment KL: formulas and names as in es2fast/ops/moments/chunked.py.
 //
 // One sweep turns raw logits into z and gives the row's maximum and sum of exponentials, block by
 // block, merged in double; a second one writes G = p_s over them, with the teacher's probability

@@ -1,4 +1,4 @@
-// Pair pass of the separation losses: formulas and names as in es2fast/ops/separation_chunked.py.
+// Pair pass of the separation losses: formulas and names as in es2fast/ops/separation/chunked.py.
 //
 // One sweep over a row of squared distances gives its loss and, in their place, the coefficients
 // c_ij = u_i v_j f'(d_ij) / d_ij of the gradient's GEMMs; 0 where d = 0.

@@ -45,6 +45,26 @@ def main() -> None:
         sys.exit(2)
 
 
+def _print_version(wanted: bool) -> None:
+    from es2fast.environment import installed
+
+    if wanted:
+        print(f"es2fast {installed('es2fast')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="print the version and leave"
+        ),
+    ] = False,
+) -> None:
+    """What stands before a command."""
+
+
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = None) -> None:
     """Train on this machine through the deepspeed launcher.

@@ -16,11 +16,7 @@ def describe() -> dict[str, str]:
     import torch
 
     found = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
+    found |= {name: installed(name) for name in _PACKAGES}
     found["cpu"] = f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
     found["cuda"] = torch.version.cuda or "torch was built without CUDA"
     if torch.cuda.is_available():
@@ -32,6 +28,14 @@ def describe() -> dict[str, str]:
     found["compiler"] = shutil.which("c++") or "none: DeepSpeed cannot build its operators"
     found["native"] = native_kernels()
     return found
+
+
+def installed(package: str) -> str:
+    """The version of an installed package, or "not installed"."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def native_kernels() -> str:

@@ -9,7 +9,7 @@ from es2fast.data.batches import MicroBatch, collate
 from es2fast.data.cache import ResponseCache, cache_folder, model_fingerprint
 from es2fast.data.format import Formatter
 from es2fast.data.groups import DataReport, PromptGroups, SourceReport, load_groups
-from es2fast.data.prompts import Prompt, normalise
+from es2fast.data.prompts import Prompt, normalise_prompt
 from es2fast.data.sampling import PairedSampler
 
 __all__ = [
@@ -25,5 +25,5 @@ __all__ = [
     "collate",
     "load_groups",
     "model_fingerprint",
-    "normalise",
+    "normalise_prompt",
 ]

@@ -1,6 +1,6 @@
 """The harmful and harmless groups of a run, checked against each other.
 
-Prompts are compared after `normalise`, over all turns but system messages.
+Prompts are compared after `normalise_prompt`, over all turns but system messages.
 - Duplicates inside a group are removed, the first stays.
 - Training prompts that also occur in evaluation are removed from training and counted.
 - A prompt that is both harmful and harmless, in training or evaluation, is an error: the loss would

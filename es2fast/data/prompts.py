@@ -65,10 +65,10 @@ class Prompt:
     @property
     def key(self) -> str:
         """What makes two prompts the same query: normalised turns, system messages left out."""
-        return "\n".join(normalise(text) for role, text in self.turns if role != "system")
+        return "\n".join(normalise_prompt(text) for role, text in self.turns if role != "system")
 
 
-def normalise(text: str) -> str:
+def normalise_prompt(text: str) -> str:
     """NFKC, case-folded, whitespace collapsed, trailing punctuation dropped."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     flat = " ".join(folded.split())

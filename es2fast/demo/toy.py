@@ -99,7 +99,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Row:
+class Request:
     """One request: its text, the placeholder that answers it, and the group it belongs to."""
 
     prompt: str
@@ -172,7 +172,7 @@ def _is_toy(folder: Path, meta: dict[str, Any]) -> bool:
 # Requests -----------------------------------------------------------------------------------
 
 
-def split_rows(seed: int, recipe: Recipe) -> dict[str, list[Row]]:
+def split_rows(seed: int, recipe: Recipe) -> dict[str, list[Request]]:
     """Training and evaluation requests; pairs of verb and object are held out.
 
     Returns:
@@ -180,7 +180,7 @@ def split_rows(seed: int, recipe: Recipe) -> dict[str, list[Row]]:
         `eval_harmful`, `eval_harmless`: held-out pairs, one phrasing each.
     """
     rng = random.Random(seed)
-    split: dict[str, list[Row]] = {}
+    split: dict[str, list[Request]] = {}
     for group, verbs in (("harmful", HARMFUL_VERBS), ("harmless", HARMLESS_VERBS)):
         pairs = [f"{verb} {thing}" for verb in verbs for thing in OBJECTS]
         rng.shuffle(pairs)
@@ -191,11 +191,11 @@ def split_rows(seed: int, recipe: Recipe) -> dict[str, list[Row]]:
     return split
 
 
-def _row(pair: str, phrasing: str, group: str) -> Row:
-    return Row(phrasing.format(pair), ANSWER.format(pair), group == "harmful")
+def _row(pair: str, phrasing: str, group: str) -> Request:
+    return Request(phrasing.format(pair), ANSWER.format(pair), group == "harmful")
 
 
-def write_data(folder: Path, split: dict[str, list[Row]], rows: int = 400) -> None:
+def write_data(folder: Path, split: dict[str, list[Request]], rows: int = 400) -> None:
     """Writes the four `.jsonl` files; training files hold `rows` requests each."""
     folder.mkdir(parents=True)
     for name, all_rows in split.items():
@@ -260,7 +260,7 @@ def make_model(tokenizer: Any, recipe: Recipe) -> Any:
 
 def train_toy(
     seed: int, recipe: Recipe, progress: bool = False
-) -> tuple[Any, Any, dict[str, list[Row]]]:
+) -> tuple[Any, Any, dict[str, list[Request]]]:
     """Both phases; the caller's random state is left as it was.
 
     Returns:
@@ -284,7 +284,7 @@ def train_toy(
 class Sampler:
     """Batches of encoded conversations, half of them harmful, labels on the answer alone."""
 
-    def __init__(self, split: dict[str, list[Row]], tokenizer: Any, seed: int) -> None:
+    def __init__(self, split: dict[str, list[Request]], tokenizer: Any, seed: int) -> None:
         self.groups = [split["harmful"], split["harmless"]]
         self.tokenizer = tokenizer
         self.rng = random.Random(seed + 1)
@@ -303,7 +303,7 @@ class Sampler:
         mask = (torch.arange(length) < lengths[:, None]).long()
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
-    def _encode(self, row: Row, refuse: bool) -> tuple[list[int], int]:
+    def _encode(self, row: Request, refuse: bool) -> tuple[list[int], int]:
         user = {"role": "user", "content": row.prompt}
         prompt = self.tokenizer.apply_chat_template(
             [user], add_generation_prompt=True, tokenize=False

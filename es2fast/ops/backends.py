@@ -28,7 +28,7 @@ def _float64_why_not(tensors: dict[str, Tensor]) -> str | None:
 def _triton_why_not(**tensors: Tensor) -> str | None:
     """NVIDIA sm_80 or newer (or the interpreter on a CPU), bf16, fp16 or fp32."""
     try:
-        from es2fast.ops.interpreter import INTERPRETED
+        from es2fast.ops.triton_rows import INTERPRETED
     except ImportError as error:
         return f"triton cannot be imported ({error})"
     wide = _float64_why_not(tensors)
@@ -61,7 +61,7 @@ WHY_NOT: dict[str, Callable[..., str | None]] = {
 DEFAULT = {"cuda": "triton", "cpu": "native"}
 
 
-def choose(name: str | None, **tensors: Tensor | None) -> str:
+def choose_backend(name: str | None, **tensors: Tensor | None) -> str:
     """The backend by name, or by the first tensor's device when ``name`` is None.
 
     Args:

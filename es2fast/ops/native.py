@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from es2fast.ops.linear_kl.chunked import Gemms
+from es2fast.ops.gemms import Gemms
 
 BUILD = "pip install --no-build-isolation ."
 

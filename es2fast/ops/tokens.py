@@ -1,6 +1,7 @@
-"""What the fused losses over tokens share: checks, packing of the valid tokens, reduction.
+"""What the fused losses over tokens share: packing of the valid tokens, reduction.
 
-Tokens of weight zero are left out before any GEMM (:func:`pack`); the others' losses are combined
+Tokens of weight zero are left out before any GEMM (:func:`pack`,
+:class:`PackedTokens`); the others' losses are combined
 as "mean" ``sum(w_i l_i) / sum(w_i)`` (0 when all weights are 0), "sum" or "none", the (N,) values
 ``w_i l_i`` (:func:`row_scale`, :func:`reduce_rows`). Gradients are made in the forward pass already
 scaled by the row's factor, and only multiplied by ``grad_output`` afterwards.
@@ -12,102 +13,9 @@ import torch
 from torch import Tensor
 
 REDUCTIONS = ("mean", "sum", "none")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 GPU_CHUNK = 1024  # fills the SMs of a big GPU in dX
 GPU_CHUNK_TRAINABLE = 2048  # fewer passes over the float32 dW
 CPU_CHUNK = 256
-
-
-# --- checks ---------------------------------------------------------------------------------------
-
-
-def refuse(condition: bool, message: str) -> None:
-    """ValueError with ``message`` when ``condition`` holds."""
-    if condition:
-        raise ValueError(message)
-
-
-def check_matrix(name: str, tensor: Tensor) -> None:
-    """Two dimensions and a floating dtype that the ops know."""
-    refuse(
-        tensor.dim() != 2,
-        f"{name} has shape {tuple(tensor.shape)}: expected two dimensions; flatten batch and "
-        "sequence into tokens first",
-    )
-    refuse(tensor.dtype not in DTYPES, f"{name} has dtype {tensor.dtype}: expected one of {DTYPES}")
-
-
-def check_bias(side: str, weight: Tensor, bias: Tensor | None) -> None:
-    """One entry per row of the head."""
-    refuse(
-        bias is not None and tuple(bias.shape) != (weight.shape[0],),
-        f"{side}bias has shape {None if bias is None else tuple(bias.shape)}: expected "
-        f"({weight.shape[0]},), one entry per row of {side}weight",
-    )
-
-
-def check_head(
-    side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, half_head: bool = False
-) -> None:
-    """Shapes and dtypes of one side; ``half_head``: bf16 states may meet an fp16 head."""
-    check_matrix(f"{side}hidden", hidden)
-    check_matrix(f"{side}weight", weight)
-    refuse(
-        hidden.shape[1] != weight.shape[1],
-        f"{side}hidden is {hidden.shape[1]} wide and {side}weight {weight.shape[1]}: a head of "
-        "another width needs its own teacher_weight; a sharded (ZeRO-3) one must be gathered first",
-    )
-    refuse(
-        hidden.dtype != weight.dtype
-        and not (half_head and (hidden.dtype, weight.dtype) == (torch.bfloat16, torch.float16)),
-        f"{side}hidden is {hidden.dtype} and {side}weight {weight.dtype}: cast one of them, for "
-        f"instance {side}hidden.to({weight.dtype})",
-    )
-    for name, other in ((f"{side}weight", weight), (f"{side}bias", bias)):
-        refuse(
-            other is not None and other.device != hidden.device,
-            f"{name} is on {None if other is None else other.device} and {side}hidden on "
-            f"{hidden.device}: move one of them",
-        )
-    check_bias(side, weight, bias)
-
-
-def check_tokens(token_weights: Tensor | None, max_valid_tokens: int | None, n: int) -> None:
-    """One constant weight per token, and a bound on their number only with them."""
-    if token_weights is None:
-        refuse(
-            max_valid_tokens is not None,
-            f"max_valid_tokens={max_valid_tokens} without token_weights: pass both or neither",
-        )
-        return
-    refuse(
-        tuple(token_weights.shape) != (n,),
-        f"token_weights has shape {tuple(token_weights.shape)}: expected ({n},), one per token",
-    )
-    refuse(
-        token_weights.requires_grad,
-        "token_weights requires grad: weights are constants; pass token_weights.detach(), or "
-        "reduction='none' and weigh the result",
-    )
-    refuse(
-        token_weights.is_complex(), f"token_weights has dtype {token_weights.dtype}: expected float"
-    )
-
-
-def vocabulary(weight: Tensor, teacher_weight: Tensor | None, vocab_size: int | None) -> int:
-    """The number of real tokens, within both heads."""
-    sizes = [w.shape[0] for w in (weight, teacher_weight) if w is not None]
-    refuse(
-        vocab_size is None and min(sizes) != max(sizes),
-        f"weight has {sizes[0]} rows and teacher_weight {sizes[-1]}: name the real tokens' "
-        "number as vocab_size (rows beyond it are padding)",
-    )
-    vocab = sizes[0] if vocab_size is None else vocab_size
-    refuse(
-        not 1 <= vocab <= min(sizes),
-        f"vocab_size={vocab}: expected 1 to {min(sizes)}, the rows of the smaller head",
-    )
-    return vocab
 
 
 # --- packing --------------------------------------------------------------------------------------
@@ -131,6 +39,45 @@ def pack(
     overflow = (weights != 0).sum() > index.shape[0]
     kept = weights.index_select(0, index)
     return index, torch.where(overflow, float("nan"), kept)
+
+
+class PackedTokens:
+    """Tokens of which ``index`` count, each with the factor ``scale``; every problem is one."""
+
+    hidden: Tensor  # (N, H)
+    index: Tensor | None  # (M,) rows that count; None: all
+    scale: Tensor  # (M,) factor of each row's gradient, in the accumulation dtype
+
+    @property
+    def rows(self) -> int:
+        return self.scale.shape[0]
+
+    @property
+    def accum_dtype(self) -> torch.dtype:
+        return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+
+    @property
+    def saved_dtype(self) -> torch.dtype:
+        """What dX is kept in until backward."""
+        return saved_dtype(self.hidden)
+
+    def take(self, tensor: Tensor, start: int, stop: int) -> Tensor:
+        """Rows ``start:stop`` of the packed tokens of ``tensor``, contiguous."""
+        if self.index is None:
+            return tensor[start:stop].contiguous()
+        return tensor.index_select(0, self.index[start:stop])
+
+    def empty_dx(self) -> Tensor:
+        """(N, H) for dX; zero where a token does not count."""
+        make = torch.empty if self.index is None else torch.zeros
+        return make(self.hidden.shape, dtype=self.saved_dtype, device=self.hidden.device)
+
+    def put(self, dx: Tensor, start: int, stop: int, rows: Tensor) -> None:
+        """Write the packed rows ``start:stop`` of dX."""
+        if self.index is None:
+            dx[start:stop] = rows
+        else:
+            dx.index_copy_(0, self.index[start:stop], rows.to(dx.dtype))
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from es2fast.config import DataConfig
-from es2fast.data import Prompt, load_groups, normalise
+from es2fast.data import Prompt, load_groups, normalise_prompt
 from es2fast.errors import UserError
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
@@ -24,13 +24,13 @@ def files(folder: Path, **groups: list[str]) -> DataConfig:
     return DataConfig(**{name: str(folder / f"{name}.txt") for name in groups})
 
 
-def test_normalise():
-    assert normalise("  How   do I\tbake?! ") == "how do i bake"
-    assert normalise("ﬁne Ｔext…") == normalise("FINE text")
-    assert normalise("Straße") == normalise("STRASSE")
-    assert normalise("??") == "??"
-    assert normalise("what?now") == "what?now"
-    assert normalise("one") != normalise("two")
+def test_normalise_prompt():
+    assert normalise_prompt("  How   do I\tbake?! ") == "how do i bake"
+    assert normalise_prompt("ﬁne Ｔext…") == normalise_prompt("FINE text")
+    assert normalise_prompt("Straße") == normalise_prompt("STRASSE")
+    assert normalise_prompt("??") == "??"
+    assert normalise_prompt("what?now") == "what?now"
+    assert normalise_prompt("one") != normalise_prompt("two")
 
 
 def test_system_messages_do_not_make_a_prompt_another_one():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from es2fast import linear_kl_div
-from es2fast.ops.backends import choose
+from es2fast.ops.backends import choose_backend
 from tests.ops.linear_kl_matrix import (
     BF16,
     DIRECTIONS,
@@ -28,7 +28,7 @@ pytestmark = [
 @pytest.fixture(params=("triton", "torch"))
 def backend(request) -> str:
     try:
-        return choose(request.param, hidden=torch.empty(1, 1, device="cuda"))
+        return choose_backend(request.param, hidden=torch.empty(1, 1, device="cuda"))
     except ValueError as error:
         pytest.skip(str(error))
 
@@ -79,7 +79,7 @@ def test_equal_inputs_give_exactly_zero(backend, direction):
 
 
 def test_default_is_triton_and_repeats_bit_by_bit():
-    assert choose(None, hidden=torch.empty(1, 1, device="cuda")) == "triton"
+    assert choose_backend(None, hidden=torch.empty(1, 1, device="cuda")) == "triton"
     problem = make_problem(BF16, n=3000, h=512, v=5003, separate=True).to("cuda")
     first, second = run(problem, None), run(problem, None)
     for a, b in ((first.loss, second.loss), (first.dx, second.dx), (first.dw, second.dw)):

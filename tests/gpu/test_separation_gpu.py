@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from es2fast import pairwise_distance_stats, pairwise_separation
-from es2fast.ops.backends import choose
+from es2fast.ops.backends import choose_backend
 from tests.ops.separation_matrix import (
     BF16,
     CASES,
@@ -28,7 +28,7 @@ SHAPES = {"small": (37, 53, 129), "GEMM": (300, 517, 1000), "aligned": (512, 256
 @pytest.fixture(params=("triton", "torch"))
 def backend(request) -> str:
     try:
-        return choose(request.param, harmful=torch.empty(1, 1, device="cuda"))
+        return choose_backend(request.param, harmful=torch.empty(1, 1, device="cuda"))
     except ValueError as error:
         pytest.skip(str(error))
 
@@ -70,7 +70,7 @@ def test_repeats_bit_by_bit(backend, case, n):
 
 
 def test_default_is_triton():
-    assert choose(None, harmful=torch.empty(1, 1, device="cuda")) == "triton"
+    assert choose_backend(None, harmful=torch.empty(1, 1, device="cuda")) == "triton"
 
 
 @pytest.mark.parametrize("n", (64, 1000))

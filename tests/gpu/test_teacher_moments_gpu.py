@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from es2fast import half_head, moment_kl_div, teacher_moments
-from es2fast.ops.backends import choose
+from es2fast.ops.backends import choose_backend
 from tests.ops.linear_kl_matrix import BF16, FP16, FP32, at_divergence, make_problem
 from tests.ops.moments_matrix import check, moments_of, options_without_softcap, run
 
@@ -20,7 +20,7 @@ SHAPE = dict(n=35, h=257, v=2003, chunk_tokens=17)
 @pytest.fixture(params=("triton", "torch"))
 def backend(request) -> str:
     try:
-        return choose(request.param, hidden=torch.empty(1, 1, device="cuda"))
+        return choose_backend(request.param, hidden=torch.empty(1, 1, device="cuda"))
     except ValueError as error:
         pytest.skip(str(error))
 
@@ -55,7 +55,7 @@ def test_large_vocabulary(backend, v):
 
 
 def test_default_is_triton_and_repeats_bit_by_bit():
-    assert choose(None, hidden=torch.empty(1, 1, device="cuda")) == "triton"
+    assert choose_backend(None, hidden=torch.empty(1, 1, device="cuda")) == "triton"
     problem = make_problem(BF16, n=3000, h=512, v=5003).to("cuda")
     moments = moments_of(problem)
     first, second = (run(problem, None, moments=moments) for _ in range(2))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from es2fast import Whitening, pairwise_distance_stats
-from es2fast.ops.separation.op import distance_stats
+from es2fast.ops.separation import distance_stats
 
 
 def groups(dtype: torch.dtype, n: int, m: int, mean: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from es2fast import linear_kl_div
-from es2fast.ops.backends import choose
+from es2fast.ops.backends import choose_backend
 from tests.ops.linear_kl_matrix import (
     BF16,
     DIRECTIONS,
@@ -34,7 +34,7 @@ SWEEP = (0.4, 2e-2, 2e-3, 1e-4, 1e-6)
 
 def _skip_unless_usable(name: str) -> str:
     try:
-        return choose(name, hidden=torch.empty(1, 1))
+        return choose_backend(name, hidden=torch.empty(1, 1))
     except ValueError as error:
         pytest.skip(f"{error} (test_linear_kl_triton.py covers it in the interpreter)")
 

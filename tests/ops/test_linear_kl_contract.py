@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from es2fast import linear_kl_div
-from es2fast.ops import native
-from es2fast.ops.backends import choose
-from es2fast.ops.linear_kl.op import chunked as linear_kl_chunked
+from es2fast.ops import gemms, native
+from es2fast.ops.backends import choose_backend
+from es2fast.ops.linear_kl import chunked as linear_kl_chunked
 from es2fast.ops.linear_kl.rows import KLSpec
 from tests.ops.linear_kl_matrix import BF16, FP16, FP32, make_problem
 
@@ -129,7 +129,8 @@ def test_gemms_of_a_gpu_by_their_shape_functions(monkeypatch, dtype, shared):
 
     ``has_mixed_gemm`` is what says that 16-bit matrices multiply into float32 here.
     """
-    monkeypatch.setattr(linear_kl_chunked, "has_mixed_gemm", lambda x: True)
+    for module in (gemms, linear_kl_chunked):
+        monkeypatch.setattr(module, "has_mixed_gemm", lambda x: True)
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -158,5 +159,5 @@ def test_only_vectorized_rows_go_to_the_tile_fused_kernel():
 
 def test_default_backend_on_cpu_is_native_where_it_can_be():
     built = native.why_missing() is None
-    assert choose(None, hidden=torch.empty(1, 1)) == ("native" if built else "torch")
-    assert choose(None, hidden=torch.empty(1, 1, dtype=torch.float64)) == "torch"
+    assert choose_backend(None, hidden=torch.empty(1, 1)) == ("native" if built else "torch")
+    assert choose_backend(None, hidden=torch.empty(1, 1, dtype=torch.float64)) == "torch"

@@ -21,7 +21,7 @@ if triton.knobs.runtime.interpret:
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from es2fast.ops.interpreter import linear_kl as kernels  # noqa: E402
+from es2fast.ops.linear_kl import triton as kernels  # noqa: E402
 from es2fast.ops.linear_kl.chunked import KLProblem, run_chunked  # noqa: E402
 from es2fast.ops.linear_kl.rows import KLSpec  # noqa: E402
 

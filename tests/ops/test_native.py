@@ -12,6 +12,7 @@ import torch
 
 from es2fast.ops import native
 from tests.ops.linear_kl_matrix import BF16, FP16, FP32, make_problem, relative, run
+from tests.ops.moments_matrix import moments_of
 from tests.ops.moments_matrix import run as run_moments
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,12 +79,13 @@ def test_one_thread_and_two_give_the_same_bits(dtype: torch.dtype) -> None:
 @built
 def test_one_thread_and_two_give_the_same_moments_loss() -> None:
     problem = make_problem(BF16, n=70, h=130, v=1001, chunk_tokens=32)
+    moments = moments_of(problem)  # made once, by torch's own GEMMs
     threads = torch.get_num_threads()
     try:
         outcomes = []
         for count in (1, 2):
             torch.set_num_threads(count)
-            outcomes.append(run_moments(problem, "native"))
+            outcomes.append(run_moments(problem, "native", moments=moments))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(outcomes[0].loss, outcomes[1].loss)

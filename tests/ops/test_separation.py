@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from es2fast import pairwise_separation
-from es2fast.ops.backends import WHY_NOT, choose
+from es2fast.ops.backends import WHY_NOT, choose_backend
 from tests.ops.separation_matrix import (
     BF16,
     CASES,
@@ -37,7 +37,7 @@ def backend(request, monkeypatch) -> str:
     """Triton twice: small groups have kernels of their own, which ``triton gemm`` turns off."""
     name = request.param.split()[0]
     try:
-        chosen = choose(name, harmful=torch.empty(1, 1))
+        chosen = choose_backend(name, harmful=torch.empty(1, 1))
     except ValueError as error:
         pytest.skip(f"{error} (test_separation_triton.py covers it in the interpreter)")
     if request.param == "triton gemm":
@@ -51,9 +51,9 @@ def backend(request, monkeypatch) -> str:
 
 
 def triton_config(block: int, num_warps: int):
-    from es2fast.ops.separation.triton import Config
+    from es2fast.ops.separation.triton import LaunchConfig
 
-    return Config(block, num_warps)
+    return LaunchConfig(block, num_warps)
 
 
 def few(backend: str, case: str, cases: tuple[str, ...] = ("hinge", "log")) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from es2fast import half_head, moment_kl_div, teacher_moments
-from es2fast.ops.backends import choose
+from es2fast.ops.backends import choose_backend
 from es2fast.ops.moments.chunked import head_input, split_gradient
 from tests.ops.linear_kl_matrix import (
     BF16,
@@ -30,7 +30,7 @@ PEAKED, FLAT = 7.0, 0.5  # standard deviation of the logits
 
 def _usable(name: str) -> str:
     try:
-        return name if name == "rounded" else choose(name, hidden=torch.empty(1, 1))
+        return name if name == "rounded" else choose_backend(name, hidden=torch.empty(1, 1))
     except ValueError as error:
         pytest.skip(f"{error} (test_teacher_moments_triton.py covers it in the interpreter)")
 
@@ -194,7 +194,7 @@ def test_masked_tokens_and_padding_are_not_computed(backend):
 
 
 def test_default_backend_on_a_cpu_has_a_row_pass():
-    assert choose(None, hidden=torch.empty(1, 1)) in ("torch", "native")
+    assert choose_backend(None, hidden=torch.empty(1, 1)) in ("torch", "native")
 
 
 def test_chunks_do_not_matter(backend):

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from es2fast.ops import native
 from es2fast.ops.linear_kl.chunked import KLProblem, KLResult, RowGradient, run_chunked
+from es2fast.ops.linear_kl.rows import DIRECTION
 
 # G is rounded to bfloat16 from this many tokens on, where its roundings average out: at most 0.29 %
 # in a gradient over sweeps at 64 tokens and more, against 0.42 % with three. Where the weights let
 # one of many tokens decide the gradient they do not, and 0.44 % was seen (0.24 % with a float32 G).
 HALF_ROWS = 64
-DIRECTION = {"forward": 0, "reverse": 1, "jsd": 2}
 
 
 def kl_row_pass(

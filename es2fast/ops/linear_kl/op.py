@@ -20,32 +20,28 @@ autograd glue, as one ``torch.library.custom_op`` (torch.compile sees one node).
 """
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from es2fast.ops import backends
+from es2fast.ops.arguments import Arguments
+from es2fast.ops.checks import check_head, check_tokens, refuse, vocabulary
 from es2fast.ops.linear_kl.chunked import KLProblem, KLResult, run_torch
 from es2fast.ops.linear_kl.native import run_native
-from es2fast.ops.linear_kl.rows import KLSpec
+from es2fast.ops.linear_kl.rows import DIRECTION, KLSpec
 from es2fast.ops.tokens import (
     REDUCTIONS,
-    check_head,
-    check_tokens,
     default_chunk,
     pack,
     reduce_rows,
-    refuse,
     row_scale,
     saved_dtype,
     scale_gradient,
-    vocabulary,
     without_autocast,
 )
-
-DIRECTIONS = ("forward", "reverse", "jsd")
-
 
 # --- backends -------------------------------------------------------------------------------------
 
@@ -114,7 +110,9 @@ def _check_teacher(
 def _check_options(
     direction: str, beta: float, temperature: float, softcap: float | None, reduction: str
 ) -> None:
-    refuse(direction not in DIRECTIONS, f"direction={direction!r}: expected one of {DIRECTIONS}")
+    refuse(
+        direction not in DIRECTION, f"direction={direction!r}: expected one of {tuple(DIRECTION)}"
+    )
     refuse(reduction not in REDUCTIONS, f"reduction={reduction!r}: expected one of {REDUCTIONS}")
     refuse(not temperature > 0, f"temperature={temperature}: expected a positive number")
     refuse(
@@ -203,29 +201,29 @@ def linear_kl_div(
         f"chunk_tokens={chunk_tokens}: expected a positive number, or None for the default",
     )
     vocab = vocabulary(weight, teacher_weight, vocab_size)
-    chosen = backends.choose(backend, hidden=hidden, teacher_weight=teacher_weight)
+    chosen = backends.choose_backend(backend, hidden=hidden, teacher_weight=teacher_weight)
     grad = torch.is_grad_enabled()
     outputs = torch.ops.es2fast.linear_kl(
-        hidden,
-        weight,
-        bias,
-        teacher_hidden,
-        teacher_weight,
-        teacher_bias,
-        token_weights,
-        max_valid_tokens,
-        direction,
-        float(beta),
-        float(temperature),
-        float(logit_scale),
-        None if softcap is None else float(softcap),
-        vocab,
-        reduction,
-        chunk_tokens,
-        chosen,
-        grad and hidden.requires_grad,
-        grad and weight.requires_grad,
-        grad and bias is not None and bias.requires_grad,
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        teacher_hidden=teacher_hidden,
+        teacher_weight=teacher_weight,
+        teacher_bias=teacher_bias,
+        token_weights=token_weights,
+        max_valid_tokens=max_valid_tokens,
+        direction=direction,
+        beta=float(beta),
+        temperature=float(temperature),
+        logit_scale=float(logit_scale),
+        softcap=None if softcap is None else float(softcap),
+        vocab=vocab,
+        reduction=reduction,
+        chunk_tokens=chunk_tokens,
+        backend=chosen,
+        need_dx=grad and hidden.requires_grad,
+        need_dw=grad and weight.requires_grad,
+        need_db=grad and bias is not None and bias.requires_grad,
     )
     return outputs[0]
 
@@ -245,8 +243,7 @@ def _padded(gradient: Tensor | None, like: Tensor | None) -> Tensor:
     return full
 
 
-@torch.library.custom_op("es2fast::linear_kl", mutates_args=())
-def _linear_kl(
+def _run(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -295,34 +292,49 @@ def _linear_kl(
     return loss, dx, _padded(result.dw, weight), _padded(result.db, bias)
 
 
+ARGUMENTS = Arguments(_run)
+TENSORS = ("hidden", "weight", "bias", "teacher_hidden", "teacher_weight", "teacher_bias",
+           "token_weights")  # fmt: skip
+TRAINED = ("hidden", "weight", "bias")  # in the order of the op's gradients
+
+_linear_kl = torch.library.custom_op("es2fast::linear_kl", mutates_args=())(_run)
+
+
+def _wanted(a: SimpleNamespace) -> dict[str, Tensor]:
+    """The tensors whose gradients are needed, by name."""
+    needs = zip(TRAINED, (a.need_dx, a.need_dw, a.need_db))
+    return {name: getattr(a, name) for name, needed in needs if needed}
+
+
 @_linear_kl.register_fake
-def _(hidden, weight, bias, *rest):
-    reduction, (need_dx, need_dw, need_db) = rest[-6], rest[-3:]
-    accum = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    shape = (hidden.shape[0],) if reduction == "none" else ()
+def _(*inputs):
+    a = ARGUMENTS.named(inputs)
+    wanted = _wanted(a)
+    accum = torch.float64 if a.hidden.dtype == torch.float64 else torch.float32
+    shape = (a.hidden.shape[0],) if a.reduction == "none" else ()
     return (
-        hidden.new_empty(shape, dtype=accum),
+        a.hidden.new_empty(shape, dtype=accum),
         *(
             torch.empty(like.shape, dtype=saved_dtype(like), device=like.device)
-            if needed
+            if (like := wanted.get(name)) is not None
             else torch.empty(0)
-            for like, needed in ((hidden, need_dx), (weight, need_dw), (bias, need_db))
+            for name in TRAINED
         ),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
-    _, dx, dw, db = output
-    ctx.reduction, ctx.needs = inputs[-6], inputs[-3:]
-    ctx.count = len(inputs)
-    ctx.dtypes = [None if t is None else t.dtype for t in inputs[:3]]
-    ctx.recompute = ctx.reduction == "none" and (ctx.needs[1] or ctx.needs[2])
+    _, *gradients = output
+    a = ARGUMENTS.named(inputs)
+    ctx.reduction = a.reduction
+    ctx.dtypes = {name: tensor.dtype for name, tensor in _wanted(a).items()}
+    ctx.recompute = a.reduction == "none" and (a.need_dw or a.need_db)
     if ctx.recompute:
-        ctx.options = inputs[7:]
-        ctx.save_for_backward(*inputs[:7])
+        ctx.options = {name: value for name, value in vars(a).items() if name not in TENSORS}
+        ctx.save_for_backward(*(getattr(a, name) for name in TENSORS))
     else:
-        ctx.save_for_backward(dx, dw, db)
+        ctx.save_for_backward(*gradients)
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
@@ -331,28 +343,27 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
             "linear_kl_div has no second derivatives (create_graph=True): use "
             "es2fast.ops.reference.linear_kl_div_reference where they are needed"
         )
-    gradients: list[Tensor | None] = [None] * ctx.count
     if grad_loss is None:
-        return tuple(gradients)
-    if ctx.recompute:
-        made, factor = _recompute(ctx, grad_loss), None
-    else:
-        made, factor = ctx.saved_tensors, grad_loss
-    for i in range(3):
-        if ctx.needs[i] and factor is not None:
-            gradients[i] = scale_gradient(made[i], factor, ctx.reduction, ctx.dtypes[i])
-        elif ctx.needs[i]:
-            gradients[i] = made[i].to(ctx.dtypes[i])
-    return tuple(gradients)
+        return ARGUMENTS.gradients()
+    made = dict(zip(TRAINED, _recompute(ctx, grad_loss) if ctx.recompute else ctx.saved_tensors))
+    if ctx.recompute:  # with grad_loss among the weights
+        return ARGUMENTS.gradients(**{n: made[n].to(dtype) for n, dtype in ctx.dtypes.items()})
+    return ARGUMENTS.gradients(
+        **{
+            name: scale_gradient(made[name], grad_loss, ctx.reduction, dtype)
+            for name, dtype in ctx.dtypes.items()
+        }
+    )
 
 
 def _recompute(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of sum_i grad_i w_i KL_i, for reduction "none" with a trainable head."""
-    *tensors, token_weights = ctx.saved_tensors
-    device_weights = 1.0 if token_weights is None else token_weights.to(grad_loss.device)
-    options = list(ctx.options)
-    options[0], options[-6] = None, "sum"
-    return torch.ops.es2fast.linear_kl(*tensors, grad_loss * device_weights, *options)[1:]
+    tensors = dict(zip(TENSORS, ctx.saved_tensors))
+    weights = tensors["token_weights"]
+    device_weights = 1.0 if weights is None else weights.to(grad_loss.device)
+    tensors["token_weights"] = grad_loss * device_weights
+    options = ctx.options | dict(max_valid_tokens=None, reduction="sum")
+    return torch.ops.es2fast.linear_kl(**tensors, **options)[1:]
 
 
 _linear_kl.register_autograd(_backward, setup_context=_setup_context)

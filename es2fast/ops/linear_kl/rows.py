@@ -29,13 +29,14 @@ from torch import Tensor
 
 SERIES_BELOW = 0.5  # |u| under which e^u - 1 - u is a polynomial; above, it is subtracted
 DIRECT_TOLERANCE = 1e-5  # where the two forms of the value differ by more, times |logits|, direct
+DIRECTION = {"forward": 0, "reverse": 1, "jsd": 2}  # the numbers of csrc/kernels.h
 
 
 @dataclass(frozen=True)
 class KLSpec:
     """Everything about the divergence that is not a tensor."""
 
-    direction: str = "forward"
+    direction: str = "forward"  # a key of DIRECTION
     beta: float = 0.5
     temperature: float = 1.0
     logit_scale: float = 1.0

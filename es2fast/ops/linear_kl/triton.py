@@ -28,28 +28,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from es2fast.ops.interpreter import INTERPRETED
-from es2fast.ops.linear_kl.chunked import (
-    KLProblem,
-    KLResult,
-    RowGradient,
-    run_chunked,
+from es2fast.ops.linear_kl.chunked import KLProblem, KLResult, RowGradient, run_chunked
+from es2fast.ops.linear_kl.rows import DIRECTION, merge_partials
+from es2fast.ops.triton_rows import (
+    INTERPRETED,
+    ROW_CONFIG_INTERPRETED,
+    RowConfig,
+    gradient_place,
+    rounded,
 )
-from es2fast.ops.linear_kl.rows import merge_partials
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
-DIRECTION = {"forward": 0, "reverse": 1, "jsd": 2}
 STATISTICS = 6
-
-
-@dataclass(frozen=True)
-class RowConfig:
-    """Launch configuration of ``row_kernel``."""
-
-    block: int = 2048  # columns per tile
-    num_warps: int = 8
-    max_registers: int | None = None  # per thread; None: ptxas decides
-    stages: int = 3  # tiles in flight: the loads of the next ones hide behind this one's sums
 
 
 @dataclass(frozen=True)
@@ -65,7 +55,6 @@ class FusedConfig:
     max_registers: int | None = None  # per thread; 255 is no bound, but see fused_config
 
 
-ROW_CONFIG_INTERPRETED = RowConfig(block=512)
 FUSED_CONFIG_INTERPRETED = FusedConfig(16, 512, 64, 4, 1, 2)
 
 
@@ -152,7 +141,7 @@ def _tanh(x):
 
 @triton.jit
 def _transform(raw_t, raw_s, gain, cap_in, cap_out, IS_DELTA: tl.constexpr, SOFTCAP: tl.constexpr):
-    """(z_t, z_s - z_t, dz_s/draw_s) from raw logits; see linear_kl_rows.head_transform."""
+    """(z_t, z_s - z_t, dz_s/draw_s) from raw logits; see rows.head_transform."""
     raw_d = raw_s if IS_DELTA else raw_s - raw_t
     if SOFTCAP:
         x_t = raw_t * cap_in
@@ -258,16 +247,6 @@ def _jsd_terms(r, log_t, beta):
     value_near = p_t * tl.where(tl.abs(w) < 0.1, _jsd_near(w, a), by_parts)
     value = tl.where(is_near, value_near, beta * p_t * log_tm + a * p_s * log_sm)
     return value, p_s, log_sm
-
-
-@triton.jit
-def _rounded(x, dtype: tl.constexpr):
-    """x in ``dtype``, to nearest even. The interpreter truncates to bfloat16: round the bits."""
-    if _INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        x = bits.to(tl.float32, bitcast=True)
-    return x.to(dtype)
 
 
 @triton.jit
@@ -461,7 +440,7 @@ def row_kernel(
                 g = (1.0 - beta) * p_s * (log_sm - mean)
             g = g * (slope * scale)
             tl.debug_barrier()  # this tile has been read by every thread before G overwrites it
-            tl.store(g_row + cols, _rounded(g, g_ptr.dtype.element_ty), mask=cols < pitch)
+            tl.store(g_row + cols, rounded(g, g_ptr.dtype.element_ty), mask=cols < pitch)
 
 
 @triton.jit
@@ -578,15 +557,6 @@ def _biases(p: KLProblem) -> tuple[Tensor | None, Tensor | None]:
     )
 
 
-def _gradient_place(zs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where G goes: over the student's logits, 16-bit ones into the upper half of each row."""
-    if dtype == torch.float32:
-        return zs
-    pitch, vocab = zs.stride(0), zs.shape[1]
-    halves = zs.as_strided((zs.shape[0], pitch), (pitch, 1)).view(dtype)
-    return halves[:, pitch : pitch + vocab]
-
-
 def _common_unit(scale: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Power of two u such that G / u uses float16's range; computed on the device, no sync."""
     if dtype != torch.float16:
@@ -604,7 +574,7 @@ def _row_pass(
     dtype = p.hidden.dtype
     unit = _common_unit(p.scale, dtype) if p.need_grad else None
     row_unit = p.need_grad and dtype == torch.float16 and p.spec.direction == "reverse"
-    g = _gradient_place(zs, dtype) if p.need_grad else zs
+    g = gradient_place(zs, dtype) if p.need_grad else zs
     loss = torch.empty(count, dtype=torch.float32, device=zt.device)
     units = torch.empty_like(loss) if row_unit else loss
     stats = torch.empty(count, STATISTICS, dtype=torch.float32, device=zt.device)

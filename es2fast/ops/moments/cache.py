@@ -25,12 +25,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from es2fast.ops.tokens import refuse
+from es2fast.ops.checks import HALVES, refuse
 
 FORMAT = "es2fast-teacher-moments"
 VERSION = 1
 SAMPLED_ROWS = 16
-HALVES = (torch.bfloat16, torch.float16)
 TENSORS = ("tail_moment", "top_ids", "top_probs", "tail_sums")
 
 

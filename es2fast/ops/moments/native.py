@@ -12,7 +12,7 @@ from es2fast.ops.moments.chunked import MomentProblem, run_moments
 def moment_row_pass(
     zs: Tensor, row_gain: Tensor, top_ids: Tensor, top_probs: Tensor, p: MomentProblem
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The row pass (contract in teacher_moments_chunked), G in bfloat16 for a bfloat16 GEMM."""
+    """The row pass (contract in moments.chunked), G in bfloat16 for a bfloat16 GEMM."""
     half = native.HAS_GEMM_BF16 and p.weight.dtype == torch.bfloat16
     row_max, row_sum = torch.ops.es2fast.native_moment_rows(
         zs,

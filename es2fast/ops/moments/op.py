@@ -27,23 +27,26 @@ import torch
 from torch import Tensor
 
 from es2fast.ops import backends
+from es2fast.ops.arguments import Arguments
+from es2fast.ops.checks import (
+    check_bias,
+    check_head,
+    check_matrix,
+    check_tokens,
+    refuse,
+    vocabulary,
+)
 from es2fast.ops.moments.cache import TeacherMoments, head_fingerprint
 from es2fast.ops.moments.chunked import MomentProblem, make_moments, run_torch
 from es2fast.ops.moments.native import run_native
 from es2fast.ops.tokens import (
     REDUCTIONS,
-    check_bias,
-    check_head,
-    check_matrix,
-    check_tokens,
     default_chunk,
     pack,
     reduce_rows,
-    refuse,
     row_scale,
     saved_dtype,
     scale_gradient,
-    vocabulary,
     without_autocast,
 )
 
@@ -54,7 +57,7 @@ def _run_triton(problem: MomentProblem) -> tuple[Tensor, Tensor | None]:
     return run_triton(problem)
 
 
-# The row passes' contract stands in teacher_moments_chunked.
+# The row passes' contract stands in chunked.py.
 RUN: dict[str, Callable[[MomentProblem], tuple[Tensor, Tensor | None]]] = {
     "torch": run_torch,
     "triton": _run_triton,
@@ -258,29 +261,28 @@ def moment_kl_div(
     check_tokens(token_weights, max_valid_tokens, hidden.shape[0])
     _check_chunk(chunk_tokens)
     return torch.ops.es2fast.moment_kl(
-        hidden,
-        weight.detach(),
-        None if bias is None else bias.detach(),
-        moments.tail_moment,
-        moments.top_ids,
-        moments.top_probs,
-        moments.tail_sums,
-        token_weights,
-        max_valid_tokens,
-        moments.logit_scale / moments.temperature,
-        moments.vocab_size,
-        reduction,
-        chunk_tokens,
-        backends.choose(backend, hidden=hidden),
-        torch.is_grad_enabled() and hidden.requires_grad,
+        hidden=hidden,
+        weight=weight.detach(),
+        bias=None if bias is None else bias.detach(),
+        tail_moment=moments.tail_moment,
+        top_ids=moments.top_ids,
+        top_probs=moments.top_probs,
+        tail_sums=moments.tail_sums,
+        token_weights=token_weights,
+        max_valid_tokens=max_valid_tokens,
+        gain=moments.logit_scale / moments.temperature,
+        vocab=moments.vocab_size,
+        reduction=reduction,
+        chunk_tokens=chunk_tokens,
+        backend=backends.choose_backend(backend, hidden=hidden),
+        need_dx=torch.is_grad_enabled() and hidden.requires_grad,
     )[0]
 
 
 # --- the custom op --------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("es2fast::moment_kl", mutates_args=())
-def _moment_kl(
+def _run(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -321,20 +323,26 @@ def _moment_kl(
     return loss, torch.empty(0) if dx is None else dx
 
 
+ARGUMENTS = Arguments(_run)
+
+_moment_kl = torch.library.custom_op("es2fast::moment_kl", mutates_args=())(_run)
+
+
 @_moment_kl.register_fake
-def _(hidden, *rest):
-    reduction, need_dx = rest[-4], rest[-1]
-    accum = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    shape = (hidden.shape[0],) if reduction == "none" else ()
-    dx = torch.empty(hidden.shape, dtype=saved_dtype(hidden), device=hidden.device)
-    return hidden.new_empty(shape, dtype=accum), dx if need_dx else torch.empty(0)
+def _(*inputs):
+    a = ARGUMENTS.named(inputs)
+    accum = torch.float64 if a.hidden.dtype == torch.float64 else torch.float32
+    shape = (a.hidden.shape[0],) if a.reduction == "none" else ()
+    dx = torch.empty(a.hidden.shape, dtype=saved_dtype(a.hidden), device=a.hidden.device)
+    return a.hidden.new_empty(shape, dtype=accum), dx if a.need_dx else torch.empty(0)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
-    ctx.reduction, ctx.need_dx = inputs[-4], inputs[-1]
-    ctx.count, ctx.dtype = len(inputs), inputs[0].dtype
-    ctx.save_for_backward(output[1])
+    _, dx = output
+    a = ARGUMENTS.named(inputs)
+    ctx.reduction, ctx.need_dx, ctx.dtype = a.reduction, a.need_dx, a.hidden.dtype
+    ctx.save_for_backward(dx)
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
@@ -343,11 +351,10 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
             "moment_kl_div has no second derivatives (create_graph=True): use "
             "es2fast.ops.reference.linear_kl_div_reference where they are needed"
         )
-    rest = (None,) * (ctx.count - 1)
     if grad_loss is None or not ctx.need_dx:
-        return (None, *rest)
+        return ARGUMENTS.gradients()
     (dx,) = ctx.saved_tensors
-    return (scale_gradient(dx, grad_loss, ctx.reduction, ctx.dtype), *rest)
+    return ARGUMENTS.gradients(hidden=scale_gradient(dx, grad_loss, ctx.reduction, ctx.dtype))
 
 
 _moment_kl.register_autograd(_backward, setup_context=_setup_context)

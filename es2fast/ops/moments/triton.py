@@ -19,12 +19,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from es2fast.ops.interpreter import INTERPRETED
-from es2fast.ops.linear_kl.triton import RowConfig, _gradient_place, _rounded
-from es2fast.ops.moments.chunked import HALVES, MomentProblem, grad_unit, run_moments
+from es2fast.ops.checks import HALVES
+from es2fast.ops.moments.chunked import MomentProblem, grad_unit, run_moments
+from es2fast.ops.triton_rows import (
+    INTERPRETED,
+    ROW_CONFIG_INTERPRETED,
+    RowConfig,
+    gradient_place,
+    rounded,
+)
 
 ROW_CONFIG = RowConfig()
-ROW_CONFIG_INTERPRETED = RowConfig(block=512)
 
 
 @triton.jit
@@ -87,11 +92,11 @@ def moment_row_kernel(
             z = _load_logits(zs_row, b_ptr, cols, V, pitch, row_gain, gain, HAS_BIAS)
             g = tl.exp(z - shift) * unit
             tl.debug_barrier()  # this tile has been read by every thread before G overwrites it
-            tl.store(g_row + cols, _rounded(g, g_ptr.dtype.element_ty), mask=cols < pitch)
+            tl.store(g_row + cols, rounded(g, g_ptr.dtype.element_ty), mask=cols < pitch)
         if K > 0:
             g = (tl.exp(top_z - shift) - p_t) * unit
             tl.debug_barrier()  # every column of the sweep is written before an anchor replaces it
-            tl.store(g_row + ids, _rounded(g, g_ptr.dtype.element_ty), mask=ks < K)
+            tl.store(g_row + ids, rounded(g, g_ptr.dtype.element_ty), mask=ks < K)
 
 
 def triton_row_pass(
@@ -100,7 +105,7 @@ def triton_row_pass(
     """Launch ``moment_row_kernel`` on a chunk. G takes the head's dtype, over zs's memory."""
     count, vocab = zs.shape
     dtype = p.weight.dtype if p.weight.dtype in HALVES else zs.dtype
-    g = _gradient_place(zs, dtype) if p.need_dx else zs
+    g = gradient_place(zs, dtype) if p.need_dx else zs
     row_max = torch.empty(count, dtype=torch.float32, device=zs.device)
     row_sum = torch.empty_like(row_max)
     config = ROW_CONFIG_INTERPRETED if INTERPRETED else ROW_CONFIG

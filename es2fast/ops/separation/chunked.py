@@ -33,14 +33,17 @@ CLOSE = 1e-3  # of |a|^2 + |b|^2: Gram's relative error in d^2 is about 3e-7 / C
 TOUCHING = 1e-6  # of |a|^2 + |b|^2: rowsum(C) a - C b cancels to about 1e-4 there
 LOG_FLOOR = 1e-12  # of d / scale: a duplicate pair costs 27.6 under loss "log", gradient 0
 EXACT_ELEMENTS = 1 << 22  # of the difference vectors that exist at once
-KINDS = ("hinge", "l2", "log", "softplus", "squared", "cosine")
+# The numbers of csrc/kernels.h.
+KIND = {"hinge": 0, "l2": 1, "log": 2, "softplus": 3, "squared": 4, "cosine": 5}
+# d^2 (C, M), and (i, j) of the pairs that are close, if there are any.
+Distances = tuple[Tensor, tuple[Tensor, Tensor] | None]
 
 
 @dataclass(frozen=True)
 class PairSpec:
     """Which f: see :func:`pair_values`. ``cosine`` is on rows of length 1."""
 
-    kind: str  # one of KINDS
+    kind: str  # a key of KIND
     margin: float
     scale: float
 
@@ -152,7 +155,7 @@ def shared_mean(p: PairProblem) -> Tensor:  # (H,)
 
 
 @dataclass(frozen=True)
-class Block:
+class RowBlock:
     """Rows of one group: as given and centred, their squared norms and weights."""
 
     raw: Tensor  # (C, H)
@@ -161,7 +164,7 @@ class Block:
     w: Tensor  # (C,)
 
 
-class _Blocks:
+class _RowBlocks:
     """Blocks of one group, centred into one buffer: fresh memory for each costs page faults."""
 
     def __init__(self, p: PairProblem, is_a: bool, mean: Tensor, size: int) -> None:
@@ -169,29 +172,29 @@ class _Blocks:
         self.mean, self.size, self.masked = mean, min(size, self.rows.shape[0]), p.masked
         self.x = torch.empty(self.size, mean.shape[0], dtype=mean.dtype, device=mean.device)
 
-    def at(self, start: int) -> Block:
+    def at(self, start: int) -> RowBlock:
         """The block from row ``start`` on; the one before it is overwritten."""
         part = slice(start, start + self.size)
         raw, w = self.rows[part], self.weights[part]
         x = torch.sub(raw, self.mean, out=self.x[: raw.shape[0]])
         if self.masked:
             x.masked_fill_(w[:, None] == 0, 0.0)
-        return Block(raw, x, torch.linalg.vector_norm(x, dim=1).square_(), w)
+        return RowBlock(raw, x, torch.linalg.vector_norm(x, dim=1).square_(), w)
 
 
-def _differences(a: Block, b: Block, i: Tensor, j: Tensor) -> Tensor:  # (K, H)
+def _differences(a: RowBlock, b: RowBlock, i: Tensor, j: Tensor) -> Tensor:  # (K, H)
     """a_i - b_j of the rows as given: centring rounds, and between neighbours that shows."""
     return a.raw[i].to(a.x.dtype) - b.raw[j].to(b.x.dtype)
 
 
-def _none_close(d2: Tensor, a: Block, b: Block) -> bool:
+def _none_close(d2: Tensor, a: RowBlock, b: RowBlock) -> bool:
     """One cheap pass that usually spares the search; on a GPU, one synchronization more."""
     if d2.device.type != "cpu" or d2.numel() == 0:
         return d2.numel() == 0
     return bool(d2.amin() >= CLOSE * (a.sq.amax() + b.sq.amax()))
 
 
-def gram_distances(a: Block, b: Block, d2: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+def gram_distances(a: RowBlock, b: RowBlock, d2: Tensor) -> Distances:
     """(d^2 (C, M) from the Gram matrix, in d2; the pairs closer than CLOSE of their sizes)."""
     torch.addmm(b.sq, a.x, b.x.t(), alpha=-2, out=d2).add_(a.sq[:, None])
     if _none_close(d2, a, b):
@@ -209,7 +212,7 @@ def torch_product(out: Tensor, c: Tensor, x: Tensor, add: bool) -> None:
 class TileWork:
     """What a backend may bring of a tile's work: distances, pair pass, the gradient's GEMM."""
 
-    distances: Callable[[Block, Block, Tensor], tuple[Tensor, tuple[Tensor, Tensor] | None]]
+    distances: Callable[[RowBlock, RowBlock, Tensor], Distances]
     pair_pass: PairPass
     product: Callable[[Tensor, Tensor, Tensor, bool], None]
 
@@ -218,8 +221,8 @@ TORCH_TILE = TileWork(gram_distances, torch_pair_pass, torch_product)
 
 
 def squared_distances(
-    a: Block, b: Block, buffer: Tensor, work: TileWork = TORCH_TILE
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    a: RowBlock, b: RowBlock, buffer: Tensor, work: TileWork = TORCH_TILE
+) -> Distances:
     """(d^2 (C, M) in the buffer, exact where pairs are close; indices of touching pairs, if any)"""
     d2 = buffer[: a.sq.shape[0] * b.sq.shape[0]].view(a.sq.shape[0], b.sq.shape[0])
     d2, close = work.distances(a, b, d2)
@@ -251,8 +254,8 @@ def _add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
 def _add_touching(
     touching: tuple[Tensor, Tensor],
     weights: Tensor,  # (K,)
-    a: Block,
-    b: Block,
+    a: RowBlock,
+    b: RowBlock,
     da: Tensor | None,  # (C, H)
     db: Tensor | None,  # (M, H)
 ) -> None:
@@ -288,7 +291,7 @@ class _Gradient:
         self.product[part].addcmul_(x, self.sums[part, None], value=-1)
 
 
-def run_chunked(p: PairProblem, work: TileWork = TORCH_TILE) -> PairResult:
+def run_tiles(p: PairProblem, work: TileWork = TORCH_TILE) -> PairResult:
     """Loss and the gradients asked for, tile by tile."""
     n, m = p.a.shape[0], p.b.shape[0]
     if min(n, m) == 0:
@@ -298,7 +301,7 @@ def run_chunked(p: PairProblem, work: TileWork = TORCH_TILE) -> PairResult:
     da = _Gradient(p.a, p.accum_dtype, work) if p.need_da else None
     db = _Gradient(p.b, p.accum_dtype, work) if p.need_db else None
     values = torch.zeros(n, dtype=p.accum_dtype, device=p.a.device)
-    a_blocks, b_blocks = _Blocks(p, True, mean, chunk), _Blocks(p, False, mean, COLUMNS)
+    a_blocks, b_blocks = _RowBlocks(p, True, mean, chunk), _RowBlocks(p, False, mean, COLUMNS)
     buffer = values.new_empty(a_blocks.size * b_blocks.size)
     for left in range(0, m, COLUMNS):
         b = b_blocks.at(left)
@@ -345,7 +348,7 @@ def distance_tiles(a: Tensor, b: Tensor, chunk_rows: int) -> Iterator[Tensor]:
     spec = PairSpec("l2", 0.0, 1.0)
     p = PairProblem(a, b, u, v, spec, False, False, chunk_rows, False, False)
     mean = shared_mean(p)
-    a_blocks, b_blocks = _Blocks(p, True, mean, chunk_rows), _Blocks(p, False, mean, COLUMNS)
+    a_blocks, b_blocks = _RowBlocks(p, True, mean, chunk_rows), _RowBlocks(p, False, mean, COLUMNS)
     buffer = u.new_empty(a_blocks.size * b_blocks.size)
     for left in range(0, b.shape[0], COLUMNS):
         columns = b_blocks.at(left)
@@ -355,4 +358,4 @@ def distance_tiles(a: Tensor, b: Tensor, chunk_rows: int) -> Iterator[Tensor]:
 
 def run_torch(problem: PairProblem) -> PairResult:
     """The ``torch`` backend: any device, any floating dtype."""
-    return run_chunked(problem)
+    return run_tiles(problem)

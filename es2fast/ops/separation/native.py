@@ -12,22 +12,22 @@ from torch import Tensor
 
 from es2fast.ops.separation.chunked import (
     CLOSE,
-    KINDS,
+    KIND,
     LOG_FLOOR,
-    Block,
+    Distances,
     PairProblem,
     PairResult,
     PairSpec,
+    RowBlock,
     TileWork,
-    run_chunked,
+    run_tiles,
 )
 
 FEW_PAIRS = 64 * 64  # up to here the differences themselves are quicker than GEMMs
 FEW_ROWS = 256  # of b, as in csrc/kernels.h
-KIND = {name: number for number, name in enumerate(KINDS)}
 
 
-def _distances(a: Block, b: Block, tile: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+def _distances(a: RowBlock, b: RowBlock, tile: Tensor) -> Distances:
     torch.ops.es2fast.native_gemm_nt(a.x, b.x, tile)
     close = torch.ops.es2fast.native_pair_distances(tile, a.sq, b.sq, CLOSE)
     return tile, (close[0], close[1]) if close.shape[1] else None
@@ -60,4 +60,4 @@ def run_native(problem: PairProblem) -> PairResult:
     n, m = problem.a.shape[0], problem.b.shape[0]
     if 0 < n * m <= FEW_PAIRS and m <= FEW_ROWS and problem.chunk_rows is None:
         return _run_few(problem)
-    return run_chunked(problem, NATIVE_TILE)
+    return run_tiles(problem, NATIVE_TILE)

@@ -31,11 +31,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from es2fast.ops import backends
+from es2fast.ops.arguments import Arguments
+from es2fast.ops.checks import DTYPES, refuse
 from es2fast.ops.separation.chunked import PairProblem, PairResult, PairSpec, run_torch
 from es2fast.ops.separation.group import Rows, gather_groups, sum_over_ranks
 from es2fast.ops.separation.native import run_native
 from es2fast.ops.separation.whitening import Whitening
-from es2fast.ops.tokens import DTYPES, refuse
 
 LOSSES = ("hinge", "l2", "log", "softplus", "squared", "centroid", "fisher", "cosine")
 NEED_MARGIN = ("hinge", "softplus", "cosine")
@@ -203,7 +204,7 @@ def pairwise_separation(
         max_rows is not None and group is None,
         f"max_rows={max_rows} without group: there are no other ranks; pass both or neither",
     )
-    chosen = backends.choose(backend, harmful=harmful)
+    chosen = backends.choose_backend(backend, harmful=harmful)
     own = Rows.of(harmful, harmful_weights), Rows.of(harmless, harmless_weights)
     if group is not None and dist.get_world_size(group) > 1:
         everyone = gather_groups(*own, group, max_rows)
@@ -314,19 +315,19 @@ class _Prepared:
         half = a.x.dtype in (torch.bfloat16, torch.float16)
         grad = torch.is_grad_enabled()
         value = _call(
-            x,
-            y,
-            u,
-            v,
-            self.spec.kind,
-            self.spec.margin,
-            self.spec.scale,
-            masked,
-            half,
-            chunk_rows,
-            backend,
-            grad and x.requires_grad,
-            grad and y.requires_grad,
+            a=x,
+            b=y,
+            u=u,
+            v=v,
+            kind=self.spec.kind,
+            margin=self.spec.margin,
+            scale=self.spec.scale,
+            masked=masked,
+            half=half,
+            chunk_rows=chunk_rows,
+            backend=backend,
+            need_da=grad and x.requires_grad,
+            need_db=grad and y.requires_grad,
         )
         if self.loss == "cosine" and self.margin < 0:  # cosine 0 with a row that has no direction
             all_u, all_v = self._share(0, a.w).sum(), self._share(1, b.w).sum()
@@ -365,24 +366,30 @@ def _run(
     return result.loss, da, db
 
 
+ARGUMENTS = Arguments(_run)
+
 _separation = torch.library.custom_op("es2fast::separation", mutates_args=())(_run)
 
 
 @_separation.register_fake
-def _(a, b, u, v, kind, margin, scale, masked, half, chunk_rows, backend, need_da, need_db):
-    accum = _accumulation(a.dtype)
+def _(*inputs):
+    p = ARGUMENTS.named(inputs)
+    accum = _accumulation(p.a.dtype)
     return (
-        a.new_empty((), dtype=accum),
-        torch.empty(a.shape, dtype=accum, device=a.device) if need_da else torch.empty(0),
-        torch.empty(b.shape, dtype=accum, device=b.device) if need_db else torch.empty(0),
+        p.a.new_empty((), dtype=accum),
+        torch.empty(p.a.shape, dtype=accum, device=p.a.device) if p.need_da else torch.empty(0),
+        torch.empty(p.b.shape, dtype=accum, device=p.b.device) if p.need_db else torch.empty(0),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
-    ctx.needs = inputs[-2:]
-    ctx.dtypes = (inputs[0].dtype, inputs[1].dtype)
-    ctx.save_for_backward(output[1], output[2])
+    _, da, db = output
+    p = ARGUMENTS.named(inputs)
+    ctx.dtypes = {"a": p.a.dtype} if p.need_da else {}
+    if p.need_db:
+        ctx.dtypes["b"] = p.b.dtype
+    ctx.save_for_backward(da, db)
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
@@ -391,16 +398,16 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
             "pairwise_separation has no second derivatives (create_graph=True): use "
             "es2fast.ops.reference.separation where they are needed"
         )
-    gradients: list[Tensor | None] = [None] * 13
     if grad_loss is None:
-        return tuple(gradients)
+        return ARGUMENTS.gradients()
+    da, db = ctx.saved_tensors
+    made = {"a": da, "b": db}
     # On a CPU, by far the usual factor 1 costs no copy: half of the memory of a large call.
     # Autograd clones what is still saved for another backward; tracing sees no plain tensor.
     is_one = type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and bool(grad_loss == 1)
-    for i, made in enumerate(ctx.saved_tensors):
-        if ctx.needs[i]:  # out of place: backward may run more than once
-            gradients[i] = (made if is_one else made * grad_loss).to(ctx.dtypes[i])
-    return tuple(gradients)
+    if not is_one:  # out of place: backward may run more than once
+        made = {name: made[name] * grad_loss for name in ctx.dtypes}
+    return ARGUMENTS.gradients(**{name: made[name].to(dtype) for name, dtype in ctx.dtypes.items()})
 
 
 _separation.register_autograd(_backward, setup_context=_setup_context)
@@ -418,10 +425,10 @@ class _Eager(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-def _call(*inputs: Any) -> Tensor:
+def _call(**arguments: Any) -> Tensor:
     """One node for torch.compile and torch.export, a plain autograd function otherwise."""
     if torch.compiler.is_compiling():
-        return torch.ops.es2fast.separation(*inputs)[0]
-    if inputs[-2] or inputs[-1]:
-        return _Eager.apply(*inputs)
-    return _run(*inputs)[0]
+        return torch.ops.es2fast.separation(**arguments)[0]
+    if arguments["need_da"] or arguments["need_db"]:
+        return _Eager.apply(*ARGUMENTS.positional(**arguments))
+    return _run(**arguments)[0]

@@ -30,10 +30,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from es2fast.ops.separation.chunked import KINDS, LOG_FLOOR, PairProblem, PairResult, nothing
+from es2fast.ops.separation.chunked import (
+    KIND,
+    LOG_FLOOR,
+    PairProblem,
+    PairResult,
+    nothing,
+)
 
-KIND = {name: i for i, name in enumerate(KINDS)}
-HINGE, L2, LOG, SOFTPLUS, SQUARED, COSINE = (tl.constexpr(KIND[name]) for name in KINDS)
+HINGE, L2, LOG, SOFTPLUS, SQUARED, COSINE = map(tl.constexpr, KIND.values())
 SMALL = 128  # rows of both groups up to which pairs are made from differences
 CHUNK_PAIRS = 1 << 24  # of a chunk: 64 MB of Gram and 32 MB (float32: 64 MB) of coefficients
 CLOSE_HALF = 0.02  # of |a|^2 + |b|^2: float16 rows leave a gradient about 1e-3 there
@@ -43,7 +48,7 @@ _NO_COLUMN = tl.constexpr(1 << 30)
 
 
 @dataclass(frozen=True)
-class Config:
+class LaunchConfig:
     """Launch configuration of one kernel: elements per tile and warps."""
 
     block: int
@@ -51,10 +56,10 @@ class Config:
     max_registers: int | None = None  # per thread; None: ptxas decides
 
 
-PREPARE = Config(1024, 4)
-PAIRS = Config(1024, 4, 128)  # left alone, ptxas trades 8 spilled bytes for occupancy
-FINISH = Config(1024, 4)
-CLOSE = Config(512, 4)
+PREPARE = LaunchConfig(1024, 4)
+PAIRS = LaunchConfig(1024, 4, 128)  # left alone, ptxas trades 8 spilled bytes for occupancy
+FINISH = LaunchConfig(1024, 4)
+CLOSE = LaunchConfig(512, 4)
 WIDTH = 1024  # of H per step where two rows are subtracted
 SUM_ROWS, SUM_COLUMNS = 128, 128  # of a column_sum_kernel tile
 SMALL_WIDTH = 64  # of H per step or program of the small kernels
@@ -80,7 +85,7 @@ def _softplus(x):
 
 @triton.jit
 def _pair(d2, margin, scale, KIND: tl.constexpr):
-    """(f(d), f'(d)/d) of squared distances, as separation_chunked.pair_values."""
+    """(f(d), f'(d)/d) of squared distances, as chunked.pair_values."""
     if KIND == SQUARED:
         rest = margin * margin - d2
         value = _relu(rest) / (scale * scale)

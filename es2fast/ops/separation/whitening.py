@@ -18,20 +18,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
-def _refuse(condition: bool, message: str) -> None:
-    if condition:
-        raise ValueError(message)
+from es2fast.ops.checks import refuse
 
 
 def _centred(name: str, states: Tensor) -> Tensor:
-    _refuse(
+    refuse(
         states.dim() != 2 or states.shape[0] < 2,
         f"Whitening.fit: {name} has shape {tuple(states.shape)}: expected (n, H) with n >= 2, the "
         "base model's states of that group",
     )
     states = states.detach().double()
-    _refuse(
+    refuse(
         not bool(states.isfinite().all()),
         f"Whitening.fit: {name} holds NaN or inf: drop those rows",
     )
@@ -49,7 +46,7 @@ class Whitening:
     factor: Tensor  # (H, r) float32
 
     def __post_init__(self) -> None:
-        _refuse(
+        refuse(
             self.inverse_std.dim() != 1
             or self.factor.dim() != 2
             or self.factor.shape[0] != self.inverse_std.shape[0],
@@ -78,13 +75,13 @@ class Whitening:
 
         Source: shrinkage as in Ledoit and Wolf, J. Multivariate Analysis 88 (2004), with rho given.
         """
-        _refuse(not 0 < shrinkage <= 1, f"shrinkage={shrinkage}: expected 0 < shrinkage <= 1")
-        _refuse(rank < 0, f"rank={rank}: expected 0 or more")
+        refuse(not 0 < shrinkage <= 1, f"shrinkage={shrinkage}: expected 0 < shrinkage <= 1")
+        refuse(rank < 0, f"rank={rank}: expected 0 or more")
         a, b = (
             _centred("states_harmful", states_harmful),
             _centred("states_harmless", states_harmless),
         )
-        _refuse(
+        refuse(
             a.shape[1] != b.shape[1],
             f"Whitening.fit: states_harmful is {a.shape[1]} wide and states_harmless {b.shape[1]}: "
             "take both from the same layer",
@@ -93,7 +90,7 @@ class Whitening:
         x = torch.cat([a, b]) / degrees**0.5  # covariance = x^T x
         diagonal = x.square().sum(0)
         mean = diagonal.mean()
-        _refuse(not bool(mean > 0), "Whitening.fit: the states do not vary within their groups")
+        refuse(not bool(mean > 0), "Whitening.fit: the states do not vary within their groups")
         rank = min(rank, degrees, x.shape[1])
         _, root, vectors = torch.linalg.svd(x, full_matrices=False)
         leading = vectors[:rank].t() * root[:rank]  # (H, rank), V sqrt(lambda)

@@ -16,9 +16,21 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatter
 
-ROOT = Path(__file__).resolve().parents[1]
+from bench.studies.separation_cells import (
+    ATTACKS,
+    BUDGET,
+    CONTROLS,
+    LAYERS,
+    LONG,
+    LOSSES,
+    MARGINS,
+    OTHER_LAYERS,
+    ROBUST_MARGINS,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "separation.md"
-PLOTS = Path(__file__).parent / "results"
+PLOTS = Path(__file__).parents[1] / "results"
 COLOURS = ("#0072B2", "#D55E00", "#009E73")  # Okabe and Ito, as in es2fast's own figures
 MARKS = ("o", "s", "^")
 Row = dict[str, Any]
@@ -127,8 +139,6 @@ def _names(layers: Sequence[int]) -> str:
 
 
 def _loss_table(rows: Sequence[Row], control: str) -> str:
-    from bench.separation_study import LAYERS, LOSSES
-
     lines = []
     for loss in LOSSES:
         for layers in LAYERS:
@@ -139,8 +149,6 @@ def _loss_table(rows: Sequence[Row], control: str) -> str:
 
 
 def _robust_table(rows: Sequence[Row]) -> str:
-    from bench.separation_study import ATTACKS, ROBUST_MARGINS
-
     lines = []
     for margin in ROBUST_MARGINS:
         for robust in (None, *ATTACKS):
@@ -153,8 +161,6 @@ def _robust_table(rows: Sequence[Row]) -> str:
 
 
 def _margin_table(rows: Sequence[Row]) -> str:
-    from bench.separation_study import LAYERS, MARGINS, OTHER_LAYERS
-
     lines = []
     for margin in (*MARGINS, None):
         for layers in (*LAYERS, OTHER_LAYERS[0]):
@@ -166,8 +172,6 @@ def _margin_table(rows: Sequence[Row]) -> str:
 
 
 def _long_table(rows: Sequence[Row]) -> str:
-    from bench.separation_study import LAYERS, LONG
-
     lines = []
     for loss in ("l2", "hinge"):
         for layers in LAYERS:
@@ -180,8 +184,6 @@ def _long_table(rows: Sequence[Row]) -> str:
 
 
 def _blocks_table(rows: Sequence[Row]) -> str:
-    from bench.separation_study import LAYERS, OTHER_LAYERS
-
     lines = []
     for loss in ("hinge", "l2"):
         for layers in sorted((*LAYERS, *OTHER_LAYERS), key=lambda x: (len(x), x[::-1])):
@@ -234,8 +236,6 @@ def plots(rows: Sequence[Row]) -> dict[str, Figure]:
 
 
 def _losses_figure(rows: Sequence[Row]) -> Figure:
-    from bench.separation_study import BUDGET, CONTROLS, LAYERS, LOSSES
-
     figure = Figure(figsize=(11, 12), layout="constrained", facecolor="white")
     titles = {"weight": "fixed λ, no safeguards", "budget": f"KL budget {BUDGET:g} nats"}
     grid = figure.subplots(len(PANELS), len(CONTROLS), sharey="row", sharex=True)
@@ -254,8 +254,6 @@ def _losses_figure(rows: Sequence[Row]) -> Figure:
 
 
 def _margin_figure(rows: Sequence[Row]) -> Figure:
-    from bench.separation_study import LAYERS, MARGINS
-
     figure = Figure(figsize=(11, 3.2), layout="constrained", facecolor="white")
     shown = [panel for panel in PANELS if not panel[0].startswith(("direct", "d /"))]
     for number, (name, pick, logarithmic) in enumerate(shown):
@@ -301,8 +299,6 @@ def _finish(axes: Axes, logarithmic: bool, name: str) -> None:
 
 
 def _legend(figure: Figure) -> None:
-    from bench.separation_study import LAYERS
-
     handles = [
         Line2D(
             [], [], color=colour, marker=mark, linestyle="none", label=f"blocks {_names(layers)}"

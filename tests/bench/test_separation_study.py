@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.separation_report import DOCUMENT, fill, plots, select, summary, tables
-from bench.separation_study import LAYERS, LOSSES, ROWS, Cell, cells, key_of, read_rows, settings
+from bench.studies.separation_cells import LAYERS, LOSSES, ROWS, Cell, cells, key_of, read_rows
+from bench.studies.separation_report import DOCUMENT, fill, plots, select, summary, tables
+from bench.studies.separation_study import settings
 
 
 def row(cell: Cell, value: float) -> dict:
@@ -70,6 +71,6 @@ def test_a_cell_of_a_table_is_mean_and_range() -> None:
 @pytest.mark.skipif(not ROWS.exists(), reason="no rows")
 def test_the_document_shows_the_rows() -> None:
     rows, text = read_rows(ROWS), DOCUMENT.read_text()
-    assert fill(text, rows) == text, "run python bench/separation_study.py --report"
+    assert fill(text, rows) == text, "run python bench/studies/separation_study.py --report"
     assert all(f"<!-- table: {name} -->" in text for name in tables(rows))
     assert set(plots(rows)) == {"losses", "margin"}

@@ -1,9 +1,9 @@
 """Which separation loss, how many layers, fixed lambda or a KL budget? Measured on the toy.
 
-    python bench/separation_study.py                   # every cell that has no row yet
-    python bench/separation_study.py --reverse         # a second process, from the other end
-    python bench/separation_study.py --shard 0/2       # half of them; the other half elsewhere
-    python bench/separation_study.py --report          # tables and plots of docs/separation.md
+    python bench/studies/separation_study.py               # every cell that has no row yet
+    python bench/studies/separation_study.py --reverse     # a second process, from the other end
+    python bench/studies/separation_study.py --shard 0/2   # half of them; the other half elsewhere
+    python bench/studies/separation_study.py --report      # tables and plots of docs/separation.md
 
 One row per run: every loss x {1, 2, 3} layers x {fixed lambda, KL budget} x seeds, training under a
 simulated attack, the hinge's margin, l2 for four times as long, other blocks. Else it is the demo:
@@ -12,11 +12,12 @@ sets are nested and end at the same block, so the same blocks train in all of th
 own toy, split and batches; all attacks are refitted on the tuned model and judged on held-out
 prompts.
 
-The runs go through `es2fast.training.engine.train` in this process: one thread, ZeRO stage 0 (stages 2 and
-3 gave the same figures to five digits at 1.4 and 2 times the time). A run takes about 20 s, of
-which training is 13. With a fixed lambda the collapse monitor is off, so that the table shows what
-a loss does when nothing stops it; with a budget all safeguards are on. A run that stops by itself
-is a row like any other: the last good weights are evaluated and `stopped` holds the reason.
+The runs go through `es2fast.training.engine.train` in this process: one thread, ZeRO stage 0
+(stages 2 and 3 gave the same figures to five digits at 1.4 and 2 times the time). A run takes about
+20 s, of which training is 13. With a fixed lambda the collapse monitor is off, so that the table
+shows what a loss does when nothing stops it; with a budget all safeguards are on. A run that stops
+by itself is a row like any other: the last good weights are evaluated and `stopped` holds the
+reason. Cells and rows: `separation_cells.py`; tables and plots: `separation_report.py`.
 """
 
 from __future__ import annotations
@@ -32,12 +33,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import nn
 
 from bench._harness import Rows, conditions
+from bench.studies.separation_cells import (
+    BOUNDED,
+    BUDGET,
+    LOSSES,
+    PROBABILITY,
+    ROWS,
+    Cell,
+    cells,
+    key_of,
+    read_rows,
+)
+from bench.studies.separation_report import write_report
 from es2fast.config import Config, parse_config
 from es2fast.data import Formatter, PromptGroups, load_groups
 from es2fast.demo.run import demo_config
@@ -47,57 +60,6 @@ from es2fast.errors import UserError
 from es2fast.evaluation.measure import evaluate_model
 from es2fast.modeling.load import load_causal_lm, load_tokenizer
 from es2fast.training.engine import train
-
-ROWS = Path(__file__).parent / "results" / "separation_study.jsonl"
-LOSSES = ("hinge", "l2", "log", "squared", "centroid", "softplus", "fisher", "cosine")
-BOUNDED = ("hinge", "softplus", "fisher")  # stop at the demo's margin; cosine at its own, 0
-LAYERS = ((4,), (2, 4), (0, 2, 4))
-OTHER_LAYERS = ((0, 4), (2, 3, 4))  # number, or which? The first is what `layers: auto` takes
-CONTROLS = ("weight", "budget")
-ATTACKS = ("scav", "mean_difference")
-PROBABILITY = 0.3  # of a step with a simulated attack
-ROBUST_MARGINS = (None, 3.0)  # the demo's, and one that leaves an attacker something
-MARGINS = (2.0, 3.0, 4.0)  # beside the demo's 6
-LONG = 320  # steps, four times the demo's
-SEEDS = (0, 1, 2)
-BUDGET = 0.01  # nats per token: what the hinge costs at the demo's lambda
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run; `loss="base"` stands for the base model of a seed."""
-
-    loss: str
-    layers: tuple[int, ...]
-    control: str  # "weight": lambda of the demo; "budget": dual ascent on the KL
-    seed: int
-    robust: str | None = None  # the attack simulated in training
-    margin: float | None = None  # None: the demo's
-    steps: int | None = None  # None: the demo's
-
-    @property
-    def key(self) -> str:
-        """What a row and a cell have in common."""
-        return json.dumps(dataclasses.asdict(self))
-
-
-def cells() -> list[Cell]:
-    """Every run, seed by seed, so that a study cut short has whole seeds."""
-    found: list[Cell] = []
-    for seed in SEEDS:
-        found.append(Cell("base", (), "", seed))
-        found += [Cell(x, y, c, seed) for c in CONTROLS for x in LOSSES for y in LAYERS]
-    attacked = [(margin, attack) for margin in ROBUST_MARGINS for attack in ATTACKS]
-    for seed in SEEDS:
-        found += [Cell("hinge", (2, 4), "weight", seed, a, m) for m, a in attacked]
-        found += [Cell("hinge", y, "weight", seed, margin=m) for m in MARGINS for y in LAYERS]
-    for seed in SEEDS:
-        found += [Cell("l2", y, "weight", seed, steps=LONG) for y in LAYERS]
-        found.append(Cell("hinge", (2, 4), "weight", seed, steps=LONG))
-    for loss in ("l2", "hinge"):
-        found += [Cell(loss, y, "weight", seed) for seed in SEEDS for y in OTHER_LAYERS]
-    default = [Cell("hinge", OTHER_LAYERS[0], "weight", seed, margin=4.0) for seed in SEEDS]
-    return found + default
 
 
 def settings(cell: Cell, toy: Path, out: Path, prompts: int) -> Config:
@@ -221,16 +183,6 @@ def figures(report: dict[str, Any], layers: list[int]) -> dict[str, Any]:
     }
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All rows of a study, oldest first."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def key_of(row: dict[str, Any]) -> str:
-    """The `Cell.key` of a row."""
-    return Cell(**{**row["cell"], "layers": tuple(row["cell"]["layers"])}).key
-
-
 def pending(arguments: argparse.Namespace) -> list[Cell]:
     """Cells of this shard, with the losses asked for, that have no row."""
     own, shards = map(int, arguments.shard.split("/"))
@@ -272,8 +224,6 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="name the cells without a row")
     arguments = parser.parse_args()
     if arguments.report:
-        from bench.separation_report import write_report
-
         write_report(read_rows(arguments.out))
     elif arguments.list:
         print(*pending(arguments), sep="\n")
