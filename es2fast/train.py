@@ -9,23 +9,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from es2fast.config import Config, load_config, save_config
 from es2fast.errors import RunStopped, UserError
+from es2fast.run.files import write_text
+from es2fast.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from es2fast.data import Formatter, PromptGroups
     from es2fast.training.engine import TrainResult
-
-RUN_FILES = ("config.yaml", "metrics.jsonl", "layers.json", "model", "report.json", "report.html",
-             "states.npz", "train.json", "tensorboard", "last_good",
-             "whitening.safetensors")  # fmt: skip
-PREVIOUS = "previous"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,18 +75,18 @@ def run(config: Config) -> None:
     runtime = runtimes.start(config)
     validate(config, world_size=runtime.world_size)
     runtime.barrier()  # every rank has looked at the folder before one writes into it
-    folder = Path(config.output_dir)
+    folder = RunFolder(config.output_dir)
     groups = load_groups(config.data)
     formatter = Formatter(load_tokenizer(config.model), config.data)
     if runtime.is_main:
-        clear_run(folder)
-        save_config(config, folder / "config.yaml")
+        folder.claim()
+        save_config(config, folder.config)
         print("\n".join(groups.report.lines()), flush=True)
     runtime.barrier()
     result = train(config, formatter, groups, runtime)
     if runtime.is_main:
         _finish(config, result, groups, formatter)
-        print(f"saved {folder / 'model'}", flush=True)
+        print(f"saved {folder.model}", flush=True)
     runtime.barrier()
     runtimes.stop()
 
@@ -102,11 +97,11 @@ def _finish(
     """Rank 0's last files: train.json and the model card."""
     from es2fast.report.model_card import write_model_card
 
-    folder = Path(config.output_dir)
+    folder = RunFolder(config.output_dir)
     summary = result.to_dict() | {"truncated_prompts": formatter.truncated}
-    (folder / "train.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_text(folder.summary, json.dumps(summary, indent=1) + "\n")
     write_model_card(
-        folder / "model",
+        folder.model,
         config=config,
         report=None,
         base_model=config.model.name,
@@ -115,47 +110,7 @@ def _finish(
         data_summary=groups.report.lines(),
         train=summary,
     )
-    drop_previous(folder)
-
-
-def run_in(folder: Path) -> bool:
-    """The folder already holds a run."""
-    return any((folder / name).exists() for name in ("config.yaml", "metrics.jsonl", "model"))
-
-
-def occupied(folder: Path) -> str:
-    """What to tell a user whose output folder holds another run."""
-    return (
-        f"output_dir: {str(folder)!r} already holds a run; choose another output_dir or set "
-        "train.overwrite=true"
-    )
-
-
-def clear_run(folder: Path) -> None:
-    """Makes room for a run. A finished model is set aside with its files, in `previous/`, until the
-    new run has one of its own (`drop_previous`); of a run without a model nothing is kept."""
-    folder.mkdir(parents=True, exist_ok=True)
-    found = [folder / name for name in RUN_FILES if (folder / name).exists()]
-    if not (folder / "model").is_dir():
-        for path in found:
-            _remove(path)
-        return
-    _remove(folder / PREVIOUS)
-    (folder / PREVIOUS).mkdir()
-    for path in found:
-        path.rename(folder / PREVIOUS / path.name)
-
-
-def drop_previous(folder: Path) -> None:
-    """Removes the earlier run that `clear_run` set aside."""
-    _remove(folder / PREVIOUS)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    folder.drop_previous()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from es2fast.distributed.launch import launch
 from es2fast.errors import UserError
 from es2fast.evaluation.run import evaluate_run
 from es2fast.report.html import print_table, read_report
-from es2fast.train import run_in
+from es2fast.run.folder import RunFolder
 
 SETTINGS: dict[str, Any] = {
     "layers": "auto",
@@ -85,5 +85,5 @@ def _trained(out: Path, config: Config) -> bool:
 
 def _claim(out: Path) -> None:
     """A demo replaces a demo, and nothing else."""
-    if run_in(out) and not (out / "demo.yaml").is_file():
+    if RunFolder(out).occupied and not (out / "demo.yaml").is_file():
         raise UserError(f"--out: {str(out)!r} holds another run; choose another folder")

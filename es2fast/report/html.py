@@ -23,6 +23,7 @@ from es2fast.errors import UserError
 from es2fast.report import plots, schema
 from es2fast.report.schema import check_report
 from es2fast.report.table import legend, print_table, table_markdown, table_rows
+from es2fast.run.metrics import read_metrics
 
 __all__ = [
     "check_report",
@@ -115,27 +116,6 @@ def read_report(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"report {path}: not valid JSON ({error})") from None
     check_report(report)
     return report
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl, ascending by step; empty when there is no such file.
-
-    A line cut off by a crash is skipped, and a step that a resumed run logged again counts once,
-    with its last values.
-    """
-    path = Path(path)
-    if not path.is_file():
-        return []
-    rows: dict[Any, dict[str, Any]] = {}
-    for index, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            step = row.get("step")
-            rows[step if isinstance(step, int) else index] = row
-    return [rows[step] for step in sorted(rows)]
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from es2fast.config import ModelConfig
 from es2fast.errors import UserError
 from es2fast.modeling.load import load_causal_lm, load_tokenizer
+from es2fast.run.files import remove
+from es2fast.run.folder import RunFolder
 
 _GATHER_ELEMENTS = 250_000_000
 
@@ -75,11 +77,11 @@ def save_model(model: nn.Module, tokenizer: Any, folder: Path, *, main: bool) ->
     if not main:
         return
     partial = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
+    remove(partial)
     model.save_pretrained(partial, state_dict=state)  # type: ignore[operator]
     tokenizer.save_pretrained(partial)
     (partial / "README.md").unlink(missing_ok=True)  # peft's generic card
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
     partial.rename(folder)
 
 
@@ -117,9 +119,9 @@ def export_run(run: Path, out: Path, *, merge: bool) -> None:
     Raises:
         UserError: no finished run there; `out` exists; nothing to merge.
     """
-    source = run / "model"
-    if not source.is_dir():
-        raise UserError(f"export: {str(run)!r} holds no finished run (no model folder)")
+    folder = RunFolder(run)
+    folder.check_finished("export")
+    source = folder.model
     if merge:
         export_merged(str(source), out, dtype="bf16" if _is_bf16(source) else "fp32")
         return

@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from es2fast.modeling.load import load_causal_lm, load_model_config
 from es2fast.modeling.taps import Push
 from es2fast.modeling.teacher import head_is_shared, resolve_teacher, set_trainable
 from es2fast.run.export import save_model
+from es2fast.run.folder import RunFolder
 from es2fast.run.metrics import MetricsWriter
 from es2fast.training.objective import ES2Objective
 from es2fast.training.prepare import Prepared, prepare, zero3_loading
@@ -84,7 +84,7 @@ def train(
         RunStopped: the collapse monitor ended the run; model/ was not written, `last_good/` holds
             the last sane weights.
     """
-    folder = Path(config.output_dir)
+    folder = RunFolder(config.output_dir)
     prepared, harmless = prepare(config, formatter, groups, runtime)
     gc.collect()  # the base model of the preparation is gone before two models are loaded
     if runtime.device.type == "cuda":
@@ -101,17 +101,17 @@ def train(
         writer.close()
     student, tokenizer = engine.module.student, formatter.tokenizer
     if result.trouble is not None:
-        target = folder / "last_good"
+        target = folder.last_good
         if good.copy is not None and good.copy.step > 0:
             good.restore()
             save_model(student, tokenizer, target, main=runtime.is_main)
             if runtime.is_main:
                 save_config(config, target / "es2fast.yaml")
         runtime.barrier()
-        raise RunStopped(_stop_message(result, good, target))
-    save_model(student, tokenizer, folder / "model", main=runtime.is_main)
+        raise RunStopped(_stop_message(result, good, folder))
+    save_model(student, tokenizer, folder.model, main=runtime.is_main)
     if runtime.is_main:
-        save_config(config, folder / "model" / "es2fast.yaml")
+        save_config(config, folder.model / "es2fast.yaml")
         if result.scale < 1:
             print(
                 f"note: the update was scaled by {result.scale:.3f} to meet kl.budget="
@@ -122,16 +122,15 @@ def train(
     return result
 
 
-def _stop_message(result: TrainResult, good: GoodWeights, target: Path) -> str:
+def _stop_message(result: TrainResult, good: GoodWeights, folder: RunFolder) -> str:
     if good.copy is None:
         kept = "no weights were measured to be sane, nothing was saved"
     elif good.copy.step == 0:
         kept = "the last sane weights are the base model's, nothing was saved"
     else:
-        kept = (
-            f"the weights of step {good.copy.step} (KL {good.copy.kl:.2g}) are in {str(target)!r}"
-        )
-    earlier = ", the earlier run is in previous/" if (target.parent / "previous").is_dir() else ""
+        where = f"are in {str(folder.last_good)!r}"
+        kept = f"the weights of step {good.copy.step} (KL {good.copy.kl:.2g}) {where}"
+    earlier = ", the earlier run is in previous/" if folder.previous.is_dir() else ""
     return (
         f"training stopped at step {result.steps}: {result.trouble}; {kept}; model/ was not "
         f"written{earlier}. Lower train.lr, raise kl.weight, set kl.budget or use "

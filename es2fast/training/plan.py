@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from es2fast.config import Config
 from es2fast.data import Formatter, PairedSampler, load_groups
 from es2fast.distributed.deepspeed_config import build_deepspeed
 from es2fast.distributed.runtime import resolve_device, resolve_dtype
-from es2fast.errors import UserError
 from es2fast.modeling.head import read_transform
 from es2fast.modeling.load import check_weights, load_model_config, load_tokenizer
 from es2fast.modeling.taps import check_layers
 from es2fast.modeling.teacher import resolve_teacher
+from es2fast.run.folder import RunFolder
 from es2fast.run.metrics import check_trackers
-from es2fast.train import occupied, run_in
 
 
 def validate(config: Config, *, world_size: int = 1) -> list[str]:
@@ -30,9 +27,7 @@ def validate(config: Config, *, world_size: int = 1) -> list[str]:
     Raises:
         UserError: the first mistake found.
     """
-    folder = Path(config.output_dir)
-    if run_in(folder) and not config.train.overwrite:
-        raise UserError(occupied(folder))
+    RunFolder(config.output_dir).check_free(overwrite=config.train.overwrite)
     check_trackers(config.train)
     device = resolve_device(config.train.device)
     dtype = resolve_dtype(config.model.dtype, device)

@@ -14,7 +14,6 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +31,8 @@ from es2fast.modeling.taps import backbone, blocks, check_layers, last_token_sta
 from es2fast.ops.separation.whitening import Whitening
 from es2fast.probing.choose import choose
 from es2fast.probing.probes import LayerProbe
+from es2fast.run.files import write_text
+from es2fast.run.folder import RunFolder
 from es2fast.training.responses import fill_responses
 
 
@@ -48,19 +49,19 @@ class Prepared:
     whitening: dict[int, Whitening] = field(default_factory=dict)
     whitened0: dict[int, float] = field(default_factory=dict)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: RunFolder) -> None:
         """layers.json and, with a whitening, whitening.safetensors (`layer.name` -> tensor)."""
         plain = dataclasses.asdict(dataclasses.replace(self, whitening={}))
         del plain["whitening"]
         text = json.dumps(plain, indent=1, default=float) + "\n"
-        (folder / "layers.json").write_text(text)
+        write_text(folder.layers, text)
         if self.whitening:
             tensors = {
                 f"{layer}.{name}": tensor.contiguous()
                 for layer, found in self.whitening.items()
                 for name, tensor in found.tensors().items()
             }
-            save_file(tensors, folder / "whitening.safetensors")
+            save_file(tensors, folder.whitening)
 
 
 class BaseModel(nn.Module):
