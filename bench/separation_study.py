@@ -12,9 +12,9 @@ sets are nested and end at the same block, so the same blocks train in all of th
 own toy, split and batches; all attacks are refitted on the tuned model and judged on held-out
 prompts.
 
-The runs go through `es2fast.training.engine.train` in this process: one thread, ZeRO stage 0 (stages 2 and
-3 gave the same figures to five digits at 1.4 and 2 times the time). A run takes about 20 s, of
-which training is 13. With a fixed lambda the collapse monitor is off, so that the table shows what
+The runs go through `es2fast.training.loop.train` in this process: one thread, ZeRO stage 0 (stages
+2 and 3 gave the same figures to five digits at 1.4 and 2 times the time). A run takes about 20 s,
+of which training is 13. With a fixed lambda the collapse monitor is off, so that the table shows what
 a loss does when nothing stops it; with a budget all safeguards are on. A run that stops by itself
 is a row like any other: the last good weights are evaluated and `stopped` holds the reason.
 """
@@ -46,7 +46,7 @@ from es2fast.distributed import runtime as runtimes
 from es2fast.errors import UserError
 from es2fast.evaluation.measure import evaluate_model
 from es2fast.modeling.load import load_causal_lm, load_tokenizer
-from es2fast.training.engine import train
+from es2fast.training.loop import train
 
 ROWS = Path(__file__).parent / "results" / "separation_study.jsonl"
 LOSSES = ("hinge", "l2", "log", "squared", "centroid", "softplus", "fisher", "cosine")

@@ -20,7 +20,7 @@ from es2fast.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from es2fast.data import Formatter, PromptGroups
-    from es2fast.training.engine import TrainResult
+    from es2fast.training.loop import TrainResult
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,7 +69,7 @@ def run(config: Config) -> None:
     from es2fast.data import Formatter, load_groups
     from es2fast.distributed import runtime as runtimes
     from es2fast.modeling.load import load_tokenizer
-    from es2fast.training.engine import train
+    from es2fast.training.loop import train
     from es2fast.training.plan import validate
 
     runtime = runtimes.start(config)

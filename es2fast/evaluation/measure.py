@@ -20,12 +20,12 @@ from es2fast.attacks import Attack, MeanDifference, Pushes, make_attack
 from es2fast.config import EvaluateConfig
 from es2fast.data import Formatter, Prompt
 from es2fast.judges.rules import is_refusal, judge, looks_like_gibberish, same_text
+from es2fast.modeling.generate import generate
 from es2fast.modeling.head import lm_head_of, read_transform
 from es2fast.modeling.taps import backbone, blocks, causal_lm, last_token_states, position_ids
 from es2fast.ops.linear_kl.op import linear_kl_div
 from es2fast.probing.probes import fisher_ratio, fit_probe, mean_distance
 from es2fast.report.stats import wilson
-from es2fast.training.responses import generate
 
 _TRIALS = 16  # training prompts on which the mean-difference attacker compares blocks
 _CANDIDATES = 8  # blocks it tries at most

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +23,7 @@ from es2fast.config import Config
 from es2fast.data import Formatter, Prompt, PromptGroups
 from es2fast.distributed.deepspeed_config import build_deepspeed, zero_stage
 from es2fast.distributed.runtime import Runtime
+from es2fast.distributed.zero import zero3_loading
 from es2fast.errors import UserError
 from es2fast.modeling import head as heads
 from es2fast.modeling.load import DTYPES, load_causal_lm
@@ -144,21 +144,6 @@ def _load(config: Config, runtime: Runtime) -> tuple[nn.Module, Any, Callable[[]
     engine, *_ = deepspeed.initialize(model=BaseModel(model), config=raw)
     engine.eval()
     return model, torch.no_grad()(engine), engine.destroy
-
-
-@contextmanager
-def zero3_loading(deepspeed_config: dict[str, Any]) -> Iterator[None]:
-    """While this lasts, `from_pretrained` partitions weights as it reads them (ZeRO-3)."""
-    from transformers.integrations import HfDeepSpeedConfig
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    stage = deepspeed_config.get("zero_optimization", {}).get("stage")
-    alive = HfDeepSpeedConfig(deepspeed_config) if stage == 3 else None  # held by weak reference
-    try:
-        yield
-    finally:
-        del alive
-        unset_hf_deepspeed_config()
 
 
 def _states(

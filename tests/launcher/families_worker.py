@@ -19,7 +19,8 @@ from es2fast.data import Formatter, PairedSampler, collate, load_groups
 from es2fast.distributed import runtime as runtimes
 from es2fast.modeling.load import load_tokenizer
 from es2fast.run.export import save_model
-from es2fast.training.engine import build_engine, train_step
+from es2fast.training.engine import build_engine
+from es2fast.training.loop import train_step
 from es2fast.training.prepare import prepare
 
 IDS = torch.tensor([[1, 4, 10, 16, 5, 23]])

@@ -16,10 +16,11 @@ import torch
 from es2fast.config import parse_config
 from es2fast.data import Formatter, PairedSampler, collate, load_groups
 from es2fast.distributed import runtime as runtimes
+from es2fast.distributed.zero import full_state_dict
 from es2fast.modeling.load import load_tokenizer
 from es2fast.ops.separation.whitening import Whitening
-from es2fast.run.export import full_state_dict
-from es2fast.training.engine import build_engine, train_step
+from es2fast.training.engine import build_engine
+from es2fast.training.loop import train_step
 from es2fast.training.prepare import Prepared
 from es2fast.training.robust import SimulatedAttack
 
