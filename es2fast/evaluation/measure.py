@@ -22,7 +22,8 @@ from es2fast.data import Formatter, Prompt
 from es2fast.judges.rules import is_refusal, judge, looks_like_gibberish, same_text
 from es2fast.modeling.generate import generate
 from es2fast.modeling.head import lm_head_of, read_transform
-from es2fast.modeling.taps import backbone, blocks, causal_lm, last_token_states, position_ids
+from es2fast.modeling.states import last_token_states
+from es2fast.modeling.taps import backbone, blocks, causal_lm, position_ids
 from es2fast.ops.linear_kl.op import linear_kl_div
 from es2fast.probing.probes import fisher_ratio, fit_probe, mean_distance
 from es2fast.report.stats import wilson

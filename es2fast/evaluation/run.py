@@ -21,7 +21,7 @@ from es2fast.distributed.runtime import resolve_device, resolve_dtype
 from es2fast.errors import UserError
 from es2fast.evaluation.measure import evaluate_model
 from es2fast.modeling.load import load_causal_lm, load_tokenizer
-from es2fast.modeling.taps import last_token_states
+from es2fast.modeling.states import last_token_states
 from es2fast.report.html import write_report
 from es2fast.report.model_card import write_model_card
 

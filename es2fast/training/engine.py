@@ -6,6 +6,7 @@ so ZeRO-3 partitions it too. AdamW is torch's own, so that no operator has to be
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -13,33 +14,28 @@ import torch
 from torch import nn
 
 from es2fast.config import Config
-from es2fast.distributed.deepspeed_config import build_deepspeed
 from es2fast.distributed.runtime import Runtime
 from es2fast.distributed.zero import zero3_loading
-from es2fast.modeling.load import load_causal_lm, load_model_config
+from es2fast.modeling.load import load_causal_lm
 from es2fast.modeling.teacher import head_is_shared, resolve_teacher, set_trainable
 from es2fast.training.objective import ES2Objective
+from es2fast.training.plan import Plan
 from es2fast.training.prepare import Prepared
 
 
-def build_engine(config: Config, prepared: Prepared, runtime: Runtime) -> Any:
+def build_engine(plan: Plan, prepared: Prepared, runtime: Runtime) -> Any:
     """Student, teacher and losses as one DeepSpeed engine.
 
     Args:
-        config: the run.
+        plan: the run.
         prepared: layers, base distances and norms.
         runtime: ranks, device and precision.
     """
     import deepspeed
     from transformers import get_scheduler
 
-    train = config.train
-    raw = build_deepspeed(
-        config,
-        world_size=runtime.world_size,
-        dtype=runtime.dtype,
-        model_config=load_model_config(config.model),
-    )
+    config, train = plan.config, plan.config.train
+    raw = copy.deepcopy(plan.deepspeed)
     with zero3_loading(raw):
         student = load_causal_lm(config.model, runtime.dtype)
         twin = resolve_teacher(train) == "twin"

@@ -12,13 +12,14 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from es2fast.config import Config, save_config
-from es2fast.data import Formatter, MicroBatch, PairedSampler, Prompt, PromptGroups, collate
+from es2fast.data import MicroBatch, Prompt, collate
 from es2fast.distributed.runtime import Runtime
 from es2fast.errors import RunStopped
 from es2fast.modeling.taps import Push
@@ -27,6 +28,7 @@ from es2fast.run.folder import RunFolder
 from es2fast.run.metrics import MetricsWriter
 from es2fast.training.budget import DualAscent, meet_budget
 from es2fast.training.engine import build_engine
+from es2fast.training.plan import Plan
 from es2fast.training.prepare import Prepared, prepare
 from es2fast.training.robust import SimulatedAttack
 from es2fast.training.safeguards import CollapseMonitor, EarlyStop
@@ -65,52 +67,52 @@ class TrainResult:
         }
 
 
-def train(
-    config: Config, formatter: Formatter, groups: PromptGroups, runtime: Runtime
-) -> TrainResult:
-    """Trains and writes `config.output_dir`: model/, metrics.jsonl, layers.json, config.yaml.
+def train(plan: Plan, runtime: Runtime) -> TrainResult:
+    """Trains and writes the folder's model/, metrics.jsonl and layers.json.
 
     Raises:
         UserError: see `prepare`.
         RunStopped: the collapse monitor ended the run; model/ was not written, `last_good/` holds
             the last sane weights.
     """
-    folder = RunFolder(config.output_dir)
-    prepared, harmless = prepare(config, formatter, groups, runtime)
+    config, folder = plan.config, plan.folder
+    prepared, harmless = prepare(plan, runtime)
     gc.collect()  # the base model of the preparation is gone before two models are loaded
     if runtime.device.type == "cuda":
         torch.cuda.empty_cache()
     if runtime.is_main:
         prepared.save(folder)
         print(f"layers {prepared.layers}: {prepared.reason}", flush=True)
-    engine = build_engine(config, prepared, runtime)
-    feed = Feed(config, formatter, groups.harmful, harmless, runtime)
+    engine = build_engine(plan, prepared, runtime)
+    feed = Feed(plan, harmless, runtime.rank)
     writer = MetricsWriter(folder, config, main=runtime.is_main, steps=config.train.steps)
     try:
         result, good = _loop(config, engine, prepared, feed, writer, runtime)
     finally:
         writer.close()
-    student, tokenizer = engine.module.student, formatter.tokenizer
     if result.trouble is not None:
-        target = folder.last_good
         if good.copy is not None and good.copy.step > 0:
             good.restore()
-            save_model(student, tokenizer, target, main=runtime.is_main)
-            if runtime.is_main:
-                save_config(config, target / "es2fast.yaml")
+            _save(engine, plan, folder.last_good, runtime)
         runtime.barrier()
         raise RunStopped(_stop_message(result, good, folder))
-    save_model(student, tokenizer, folder.model, main=runtime.is_main)
-    if runtime.is_main:
-        save_config(config, folder.model / "es2fast.yaml")
-        if result.scale < 1:
-            print(
-                f"note: the update was scaled by {result.scale:.3f} to meet kl.budget="
-                f"{config.kl.budget:g}; a lower train.lr keeps more of it",
-                flush=True,
-            )
+    _save(engine, plan, folder.model, runtime)
+    if runtime.is_main and result.scale < 1:
+        print(
+            f"note: the update was scaled by {result.scale:.3f} to meet kl.budget="
+            f"{config.kl.budget:g}; a lower train.lr keeps more of it",
+            flush=True,
+        )
     runtime.barrier()
     return result
+
+
+def _save(engine: Any, plan: Plan, target: Path, runtime: Runtime) -> None:
+    """The student's weights, and the configuration that they come from beside them."""
+    student, tokenizer = engine.module.student, plan.formatter.tokenizer
+    save_model(student, tokenizer, target, main=runtime.is_main)
+    if runtime.is_main:
+        save_config(plan.config, target / "es2fast.yaml")
 
 
 def _stop_message(result: TrainResult, good: GoodWeights, folder: RunFolder) -> str:
@@ -130,31 +132,18 @@ def _stop_message(result: TrainResult, good: GoodWeights, folder: RunFolder) -> 
 
 
 class Feed:
-    """This rank's micro-batches of every optimizer step.
+    """One rank's micro-batches of every optimizer step.
 
     Args:
-        harmful, harmless: all training prompts; harmless ones with their responses.
+        plan: the run, with its harmful prompts.
+        harmless: all harmless training prompts, with their responses.
+        rank: whose.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        formatter: Formatter,
-        harmful: list[Prompt],
-        harmless: list[Prompt],
-        runtime: Runtime,
-    ):
-        self._formatter, self._positions = formatter, config.kl.positions
-        self._harmful, self._harmless = harmful, harmless
-        self._sampler = PairedSampler(
-            len(harmful),
-            len(harmless),
-            seed=config.train.seed,
-            micro_batch_size=config.train.micro_batch_size,
-            gradient_accumulation=config.train.gradient_accumulation,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-        )
+    def __init__(self, plan: Plan, harmless: list[Prompt], rank: int):
+        self._formatter, self._positions = plan.formatter, plan.config.kl.positions
+        self._harmful, self._harmless = plan.groups.harmful, harmless
+        self._sampler = plan.sampler(rank)
 
     def __call__(self, step: int) -> list[MicroBatch]:
         """The micro-batches of optimizer step `step`, from 0."""

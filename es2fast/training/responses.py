@@ -11,21 +11,16 @@ import dataclasses
 from torch import nn
 from tqdm import tqdm
 
-from es2fast.config import Config
-from es2fast.data import Formatter, Prompt, ResponseCache, model_fingerprint
-from es2fast.distributed.deepspeed_config import zero_stage
+from es2fast.data import Prompt, ResponseCache, model_fingerprint
 from es2fast.distributed.runtime import Runtime
 from es2fast.modeling.generate import generate
+from es2fast.training.plan import Plan
 
 
-def fill_responses(
-    config: Config,
-    formatter: Formatter,
-    prompts: list[Prompt],
-    model: nn.Module,
-    runtime: Runtime,
-) -> list[Prompt]:
-    """The prompts in order, each with a response: its own, a cached one, or one written now."""
+def fill_responses(plan: Plan, model: nn.Module, runtime: Runtime) -> list[Prompt]:
+    """The harmless prompts in order, each with a response: its own, a cached one, or one written
+    now by `model`, the base model in eval mode; call on every rank."""
+    config, formatter, prompts = plan.config, plan.formatter, plan.groups.harmless
     if all(prompt.response is not None for prompt in prompts):
         return prompts
     cache = ResponseCache(
@@ -46,7 +41,7 @@ def fill_responses(
             chunk,
             max_new_tokens=config.data.max_response_tokens,
             device=runtime.device,
-            synced=zero_stage(config.deepspeed) == 3 and world > 1,
+            synced=plan.zero_stage == 3 and world > 1,
         )
         for pairs in runtime.gather_objects(list(zip(chunk, answers))):
             for prompt, answer in pairs:
