@@ -72,10 +72,10 @@ def train(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = None) 
     On a cluster call the launcher itself: deepspeed --module es2fast.train --config run.yaml
     """
     from es2fast.distributed.launch import launch, rank_count
-    from es2fast.training.plan import validate
+    from es2fast.training.plan import make_plan
 
     resolved = load_config(config, overrides or ())
-    validate(resolved, world_size=rank_count(ranks, resolved.train.device))
+    make_plan(resolved, world_size=rank_count(ranks, resolved.train.device))
     launch(config, overrides or (), ranks=ranks, device=resolved.train.device)
 
 
@@ -83,11 +83,11 @@ def train(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = None) 
 def validate_command(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = None) -> None:
     """Check configuration, data, model and batch arithmetic without training."""
     from es2fast.distributed.launch import rank_count
-    from es2fast.training.plan import validate
+    from es2fast.training.plan import make_plan
 
     resolved = load_config(config, overrides or ())
-    for line in validate(resolved, world_size=rank_count(ranks, resolved.train.device)):
-        print(line)
+    plan = make_plan(resolved, world_size=rank_count(ranks, resolved.train.device))
+    print("\n".join(plan.lines()))
 
 
 @app.command()

@@ -233,7 +233,7 @@ def test_evaluate_any_model_and_compare(call: Any, project: Path, tmp_path: Path
 
 EVALUATE_MISTAKES: list[tuple[list[str], list[str]]] = [
     (["{model}"], ["data.eval_harmful", "--harmful"]),
-    (["{model}", *"--harmful {data}/harmful.jsonl --harmless {empty}".split()], ["empty.txt"]),
+    (["{model}", *["--harmful", "{data}/harmful.jsonl", "--harmless", "{empty}"]], ["empty.txt"]),
     (["{model}", "--attacks=scva"], ["no attack 'scva'", "did you mean 'scav'"]),
     (["{model}", "--judge=nobody"], ["evaluate.judge", "nobody", "rules"]),
     (["{nowhere}"], ["model.name", "nowhere"]),

@@ -12,7 +12,7 @@ sets are nested and end at the same block, so the same blocks train in all of th
 own toy, split and batches; all attacks are refitted on the tuned model and judged on held-out
 prompts.
 
-The runs go through `es2fast.training.engine.train` in this process: one thread, ZeRO stage 0
+The runs go through `es2fast.training.loop.train` in this process: one thread, ZeRO stage 0
 (stages 2 and 3 gave the same figures to five digits at 1.4 and 2 times the time). A run takes about
 20 s, of which training is 13. With a fixed lambda the collapse monitor is off, so that the table
 shows what a loss does when nothing stops it; with a budget all safeguards are on. A run that stops
@@ -59,7 +59,8 @@ from es2fast.distributed import runtime as runtimes
 from es2fast.errors import UserError
 from es2fast.evaluation.measure import evaluate_model
 from es2fast.modeling.load import load_causal_lm, load_tokenizer
-from es2fast.training.engine import train
+from es2fast.training.loop import train
+from es2fast.training.plan import make_plan
 
 
 def settings(cell: Cell, toy: Path, out: Path, prompts: int) -> Config:
@@ -135,7 +136,7 @@ def run(cell: Cell, shared: Seed, work: Path, prompts: int, runtime: Any) -> dic
     row: dict[str, Any] = {"separation": separation, "kl_budget": config.kl.budget}
     out.mkdir()
     try:
-        done = train(config, shared.formatter, shared.groups, runtime)
+        done = train(make_plan(config), runtime)
         row |= {"steps": done.steps, "train_seconds": done.seconds, "lambda": done.kl_weight}
         row |= {"train_kl": done.kl, "update_scale": done.scale}
     except UserError as error:

@@ -29,8 +29,9 @@ from tqdm import tqdm
 
 from es2fast.data import Formatter, Prompt
 from es2fast.judges.base import Judge, Verdict
-from es2fast.modeling.taps import blocks, last_token_states
-from es2fast.training.responses import generate
+from es2fast.modeling.generate import generate
+from es2fast.modeling.states import last_token_states
+from es2fast.modeling.taps import blocks
 
 STATES_BATCH = 32  # prompts per pass when states are collected
 

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from es2fast.attacks.base import STATES_BATCH
 from es2fast.data import Formatter, Prompt
 from es2fast.modeling.head import lm_head_of, read_transform
-from es2fast.modeling.taps import backbone, blocks, causal_lm, last_token_states, position_ids
+from es2fast.modeling.states import last_token_states
+from es2fast.modeling.taps import backbone, blocks, causal_lm, position_ids
 from es2fast.ops.linear_kl.op import linear_kl_div
 from es2fast.probing.probes import fisher_ratio, fit_probe, mean_distance
 from es2fast.run.files import remove, write_text

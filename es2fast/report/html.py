@@ -8,7 +8,6 @@ and moved into place, so a reader never meets half a report.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from es2fast.report.settings import config_rows
 from es2fast.report.table import legend, table_rows
 from es2fast.run.files import write_text
 from es2fast.run.folder import RunFolder
+from es2fast.run.metrics import read_metrics
 
 CAPTIONS = {
     "training": (
@@ -80,27 +80,6 @@ def write_report(
     write_text(folder.report, report.to_json())
     page = _render_html(report, read_metrics(folder.metrics), states, config)
     write_text(folder.page, page)
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl, ascending by step; empty when there is no such file.
-
-    A line cut off by a crash is skipped, and a step that a resumed run logged again counts once,
-    with its last values.
-    """
-    path = Path(path)
-    if not path.is_file():
-        return []
-    rows: dict[Any, dict[str, Any]] = {}
-    for index, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            step = row.get("step")
-            rows[step if isinstance(step, int) else index] = row
-    return [rows[step] for step in sorted(rows)]
 
 
 def _render_html(

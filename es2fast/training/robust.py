@@ -75,13 +75,15 @@ class SimulatedAttack:
 
     def _fit(self) -> PushAttack:
         """Fitted on rank 0 and sent to the others, so that all ranks push alike."""
-        shards = self._runtime.gather_objects(self._kept)
+        groups: tuple[dict[int, Tensor], dict[int, Tensor]] = ({}, {})
+        for layer in self._layers:
+            for group, rows in zip(groups, self._kept[layer]):
+                if shards := self._runtime.gather_rows(rows):
+                    group[layer] = torch.cat(shards)
+        return self._runtime.on_main(self._fitted_to, *groups)
+
+    def _fitted_to(self, harmful: dict[int, Tensor], harmless: dict[int, Tensor]) -> PushAttack:
         attack = make_attack(self._settings.attack)
         assert isinstance(attack, PushAttack)
-        if self._runtime.is_main:
-            groups = [
-                {i: torch.cat([shard[i][side] for shard in shards]) for i in self._layers}
-                for side in (0, 1)
-            ]
-            attack.fit(groups[0], groups[1])
-        return self._runtime.from_main(attack)
+        attack.fit(harmful, harmless)
+        return attack

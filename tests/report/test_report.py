@@ -17,10 +17,10 @@ from es2fast.config import parse_config
 from es2fast.errors import UserError
 from es2fast.report import html, plots, table
 from es2fast.report.compare import combined
-from es2fast.report.html import read_metrics
 from es2fast.report.schema import Report, read_report
 from es2fast.report.stats import rate_interval, wilson
 from es2fast.run.folder import RunFolder
+from es2fast.run.metrics import read_metrics
 
 
 def attack(refused, useful, gibberish, push, n=100):
