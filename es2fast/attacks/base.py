@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from es2fast.data import Formatter, Prompt
 from es2fast.judges.base import Judge, Verdict
-from es2fast.modeling.generate import generate
+from es2fast.modeling.generate import generate_rows
 from es2fast.modeling.states import last_token_states
 from es2fast.modeling.taps import blocks
 
@@ -116,17 +116,23 @@ class Target:
             items, f"{self.title}: {what}", unit=unit, disable=self.title is None or not items
         )
 
-    @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt]) -> list[str]:
         """Greedy answers of the model as it is now, `batch_size` prompts at a time."""
+        return self.generate_rows([self.formatter.prompt_ids(prompt) for prompt in prompts])
+
+    def generate_rows(
+        self, rows: Sequence[Sequence[int]], *, repetition_penalty: float = 1.0
+    ) -> list[str]:
+        """Greedy continuations of rows of token ids, `batch_size` rows at a time."""
         found: list[str] = []
-        for start in range(0, len(prompts), self.batch_size):
-            found += generate(
+        for start in range(0, len(rows), self.batch_size):
+            found += generate_rows(
                 self.model,
                 self.formatter,
-                prompts[start : start + self.batch_size],
+                rows[start : start + self.batch_size],
                 max_new_tokens=self.max_new_tokens,
                 device=self.device,
+                repetition_penalty=repetition_penalty,
             )
         return found
 
