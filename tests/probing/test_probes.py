@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from es2fast.attacks.states.scav import Scav
+from es2fast.attacks.states.scav import Scav, ScavSettings
 from es2fast.errors import UserError
 from es2fast.probing.probes import (
     SAMPLE,
