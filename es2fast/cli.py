@@ -6,6 +6,7 @@ on stderr and exit code 2.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -71,10 +72,10 @@ def train(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = None) 
     On a cluster call the launcher itself: deepspeed --module es2fast.train --config run.yaml
     """
     from es2fast.distributed.launch import launch, rank_count
-    from es2fast.training.plan import validate
+    from es2fast.training.plan import make_plan
 
     resolved = load_config(config, overrides or ())
-    validate(resolved, world_size=rank_count(ranks, resolved.train.device))
+    make_plan(resolved, world_size=rank_count(ranks, resolved.train.device))
     launch(config, overrides or (), ranks=ranks, device=resolved.train.device)
 
 
@@ -82,24 +83,90 @@ def train(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = None) 
 def validate_command(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = None) -> None:
     """Check configuration, data, model and batch arithmetic without training."""
     from es2fast.distributed.launch import rank_count
-    from es2fast.training.plan import validate
+    from es2fast.training.plan import make_plan
 
     resolved = load_config(config, overrides or ())
-    for line in validate(resolved, world_size=rank_count(ranks, resolved.train.device)):
-        print(line)
+    plan = make_plan(resolved, world_size=rank_count(ranks, resolved.train.device))
+    print("\n".join(plan.lines()))
 
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="folder of a finished run")],
-    overrides: Overrides = None,
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="a run's folder; or model folders and Hugging Face ids; then key=value",
+            show_default=False,
+        ),
+    ],
+    base: Annotated[
+        str | None, typer.Option("--base", help="model that the others are compared with")
+    ] = None,
+    attacks: Annotated[
+        str | None, typer.Option("--attacks", help="names, with commas between them")
+    ] = None,
+    judge: Annotated[str | None, typer.Option("--judge", help="who judges the answers")] = None,
+    harmful: Annotated[
+        list[str] | None, typer.Option("--harmful", help="held-out prompts; may be repeated")
+    ] = None,
+    harmless: Annotated[list[str] | None, typer.Option("--harmless", help="likewise")] = None,
+    fit_harmful: Annotated[
+        list[str] | None,
+        typer.Option("--fit-harmful", help="the attacker's prompts; default: further rows"),
+    ] = None,
+    fit_harmless: Annotated[list[str] | None, typer.Option("--fit-harmless")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=2, help="held-out prompts per group")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="folder to write; default: runs/evaluation")
+    ] = None,
 ) -> None:
-    """Attack base and trained model with refitted attacks; write report.json and report.html."""
-    from es2fast.evaluation.run import evaluate_run
-    from es2fast.report.html import print_table
+    """Attack models with attacks fitted on each of them; write answers and a report.
 
-    print_table(evaluate_run(run, overrides or ()))
-    print(f"written: {run / 'report.json'}, {run / 'report.html'}")
+    With the folder of a finished run alone, its base and its trained model are attacked and the
+    report goes into the run. An evaluation that was interrupted goes on where it was.
+    """
+    from es2fast.evaluation.run import evaluate_paths, evaluate_run
+    from es2fast.report.table import print_table
+    from es2fast.run.folder import RunFolder
+
+    sources = {
+        "data.eval_harmful": harmful,
+        "data.eval_harmless": harmless,
+        "data.harmful": fit_harmful,
+        "data.harmless": fit_harmless,
+    }
+    named = [f"{key}={json.dumps(list(files))}" for key, files in sources.items() if files]
+    chosen = {"evaluate.attacks": attacks and attacks.split(","), "evaluate.judge": judge,
+              "evaluate.limit": limit}  # fmt: skip
+    named += [f"{key}={json.dumps(value)}" for key, value in chosen.items() if value is not None]
+    named += [item for item in models if "=" in item]
+    places = [item for item in models if "=" not in item]
+    if not places:
+        raise UserError("evaluate: no model given; name a run's folder, a model folder or an id")
+    run = RunFolder(places[0])
+    if len(places) == 1 and base is None and out is None and (run.occupied or run.finished):
+        print_table(evaluate_run(run.path, named))
+        folder = run
+    else:
+        config = load_config(None, [f"model.name={json.dumps(places[0])}", *named])
+        folder = RunFolder(out or Path("runs/evaluation"))
+        print_table(evaluate_paths(places, config, folder, base=base))
+    print(f"written: {folder.answers}, {folder.report}, {folder.page}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(help="folders with a report.json", show_default=False)
+    ],
+) -> None:
+    """Print the reports of several runs or evaluations side by side."""
+    from es2fast.report.compare import combined
+    from es2fast.report.table import print_table
+
+    print_table(combined(runs))
 
 
 @app.command()

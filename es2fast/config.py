@@ -96,7 +96,7 @@ class RobustConfig(_Section):
         0.0, ge=0, lt=1, description="share of the steps that are attacked; 0: none"
     )
     attack: Literal["scav", "mean_difference"] = Field(
-        "mean_difference", description="as in the evaluation, with evaluate.scav_p0 and scav_p1"
+        "mean_difference", description="as in the evaluation, with its default settings"
     )
     states: int = Field(
         256, ge=4, description="most recent states per group that the attack is fitted on"
@@ -236,16 +236,34 @@ class TrainConfig(_Section):
 
 
 class EvaluateConfig(_Section):
-    attacks: list[str] = Field(default_factory=lambda: ["direct", "scav", "mean_difference"])
+    attacks: list[str | dict[str, Any]] = Field(
+        ["direct", "scav", "mean_difference"],
+        description="names, or mappings of a name and the attack's own settings, such as "
+        "{name: scav, p0: 0.001}",
+    )
+    judge: str = Field("rules", description="who says how an answer ended")
     limit: int = Field(100, ge=2, description="held-out prompts per group")
     fit_limit: int = Field(140, ge=2, description="training prompts per group for probes and means")
     max_new_tokens: int = Field(48, ge=1)
     batch_size: int = Field(32, ge=1)
     attack_steps: Literal["all", "prompt"] = Field(
-        "all", description="push at every decoding step, or only while the prompt is read"
+        "all",
+        description="`steps` of attacks on hidden states that do not say it themselves: push at "
+        "every decoding step, or only while the prompt is read",
     )
-    scav_p0: float = Field(1e-4, gt=0, lt=0.5, description="probability the push aims at")
-    scav_p1: float = Field(0.9, gt=0.5, lt=1, description="probe accuracy a layer must exceed")
+    seed: int = Field(0, description="of whatever an attack draws")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settings_of_scav(cls, raw: Any) -> Any:
+        """`scav_p0` and `scav_p1` of earlier versions are settings of the attack now."""
+        if not isinstance(raw, dict) or not {"scav_p0", "scav_p1"} & raw.keys():
+            return raw
+        rest = {key: value for key, value in raw.items() if key not in ("scav_p0", "scav_p1")}
+        given = {key[5:]: raw[key] for key in ("scav_p0", "scav_p1") if key in raw}
+        names = rest.get("attacks", cls.model_fields["attacks"].default)
+        rest["attacks"] = [{"name": "scav", **given} if name == "scav" else name for name in names]
+        return rest
 
 
 class Config(_Section):

@@ -71,7 +71,7 @@ def test_the_installed_command_reports_a_mistake_without_a_traceback(project: Pa
 def test_help_lists_every_command(call: Any) -> None:
     done = call("--help")
     assert done.returncode == 0
-    for name in ("train", "evaluate", "layers", "validate", "export", "env", "demo"):
+    for name in ("train", "evaluate", "compare", "layers", "validate", "export", "env", "demo"):
         assert name in done.stdout
 
 
@@ -202,3 +202,64 @@ def test_evaluate_and_export_need_a_finished_run(call: Any, project: Path, tmp_p
     assert done.returncode == 2 and "no finished run" in done.stderr
     done = call("export", project / "taken", "--out", tmp_path / "x")
     assert done.returncode == 2 and "no finished run" in done.stderr
+
+
+def test_evaluate_any_model_and_compare(call: Any, project: Path, tmp_path: Path) -> None:
+    """No run folder: base and model by path, further rows of the same files for the attacker."""
+    other = save_tiny(tmp_path / "other", seed=1)
+    out = tmp_path / "out"
+    arguments = [
+        other, "--base", project / "model", "--attacks", "direct,mean_difference",
+        "--harmful", project / "data/harmful.jsonl", "--harmless", project / "data/harmless.jsonl",
+        "--limit", 4, "--out", out, "evaluate.max_new_tokens=3", "train.device=cpu",
+    ]  # fmt: skip
+    done = call("evaluate", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "attack mean_difference" in done.stdout and "n = 4" in done.stdout
+    report = json.loads((out / "report.json").read_text())
+    assert [model["name"] for model in report["models"]] == ["base", "other"]
+    assert report["models"][1]["harmless"]["kl_to_base"] > 0
+    lines = [json.loads(line) for line in (out / "answers.jsonl").open()]
+    assert {"harmful", "harmless", "trial"} == {line["group"] for line in lines}
+    assert "<svg" in (out / "report.html").read_text()
+    again = call("evaluate", *arguments)
+    assert again.returncode == 0
+    assert len((out / "answers.jsonl").read_text().splitlines()) == len(lines)
+    (tmp_path / "second").mkdir()
+    shutil.copy(out / "report.json", tmp_path / "second")
+    done = call("compare", out, tmp_path / "second")
+    assert done.returncode == 0 and "other" in done.stdout
+
+
+EVALUATE_MISTAKES: list[tuple[list[str], list[str]]] = [
+    (["{model}"], ["data.eval_harmful", "--harmful"]),
+    (["{model}", *["--harmful", "{data}/harmful.jsonl", "--harmless", "{empty}"]], ["empty.txt"]),
+    (["{model}", "--attacks=scva"], ["no attack 'scva'", "did you mean 'scav'"]),
+    (["{model}", "--judge=nobody"], ["evaluate.judge", "nobody", "rules"]),
+    (["{nowhere}"], ["model.name", "nowhere"]),
+    (["train.device=cpu"], ["no model given"]),
+    (["{model}", "evaluate.limits=3"], ["evaluate.limits", "did you mean 'limit'"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), EVALUATE_MISTAKES)
+def test_mistakes_of_evaluate(
+    call: Any, project: Path, tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    places = {"model": project / "model", "data": project / "data", "nowhere": tmp_path / "nowhere",
+              "empty": project / "empty.txt"}  # fmt: skip
+    filled = [item.format(**places) for item in arguments]
+    if "data.eval_harmful" not in words and "--harmful" not in filled:
+        for name in ("harmful", "harmless"):
+            filled += [f"--{name}", f"{project}/data/{name}.jsonl"]
+    done = call("evaluate", *filled, "--out", tmp_path / "out")
+    assert done.returncode == 2, done.stdout + done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    for word in words:
+        assert word in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_compare_needs_reports(call: Any, tmp_path: Path) -> None:
+    done = call("compare", tmp_path)
+    assert done.returncode == 2 and "cannot be read" in done.stderr

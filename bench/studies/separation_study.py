@@ -12,7 +12,7 @@ sets are nested and end at the same block, so the same blocks train in all of th
 own toy, split and batches; all attacks are refitted on the tuned model and judged on held-out
 prompts.
 
-The runs go through `es2fast.training.engine.train` in this process: one thread, ZeRO stage 0
+The runs go through `es2fast.training.loop.train` in this process: one thread, ZeRO stage 0
 (stages 2 and 3 gave the same figures to five digits at 1.4 and 2 times the time). A run takes about
 20 s, of which training is 13. With a fixed lambda the collapse monitor is off, so that the table
 shows what a loss does when nothing stops it; with a budget all safeguards are on. A run that stops
@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import json
 import shutil
 import sys
 import time
@@ -57,9 +56,14 @@ from es2fast.demo.run import demo_config
 from es2fast.demo.toy import build_toy
 from es2fast.distributed import runtime as runtimes
 from es2fast.errors import UserError
-from es2fast.evaluation.measure import evaluate_model
+from es2fast.evaluation.run import evaluate_models
+from es2fast.evaluation.subject import EvaluationPrompts, Subject
 from es2fast.modeling.load import load_causal_lm, load_tokenizer
-from es2fast.training.engine import train
+from es2fast.report.schema import ModelResult
+from es2fast.run.folder import RunFolder
+from es2fast.run.metrics import read_metrics
+from es2fast.training.loop import train
+from es2fast.training.plan import make_plan
 
 
 def settings(cell: Cell, toy: Path, out: Path, prompts: int) -> Config:
@@ -92,7 +96,7 @@ class Seed:
     groups: PromptGroups
     formatter: Formatter
     base: nn.Module
-    report: dict[str, Any]
+    folder: Path  # answers of the base model and of every run
 
     @classmethod
     def load(cls, work: Path, seed: int, prompts: int) -> Seed:
@@ -101,33 +105,31 @@ class Seed:
         groups = load_groups(config.data)
         formatter = Formatter(load_tokenizer(config.model), config.data)
         base = load_causal_lm(config.model, "fp32").eval()
-        found = cls(config, groups, formatter, base, {})
-        found.report = found.evaluate(base, None, [2, 4])
-        return found
+        return cls(config, groups, formatter, base, work / f"evaluation-{seed}")
 
-    def evaluate(
-        self, model: nn.Module, base: nn.Module | None, layers: list[int]
-    ) -> dict[str, Any]:
-        """Refitted attacks and geometry on held-out prompts."""
+    def evaluate(self, tuned: nn.Module | None, layers: list[int]) -> ModelResult:
+        """Refitted attacks and geometry on held-out prompts, of the base model without `tuned`.
+
+        The base model's answers are kept, so each run adds only the tuned model's.
+        """
         wanted, groups = self.config.evaluate, self.groups
-        return evaluate_model(
-            model,
-            self.formatter,
-            harmful=groups.eval_harmful[: wanted.limit],
-            harmless=groups.eval_harmless[: wanted.limit],
-            fit_harmful=groups.harmful[: wanted.fit_limit],
-            fit_harmless=groups.harmless[: wanted.fit_limit],
-            layers=layers,
-            config=wanted,
-            base=base,
-            base_separation=self.report.get("separation"),
+        models = {"base": self.base} | ({} if tuned is None else {"tuned": tuned})
+        subjects = [Subject.of(name, model, self.formatter) for name, model in models.items()]
+        prompts = EvaluationPrompts(
+            groups.eval_harmful[: wanted.limit],
+            groups.eval_harmless[: wanted.limit],
+            groups.harmful[: wanted.fit_limit],
+            groups.harmless[: wanted.fit_limit],
         )
+        folder = RunFolder(self.folder)
+        report = evaluate_models(subjects, prompts, wanted, folder, layers=layers)
+        return report.models[-1]
 
 
 def run(cell: Cell, shared: Seed, work: Path, prompts: int, runtime: Any) -> dict[str, Any]:
     """Trains and evaluates one cell; returns the row's figures."""
     if cell.loss == "base":
-        return figures(shared.report, [2, 4])
+        return figures(shared.evaluate(None, [2, 4]), [2, 4])
     out = work / f"run-{time.time_ns()}"
     config = settings(cell, work / f"toy-{cell.seed}", out, prompts)
     layers = list(cell.layers)
@@ -135,16 +137,17 @@ def run(cell: Cell, shared: Seed, work: Path, prompts: int, runtime: Any) -> dic
     row: dict[str, Any] = {"separation": separation, "kl_budget": config.kl.budget}
     out.mkdir()
     try:
-        done = train(config, shared.formatter, shared.groups, runtime)
+        done = train(make_plan(config), runtime)
         row |= {"steps": done.steps, "train_seconds": done.seconds, "lambda": done.kl_weight}
         row |= {"train_kl": done.kl, "update_scale": done.scale}
     except UserError as error:
         row["stopped"] = str(error)
     row |= last_metrics(out, layers)
-    saved = next((f for f in (out / "model", out / "last_good") if f.is_dir()), None)
+    folder = RunFolder(out)
+    saved = next((f for f in (folder.model, folder.last_good) if f.is_dir()), None)
     if saved is not None:
         tuned = load_causal_lm(config.model.model_copy(update={"name": str(saved)}), "fp32").eval()
-        row |= figures(shared.evaluate(tuned, shared.base, layers), layers)
+        row |= figures(shared.evaluate(tuned, layers), layers)
     shutil.rmtree(out)
     gc.collect()
     return row
@@ -152,33 +155,34 @@ def run(cell: Cell, shared: Seed, work: Path, prompts: int, runtime: Any) -> dic
 
 def last_metrics(out: Path, layers: list[int]) -> dict[str, Any]:
     """The last training step's distances and norms, also of runs that saved nothing."""
-    lines = (out / "metrics.jsonl").read_text().splitlines() if out.is_dir() else []
-    if not lines:
+    rows = read_metrics(RunFolder(out).metrics)
+    if not rows:
         return {}
-    last = json.loads(lines[-1])
+    last = rows[-1]
     keys = ["step", "kl", *(f"{k}/{i}" for k in ("distance_over_base", "norm_ratio")
                             for i in layers)]  # fmt: skip
     return {"last_step": {key: last.get(key) for key in keys}}
 
 
-def figures(report: dict[str, Any], layers: list[int]) -> dict[str, Any]:
-    """What the tables show, out of one model block of a report; means over the layers."""
+def figures(result: ModelResult, layers: list[int]) -> dict[str, Any]:
+    """What the tables show, out of one model's part of a report; means over the layers."""
     kept = ("refused", "useful", "gibberish", "repetitive", "relative_push")
-    geometry = [report["separation"][str(layer)] for layer in layers]
+    geometry = [result.separation[str(layer)] for layer in layers]
     means = {
-        name: sum(row[name] for row in geometry) / len(geometry)
+        name: sum(getattr(row, name) for row in geometry) / len(geometry)
         for name in ("distance_over_base", "norm_ratio", "fisher", "probe_accuracy")
     }
-    ranks = report.get("shift_rank") or {}
+    ranks = result.shift_rank or {}
     return {
-        "n": report["harmless"]["n"],
-        "kl": report["harmless"]["kl_to_base"],
-        "intact": report["harmless"]["intact_rate"],
-        "refused_harmless": report["harmless"]["refusal_rate"],
+        "n": result.harmless.n,
+        "kl": result.harmless.kl_to_base,
+        "intact": result.harmless.intact_rate,
+        "refused_harmless": result.harmless.refusal_rate,
         **means,
         "shift_rank": sum(ranks.values()) / len(ranks) if ranks else None,
         "attacks": {
-            name: {key: attack[key] for key in kept} for name, attack in report["attacks"].items()
+            name: {key: getattr(attack, key) for key in kept}
+            for name, attack in result.attacks.items()
         },
     }
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Sequence
 
-from es2fast.attacks.states.pushes import Attack
+from es2fast.attacks.base import Answer, Attack, Target
+from es2fast.data import Prompt
 
 
 class Direct(Attack):
-    """Pushes nothing."""
+    """Asks, and does nothing else."""
 
     name = "direct"
 
-    def fit(self, harmful: dict[int, Tensor], harmless: dict[int, Tensor]) -> None:
-        """Nothing to learn."""
-
-    def layers(self) -> list[int]:
-        return []
-
-    def push(self, layer: int, states: Tensor) -> Tensor:
-        return states.new_zeros(states.shape)
+    def answers(self, target: Target, prompts: Sequence[Prompt]) -> list[list[Answer]]:
+        return [[Answer(text)] for text in target.generate(prompts)]

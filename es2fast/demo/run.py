@@ -17,8 +17,9 @@ from es2fast.demo.toy import build_toy
 from es2fast.distributed.launch import launch
 from es2fast.errors import UserError
 from es2fast.evaluation.run import evaluate_run
-from es2fast.report.html import print_table, read_report
-from es2fast.train import run_in
+from es2fast.report.schema import Report, read_report
+from es2fast.report.table import print_table
+from es2fast.run.folder import RunFolder
 
 SETTINGS: dict[str, Any] = {
     "layers": "auto",
@@ -29,9 +30,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def run_demo(
-    out: Path, *, seed: int = 0, steps: int | None = None, device: str = "auto"
-) -> dict[str, Any]:
+def run_demo(out: Path, *, seed: int = 0, steps: int | None = None, device: str = "auto") -> Report:
     """Runs the demo into `out` and returns its report.
 
     Args:
@@ -50,11 +49,12 @@ def run_demo(
         path = out / "demo.yaml"
         save_config(config, path)
         launch(path, device=device)
-    if not (out / "report.json").is_file():
+    folder = RunFolder(out)
+    if not folder.report.is_file():
         evaluate_run(out)
-    report = read_report(out)
+    report = read_report(folder.report)
     print_table(report)
-    print(f"report: {out / 'report.html'}   model: {out / 'model'}")
+    print(f"report: {folder.page}   model: {folder.model}")
     return report
 
 
@@ -75,15 +75,15 @@ def demo_config(
 
 def _trained(out: Path, config: Config) -> bool:
     """`out` holds the finished training of exactly this configuration and toy."""
-    saved, weights = out / "config.yaml", out / "toy" / "model" / "model.safetensors"
-    if not (saved.is_file() and (out / "train.json").is_file() and (out / "model").is_dir()):
+    folder, weights = RunFolder(out), out / "toy" / "model" / "model.safetensors"
+    if not folder.finished or not folder.config.is_file():
         return False
-    if weights.stat().st_mtime > (out / "train.json").stat().st_mtime:
+    if weights.stat().st_mtime > folder.summary.stat().st_mtime:
         return False
-    return yaml.safe_load(saved.read_text()) == config.model_dump(mode="json")
+    return yaml.safe_load(folder.config.read_text()) == config.model_dump(mode="json")
 
 
 def _claim(out: Path) -> None:
     """A demo replaces a demo, and nothing else."""
-    if run_in(out) and not (out / "demo.yaml").is_file():
+    if RunFolder(out).occupied and not (out / "demo.yaml").is_file():
         raise UserError(f"--out: {str(out)!r} holds another run; choose another folder")

@@ -101,11 +101,6 @@ def _check_zero_keys(zero: dict[str, Any]) -> None:
             raise UserError(f"deepspeed.zero_optimization.{key}: unknown key; {hint}")
 
 
-def zero_stage(choice: str | dict[str, Any]) -> int:
-    """ZeRO stage 0..3 of a `deepspeed:` entry."""
-    return int(load_deepspeed(choice).get("zero_optimization", {}).get("stage", 0))
-
-
 def build_deepspeed(
     config: Config, *, world_size: int, dtype: str, model_config: Any | None = None
 ) -> dict[str, Any]:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from es2fast.config import Config
 from es2fast.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,19 @@ class Runtime:
         dist.all_gather_object(found, value)
         return found
 
+    def gather_rows(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """On rank 0 every rank's `rows`, in rank order, on the CPU; elsewhere nothing.
+
+        Args:
+            rows: of the same shape and dtype on every rank, on any device.
+        """
+        if self.world_size == 1:
+            return [rows.cpu()]
+        own = rows.contiguous().to(self.device)
+        parts = [torch.empty_like(own) for _ in range(self.world_size)] if self.is_main else None
+        dist.gather(own, parts, dst=0)
+        return [part.cpu() for part in parts or []]
+
     def from_main(self, value: Any) -> Any:
         """Rank 0's `value` on every rank; others pass anything."""
         if self.world_size == 1:
@@ -50,6 +66,23 @@ class Runtime:
         held = [value]
         dist.broadcast_object_list(held, src=0)
         return held[0]
+
+    def on_main(self, work: Callable[..., T], *args: Any, **options: Any) -> T:
+        """What `work(*args, **options)` returns on rank 0, on every rank; it runs there alone.
+
+        Raises:
+            UserError: rank 0's, on every rank.
+        """
+        result: T | UserError | None = None
+        if self.is_main:
+            try:
+                result = work(*args, **options)
+            except UserError as error:
+                result = error
+        result = self.from_main(result)
+        if isinstance(result, UserError):
+            raise result
+        return result  # type: ignore[return-value]
 
     def barrier(self) -> None:
         if self.world_size > 1:

@@ -1,72 +1,182 @@
-"""Base against tuned: both models of a finished run under the same, refitted attacks.
+"""An evaluation from start to report: answers first, then verdicts, then numbers.
 
-Probes and means are fitted on training prompts and on the model under attack; every rate is
-measured on held-out prompts. Runs in one process on one device.
+Models come one after the other, and a model is gone before the next one comes: what others need of
+it (`measure.Measured`, `measure.SavedTeacher`) is on disk. Every answer is in answers.jsonl as soon
+as it exists, so an interrupted evaluation continues, and one that is only judged anew loads no
+model at all.
+
+Attacks are fitted on training prompts and on the model under attack; every rate is measured on
+held-out prompts. Runs in one process on one device.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 
-from es2fast.config import Config, load_config
-from es2fast.data import Formatter, Prompt, PromptGroups, load_groups
+from es2fast.attacks.registry import make_attacks
+from es2fast.config import Config, EvaluateConfig, ModelConfig, load_config
+from es2fast.data import Formatter, Prompt, PromptGroups, load_groups, model_fingerprint
 from es2fast.distributed.runtime import resolve_device, resolve_dtype
 from es2fast.errors import UserError
-from es2fast.evaluation.measure import evaluate_model
-from es2fast.modeling.load import load_causal_lm, load_tokenizer
-from es2fast.modeling.taps import last_token_states
+from es2fast.evaluation.aggregate import attack_result, harmless_result
+from es2fast.evaluation.answers import AnswerLog
+from es2fast.evaluation.measure import Measured, SavedTeacher, shift_ranks
+from es2fast.evaluation.subject import (
+    TEACHER,
+    EvaluationPrompts,
+    ModelAnswers,
+    Subject,
+    SubjectEvaluation,
+)
+from es2fast.judges.base import Judge
+from es2fast.judges.registry import make_judge
+from es2fast.modeling.load import check_weights, load_causal_lm, load_tokenizer
 from es2fast.report.html import write_report
 from es2fast.report.model_card import write_model_card
+from es2fast.report.schema import BASE, Report
+from es2fast.run.folder import RunFolder
+
+TUNED = "tuned"
+FEWEST = 4  # training prompts per group: three to fit a probe and one to test it
 
 
-def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Attacks the base and the tuned model of `run`; writes report.json and report.html there.
+def evaluate_models(
+    subjects: Sequence[Subject],
+    prompts: EvaluationPrompts,
+    settings: EvaluateConfig,
+    folder: RunFolder,
+    *,
+    layers: Sequence[int] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Report:
+    """Attacks and measures models; answers.jsonl and what was measured go to `folder`.
+
+    Args:
+        subjects: the base model first, where there is one.
+        prompts: held-out and training prompts.
+        settings: attacks, judge, lengths, batch size.
+        layers: the separated blocks, for the effective rank of the shifts; default: none.
+        extra: more keys for the report, such as `train`.
+
+    Raises:
+        UserError: unknown attack or judge; no attack that could be run.
+    """
+    judge = make_judge(settings.judge)
+    make_attacks(settings.attacks, steps=settings.attack_steps)  # mistakes before any model loads
+    log = AnswerLog(folder.answers)
+    base: ModelAnswers | None = None
+    outcomes: dict[str, ModelAnswers] = {}
+    warnings: list[str] = []
+    for subject in subjects:
+        others = [s for s in subjects if s.name != BASE] if subject.name == BASE else []
+        part = SubjectEvaluation(subject, prompts, settings, folder, log, judge, base, warnings)
+        outcomes[subject.name] = part.run(others)
+        base = outcomes.get(BASE)
+    SavedTeacher(folder.measured / TEACHER, "").remove()
+    models = [
+        _model_result(name, found, base, prompts, judge, layers) for name, found in outcomes.items()
+    ]
+    raw = {
+        "models": models,
+        "judge": judge.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "es2fast": version("es2fast"),
+        "warnings": warnings,
+    }
+    return Report.parse(raw | dict(extra or {}))
+
+
+def saved_states(folder: RunFolder, names: Sequence[str], layer: int) -> dict[str, dict[str, Any]]:
+    """Per model and group, the held-out prompts' states at one block, (n, H)."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        measured = Measured.load(folder.measured / name)
+        if measured is not None:
+            found[name] = {
+                group: states[layer].numpy()
+                for group, states in measured.states.items()
+                if layer in states
+            }
+    return found
+
+
+def _model_result(
+    name: str,
+    found: ModelAnswers,
+    base: ModelAnswers | None,
+    prompts: EvaluationPrompts,
+    judge: Judge,
+    layers: Sequence[int] | None,
+) -> dict[str, Any]:
+    """One entry of `models` in the report."""
+    attacks = {}
+    for label, part in found.attacks.items():
+        items = [
+            (prompt.text, answer.text, prompt.response)
+            for prompt, answers in zip(prompts.harmful, part.answers)
+            for answer in answers
+        ]
+        verdicts = iter(judge.verdicts(items))
+        grouped = [[next(verdicts) for _ in answers] for answers in part.answers]
+        attacks[label] = attack_result(prompts.harmful, part.answers, grouped, part.summary)
+    result: dict[str, Any] = {
+        "name": name,
+        "harmless": harmless_result(found.harmless, found.references, found.measured.kl),
+        "attacks": attacks,
+        "separation": found.measured.separation,
+    }
+    if base is not None and base is not found and layers and found.measured.kl is not None:
+        states, before = (part.measured.states["harmful"] for part in (found, base))
+        result["shift_rank"] = shift_ranks(states, before, layers)
+    return result
+
+
+def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> Report:
+    """Attacks the base and the tuned model of `run`; writes report.json, report.html and the model
+    card there.
 
     Args:
         run: folder that `train` wrote.
         overrides: `key=value` changes to the run's saved configuration, e.g. evaluate.limit=50.
 
-    Returns:
-        the report (see `es2fast.report.schema`).
-
     Raises:
         UserError: no finished run there; no held-out prompts.
     """
-    if not (run / "model").is_dir() or not (run / "train.json").is_file():
-        raise UserError(f"evaluate: {str(run)!r} holds no finished run; train it first")
-    config = load_config(run / "config.yaml", overrides)
-    summary = json.loads((run / "train.json").read_text())
-    layers = [int(layer) for layer in summary["layers"]]
+    folder = RunFolder(run)
+    folder.check_finished("evaluate")
+    config = load_config(folder.config, overrides)
+    summary = json.loads(folder.summary.read_text())
+    layers = sorted(int(layer) for layer in summary["layers"])
     groups = load_groups(config.data)
     _check_held_out(groups)
+    trained = config.model.model_copy(update={"name": str(folder.model), "revision": None})
     formatter = Formatter(load_tokenizer(config.model), config.data)
-    device = torch.device(resolve_device(config.train.device))
-    dtype = resolve_dtype(config.model.dtype, device.type)
-    base = load_causal_lm(config.model, dtype).to(device).eval()
-    trained = config.model.model_copy(update={"name": str(run / "model"), "revision": None})
-    tuned = load_causal_lm(trained, dtype).to(device).eval()
-    prompts = _prompts(config, groups)
-    settings: dict[str, Any] = {**prompts, "layers": layers, "config": config.evaluate}
-    before = evaluate_model(base, formatter, base=None, **settings)
-    after = evaluate_model(
-        tuned, formatter, base=base, base_separation=before["separation"], **settings
+    subjects = [
+        _subject(name, model, config, formatter)
+        for name, model in ((BASE, config.model), (TUNED, trained))
+    ]
+    limit, fit = config.evaluate.limit, config.evaluate.fit_limit
+    prompts = EvaluationPrompts(
+        groups.eval_harmful[:limit],
+        groups.eval_harmless[:limit],
+        groups.harmful[:fit],
+        groups.harmless[:fit],
     )
-    report = {"base": before, "tuned": after, "train": summary}
-    states: dict[str, Any] = {}
-    for name, model in (("base", base), ("tuned", tuned)):
-        for group in ("harmful", "harmless"):
-            states[f"{name}_{group}"] = _states(model, formatter, prompts[group], layers[-1])
-    np.savez_compressed(run / "states.npz", **states)
-    write_report(run, report, states=states, config=config)
+    report = evaluate_models(
+        subjects, prompts, config.evaluate, folder, layers=layers, extra={"train": summary}
+    )
+    states = saved_states(folder, report.names, layers[-1])
+    write_report(folder, report, states=states, config=config)
     write_model_card(
-        run / "model",
+        folder.model,
         config=config,
         report=report,
         base_model=config.model.name,
@@ -78,26 +188,89 @@ def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return report
 
 
+def evaluate_paths(
+    models: Sequence[str],
+    config: Config,
+    folder: RunFolder,
+    *,
+    base: str | None = None,
+) -> Report:
+    """Attacks any causal language models; writes answers.jsonl, report.json and report.html.
+
+    Args:
+        models: model folders, Hugging Face ids, or run folders (their trained model).
+        config: `data` and `evaluate`; without training prompts (`data.harmful`, `data.harmless`)
+            the held-out files' further rows are the attacker's.
+        folder: what is written goes here.
+        base: the model the others are compared with.
+
+    Raises:
+        UserError: a model or file that cannot be read; too few prompts.
+    """
+    groups = load_groups(config.data, need_train=False)
+    _check_held_out(groups)
+    prompts = _split(groups, config.evaluate)
+    names = _names(models)
+    named = [*([(BASE, base)] if base is not None else []), *zip(names, models)]
+    subjects = []
+    for name, place in named:
+        run = RunFolder(place)
+        path = str(run.model) if run.finished else place
+        model = config.model.model_copy(update={"name": path, "revision": None})
+        formatter = Formatter(load_tokenizer(model), config.data)
+        check_weights(model.name)
+        subjects.append(_subject(name, model, config, formatter))
+    report = evaluate_models(subjects, prompts, config.evaluate, folder)
+    middle = report.reported_layers[round(0.6 * len(report.reported_layers)) - 1]
+    write_report(folder, report, states=saved_states(folder, report.names, middle))
+    return report
+
+
+def _split(groups: PromptGroups, settings: EvaluateConfig) -> EvaluationPrompts:
+    """Held-out rows come first in their files; what is left, or else half, is the attacker's."""
+    found: dict[str, Sequence[Prompt]] = {}
+    for name in ("harmful", "harmless"):
+        held_out, fit = getattr(groups, f"eval_{name}"), getattr(groups, name)
+        if not fit:
+            count = min(settings.limit, max(len(held_out) - settings.fit_limit, len(held_out) // 2))
+            held_out, fit = held_out[:count], held_out[count:]
+        if len(held_out) < 2 or len(fit) < FEWEST:
+            raise UserError(
+                f"--{name}: {len(held_out)} prompts to measure and {len(fit)} for the attacker; "
+                f"at least 2 and {FEWEST} are needed: give a longer file, or --fit-{name} FILE"
+            )
+        found[name] = held_out[: settings.limit]
+        found[f"fit_{name}"] = fit[: settings.fit_limit]
+    return EvaluationPrompts(**found)
+
+
+def _names(models: Sequence[str]) -> list[str]:
+    """The last part of each path, made unique and fit for a file name."""
+    names: list[str] = []
+    for place in models:
+        plain = re.sub(r"[^\w.-]+", "-", Path(place).resolve().name if Path(place).exists()
+                       else place.rsplit("/", 1)[-1])  # fmt: skip
+        same = sum(name == plain or name.startswith(f"{plain}-") for name in names)
+        names.append(f"{plain}-{same + 1}" if same or plain == BASE else plain)
+    return names
+
+
+def _subject(name: str, model: ModelConfig, config: Config, formatter: Formatter) -> Subject:
+    """A model on disk or on the hub, loaded to this machine's device when asked for."""
+    device = torch.device(resolve_device(config.train.device))
+    dtype = resolve_dtype(model.dtype, device.type)
+    return Subject(
+        name,
+        lambda: load_causal_lm(model, dtype).to(device),
+        formatter,
+        f"{model_fingerprint(model.name, model.revision)} {dtype}",
+    )
+
+
 def _check_held_out(groups: PromptGroups) -> None:
     for name in ("eval_harmful", "eval_harmless"):
         if not getattr(groups, name):
             raise UserError(
-                f"data.{name}: no held-out prompts; name a source that training did not see"
+                f"data.{name}: no held-out prompts; name a source that training did not see, or "
+                f"give --{name.removeprefix('eval_')} FILE"
             )
-
-
-def _prompts(config: Config, groups: PromptGroups) -> dict[str, list[Prompt]]:
-    limit, fit = config.evaluate.limit, config.evaluate.fit_limit
-    return {
-        "harmful": groups.eval_harmful[:limit],
-        "harmless": groups.eval_harmless[:limit],
-        "fit_harmful": groups.harmful[:fit],
-        "fit_harmless": groups.harmless[:fit],
-    }
-
-
-def _states(
-    model: nn.Module, formatter: Formatter, prompts: Sequence[Prompt], layer: int
-) -> np.ndarray:
-    """(n, H) fp32 last-prompt-token states at one block."""
-    return last_token_states(model, formatter.prompt_batches(prompts, 32), [layer])[layer].numpy()

@@ -11,8 +11,8 @@ last entry comes after the final norm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -283,45 +283,3 @@ class SeparationTaps:
         if isinstance(value, dict):
             return {key: self._harmless(item) for key, item in value.items()}
         return value
-
-
-@torch.no_grad()
-def last_token_states(
-    model: nn.Module,
-    batches: Iterable[dict[str, Tensor]],
-    layers: Sequence[int],
-    forward: Callable[..., Any] | None = None,
-    device: torch.device | None = None,
-    space: str = "residual",
-) -> dict[int, Tensor]:
-    """States at the last prompt token, for whole sets of prompts.
-
-    Args:
-        model: a causal language model.
-        batches: left-padded `input_ids`, `attention_mask` (B, T); the last column is the last
-            prompt token of every row.
-        layers: block numbers.
-        forward: what to call for a pass; default: the model's backbone (no logits are made).
-        device: where the inputs go; default: where the model's first parameter is.
-        space: "residual" or "normed", see `tap_points`.
-
-    Returns:
-        layer -> (sum of B, H) fp32 tensor on the CPU.
-    """
-    run = forward or backbone(model)
-    kept: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    device = device or next(model.parameters()).device
-    with ExitStack() as stack:
-        states = stack.enter_context(tapped(model, layers, lambda hidden: hidden[:, -1], space))
-        for batch in batches:
-            mask = batch["attention_mask"].to(device)
-            run(
-                input_ids=batch["input_ids"].to(device),
-                attention_mask=mask,
-                position_ids=position_ids(mask),
-                use_cache=False,
-            )
-            for layer in layers:
-                # a copy: a view would keep the block's whole (B, T, H) output alive
-                kept[layer].append(states[layer].to("cpu", torch.float32, copy=True))
-    return {layer: torch.cat(kept.pop(layer)) for layer in list(kept)}  # parts freed as it goes

@@ -1,35 +1,31 @@
 """`es2fast layers`: how separable the two groups are at every block, and which blocks follow.
 
-Memory: the states are fp32 on the CPU, 4 (n + m) H bytes per block; 10 000 + 10 000 prompts of an
-8B model (H 4096, 32 blocks) would take 10.5 GB. So blocks are taken as many at a time as fit into
-`STATE_BYTES`, one pass over the prompts each; fitting a probe takes about four times one block's
-states beside them (measured at that size: 1.15 GB and 9 s on one core). Prompts are batched by
-length, so hardly anything is spent on padding.
+Memory: states come a few blocks at a time (`modeling.states`); fitting a probe takes about four
+times one block's states beside them (10 000 + 10 000 states of width 4096: 1.15 GB and 9 s on one
+core).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from es2fast.config import Config, load_config
 from es2fast.data import Formatter, Prompt, load_groups
-from es2fast.distributed.runtime import resolve_device, resolve_dtype
+from es2fast.distributed.runtime import Runtime, resolve_device, resolve_dtype
 from es2fast.errors import UserError
 from es2fast.modeling.load import load_causal_lm, load_tokenizer
-from es2fast.modeling.taps import blocks, check_layers, last_token_states
+from es2fast.modeling.states import states_by_block
+from es2fast.modeling.taps import blocks, check_layers
 from es2fast.probing.probes import LayerProbe, choose_layers, probe_table
 
-STATE_BYTES = 2 << 30  # of fp32 states held at a time
 FEWEST = 4  # prompts per group: three to fit a probe and one to test it
-BATCH = 32  # prompts per forward pass
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
@@ -100,16 +96,24 @@ def probe_layers(config: Config, *, progress: bool = False) -> LayerChoice:
     harmful, harmless = groups.harmful[:count], groups.harmless[:count]
     _check_counts(harmful, harmless)
     formatter = Formatter(load_tokenizer(config.model), config.data)
-    model = load_causal_lm(config.model, resolve_dtype(config.model.dtype, device.type))
-    model = model.to(device).eval()
+    alone = Runtime(0, 1, device, resolve_dtype(config.model.dtype, device.type))
+    model = load_causal_lm(config.model, alone.dtype).to(device).eval()
     if config.layers != "auto":
         check_layers(config.layers, len(blocks(model)))
     table: list[LayerProbe] = []
-    for states in states_by_block(model, formatter, [*harmful, *harmless], progress=progress):
-        a, b = ({i: part[group] for i, part in states.items()}
-                for group in (slice(None, len(harmful)), slice(len(harmful), None)))  # fmt: skip
-        table += probe_table(a, b, p0=config.evaluate.scav_p0, progress=progress)
+    prompts = [*harmful, *harmless]
+    for states in states_by_block(model, formatter, prompts, alone, progress=progress):
+        table += table_of(config, states, len(harmful), progress=progress)
     return pick(config, table, (len(harmful), len(harmless)))
+
+
+def table_of(
+    config: Config, states: dict[int, Tensor], harmful: int, *, progress: bool = False
+) -> list[LayerProbe]:
+    """The rows of some blocks: states layer -> (n + m, H), the first n = `harmful` rows harmful."""
+    a = {layer: rows[:harmful] for layer, rows in states.items()}
+    b = {layer: rows[harmful:] for layer, rows in states.items()}
+    return probe_table(a, b, progress=progress)
 
 
 def _check_counts(harmful: Sequence[Prompt], harmless: Sequence[Prompt]) -> None:
@@ -119,55 +123,6 @@ def _check_counts(harmful: Sequence[Prompt], harmless: Sequence[Prompt]) -> None
                 f"data.{name}: {len(prompts)} prompts; a probe needs at least {FEWEST}, and from "
                 "20 on its held-out accuracy means something"
             )
-
-
-def states_by_block(
-    model: nn.Module,
-    formatter: Formatter,
-    prompts: Sequence[Prompt],
-    *,
-    memory: int = STATE_BYTES,
-    progress: bool = False,
-) -> Iterator[dict[int, Tensor]]:
-    """Last-prompt-token states of all blocks, as many blocks at a time as `memory` bytes hold.
-
-    Args:
-        model: a causal language model in eval mode, on its device.
-        formatter: its chat format.
-        prompts: n prompts.
-        memory: bytes of states per yield; at least one block is taken whatever its size.
-        progress: show a bar, one step per batch.
-
-    Yields:
-        block -> (n, H) fp32 on the CPU, rows in the order of `prompts`; blocks ascend.
-    """
-    ids = [formatter.prompt_ids(prompt) for prompt in prompts]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    batches = [
-        formatter.pad([ids[i] for i in order[start : start + BATCH]])
-        for start in range(0, len(order), BATCH)
-    ]
-    back = torch.empty(len(order), dtype=torch.long)
-    back[torch.tensor(order)] = torch.arange(len(order))
-    depth, pending = len(blocks(model)), 0
-    width = next(iter(last_token_states(model, batches[:1], [0]).values())).shape[1]
-    at_once = max(1, memory // (4 * len(prompts) * width))
-    while pending < depth:
-        layers = range(pending, min(pending + at_once, depth))
-        title = f"states of blocks {layers[0]}..{layers[-1]}"
-        bar = tqdm(batches, title, unit="batch", disable=not progress)
-        states = last_token_states(model, bar, layers)
-        for layer in layers:  # one block at a time is held twice
-            states[layer] = states[layer][back]
-        yield states
-        pending = layers[-1] + 1
-
-
-def choose(config: Config, harmful: dict[int, Tensor], harmless: dict[int, Tensor]) -> LayerChoice:
-    """Probes the states (layer -> (n, H)) and applies `layers` and `layer_choice`."""
-    counts = tuple(len(next(iter(group.values()))) for group in (harmful, harmless))
-    table = probe_table(harmful, harmless, p0=config.evaluate.scav_p0)
-    return pick(config, table, (counts[0], counts[1]))
 
 
 def pick(config: Config, table: list[LayerProbe], prompts: tuple[int, int]) -> LayerChoice:

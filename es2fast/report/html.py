@@ -8,9 +8,7 @@ and moved into place, so a reader never meets half a report.
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +16,14 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from es2fast.config import Config, SeparationConfig
-from es2fast.errors import UserError
-from es2fast.report import plots, schema
-from es2fast.report.schema import check_report
-from es2fast.report.table import legend, print_table, table_markdown, table_rows
-
-__all__ = [
-    "check_report",
-    "config_rows",
-    "print_table",
-    "read_metrics",
-    "read_report",
-    "table_markdown",
-    "write_report",
-    "write_text_atomically",
-]
+from es2fast.config import Config
+from es2fast.report import plots
+from es2fast.report.schema import Report
+from es2fast.report.settings import config_rows
+from es2fast.report.table import legend, table_rows
+from es2fast.run.files import write_text
+from es2fast.run.folder import RunFolder
+from es2fast.run.metrics import read_metrics
 
 CAPTIONS = {
     "training": (
@@ -72,142 +62,30 @@ CAPTIONS = {
 
 
 def write_report(
-    folder: str | Path,
-    report: Mapping[str, Any],
+    folder: RunFolder,
+    report: Report,
     *,
-    states: Mapping[str, Any] | None = None,
+    states: Mapping[str, Mapping[str, Any]] | None = None,
     config: Config | None = None,
 ) -> None:
-    """Writes report.json and report.html; training curves come from `folder/metrics.jsonl`.
+    """Writes report.json and report.html; training curves come from the folder's metrics.
 
     Args:
-        folder: made when missing.
-        report: see `es2fast.report.schema`; keys beyond the schema are kept.
-        states: for the projection, `base_harmful`, `base_harmless`, `tuned_harmful` and
-            `tuned_harmless`, each (n, H), last-prompt-token states at the deepest separated layer.
+        folder: where; made when missing.
+        report: what was measured.
+        states: for the projection, per model and group (`harmful`, `harmless`) (n, H),
+            last-prompt-token states at the deepest separated layer.
         config: the run's configuration, summarised in the page.
-
-    Raises:
-        UserError: a key of the report is missing or invalid; nothing is written then.
     """
-    check_report(report)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    clean = schema.plain(report)
-    text = json.dumps(clean, indent=2, ensure_ascii=False, allow_nan=False)
-    write_text_atomically(folder / "report.json", text + "\n")
-    page = _render_html(clean, read_metrics(folder / "metrics.jsonl"), states, config)
-    write_text_atomically(folder / "report.html", page)
-
-
-def read_report(folder: str | Path) -> dict[str, Any]:
-    """Reads and checks folder/report.json.
-
-    Raises:
-        UserError: no such file, not JSON, or not a report.
-    """
-    path = Path(folder) / "report.json"
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"report {path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"report {path}: not valid JSON ({error})") from None
-    check_report(report)
-    return report
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl, ascending by step; empty when there is no such file.
-
-    A line cut off by a crash is skipped, and a step that a resumed run logged again counts once,
-    with its last values.
-    """
-    path = Path(path)
-    if not path.is_file():
-        return []
-    rows: dict[Any, dict[str, Any]] = {}
-    for index, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            step = row.get("step")
-            rows[step if isinstance(step, int) else index] = row
-    return [rows[step] for step in sorted(rows)]
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Writes a neighbour of `path` and moves it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _options(separation: SeparationConfig) -> str:
-    """The settings of the separation that are not at their defaults."""
-    words = []
-    if separation.space != "residual":
-        words.append(f"{separation.space} states")
-    if separation.norm_band is not None:
-        words.append("norm band {:g} to {:g} of the base".format(*separation.norm_band))
-    if separation.bank:
-        words.append(f"bank of {separation.bank}")
-    if separation.robust.probability:
-        robust = separation.robust
-        words.append(f"{robust.attack} simulated in {robust.probability:g} of the steps")
-    return "".join(f", {word}" for word in words)
-
-
-def config_rows(config: Config, layers: Sequence[int] | None = None) -> list[tuple[str, str]]:
-    """The settings that a reader of a report asks for first, as (name, value).
-
-    Args:
-        config: the run's configuration.
-        layers: what `layers: auto` became, when known.
-    """
-    train, kl = config.train, config.kl
-    chosen = _words(list(layers) if layers else config.layers)
-    if layers and config.layers == "auto":
-        chosen += " (chosen by probes)"
-    separation = config.separation
-    margin = "" if separation.margin is None else f", margin {separation.margin:g}"
-    margin += "" if not margin or separation.loss == "cosine" else " × d0"
-    weight = f"λ = {kl.weight:g}"
-    if kl.budget is not None:
-        weight = f"λ adaptive from {kl.weight:g}, budget {kl.budget:g} nats/token"
-    pairs = f"{train.micro_batch_size} × {train.gradient_accumulation}"
-    lora = f", r = {train.lora.r}, alpha = {train.lora.alpha:g}"
-    return [
-        ("layers", chosen),
-        (
-            "separation loss",
-            separation.loss + margin + _options(separation),
-        ),
-        ("layer weights", _words(config.separation.weights or "1 each")),
-        ("KL", f"{kl.direction}, temperature {kl.temperature:g}, {kl.positions} tokens; {weight}"),
-        ("trainable", train.trainable + (lora if train.trainable == "lora" else "")),
-        ("teacher", train.teacher),
-        ("optimizer steps", str(train.steps)),
-        ("pairs per rank and step (micro-batch × accumulation)", pairs),
-        ("learning rate", f"{train.lr:g}, {train.schedule}, warm-up {train.warmup_ratio:g}"),
-        ("weight decay, gradient clipping", f"{train.weight_decay:g}, {train.max_grad_norm:g}"),
-        ("precision, seed", f"{config.model.dtype}, {train.seed}"),
-    ]
-
-
-def _words(value: Any) -> str:
-    return ", ".join(f"{item:g}" for item in value) if isinstance(value, list) else str(value)
+    write_text(folder.report, report.to_json())
+    page = _render_html(report, read_metrics(folder.metrics), states, config)
+    write_text(folder.page, page)
 
 
 def _render_html(
-    report: dict[str, Any],
+    report: Report,
     metrics: list[dict[str, Any]],
-    states: Mapping[str, Any] | None,
+    states: Mapping[str, Mapping[str, Any]] | None,
     config: Config | None,
 ) -> str:
     budget = config.kl.budget if config else None
@@ -222,16 +100,16 @@ def _render_html(
         for name, figure in figures.items()
         if figure is not None
     ]
-    train = report.get("train")
+    train = report.train
     return _template("report.html.j2").render(
-        model=config.model.name if config else report.get("model", ""),
-        models=list(schema.blocks(report)),
+        model=config.model.name if config else "",
+        models=report.names,
         rows=table_rows(report),
         legend=legend(),
         train=train,
-        warnings=report.get("warnings", []),
+        warnings=report.warnings,
         figures=shown,
-        settings=config_rows(config, (train or {}).get("layers")) if config else [],
+        settings=config_rows(config, train.layers if train else None) if config else [],
         resolved=_yaml(config) if config else "",
     )
 

@@ -15,8 +15,10 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from es2fast.config import Config
-from es2fast.report.html import config_rows, write_text_atomically
+from es2fast.report.schema import Report
+from es2fast.report.settings import config_rows
 from es2fast.report.table import markdown_text, table_markdown
+from es2fast.run.files import write_text
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.j2"
 TAGS = ["es2fast", "embedding-space-separation", "safety", "arxiv:2603.20206"]
@@ -27,7 +29,7 @@ def write_model_card(
     folder: str | Path,
     *,
     config: Config,
-    report: Mapping[str, Any] | None,
+    report: Report | None,
     base_model: str,
     layers: Sequence[int],
     d0: Mapping[int, float],
@@ -39,7 +41,7 @@ def write_model_card(
     Args:
         folder: the exported model; holds `adapter_config.json` when it is an adapter.
         config: the resolved configuration of the run.
-        report: what was measured (`es2fast.report.schema`), or None when nothing was.
+        report: what was measured, or None when nothing was.
         base_model: Hugging Face id, or folder, of the model before training.
         layers: the decoder blocks that were separated.
         d0: mean distance between the groups in the base model, per block, in the units of the
@@ -47,12 +49,8 @@ def write_model_card(
         data_summary: one line of text per data source.
         train: `steps`, `seconds`, `kl`, `lambda` and whatever else the run wants told; only
             numbers and text are shown.
-
-    Raises:
-        UserError: the report lacks a key.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     adapter = (folder / "adapter_config.json").is_file()
     card = ModelCard.from_template(
         _metadata(base_model, adapter),
@@ -67,7 +65,7 @@ def write_model_card(
         results=table_markdown(report) if report else "",
         train_rows=_train_rows(train),
     )
-    write_text_atomically(folder / "README.md", card.content)
+    write_text(folder / "README.md", card.content)
 
 
 def is_hub_id(name: str) -> bool:

@@ -19,12 +19,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from es2fast.report import schema
+from es2fast.report.schema import BASE, AttackResult, ModelResult, Report
 from es2fast.report.stats import rate_interval
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
-MODEL_LOOK = {"base": ("#999999", ""), "tuned": ("#0072B2", "//")}
+HATCHES = ("", "//", "..", "xx", "--")
 GROUP_LOOK = {"harmful": ("#D55E00", "^"), "harmless": ("#0072B2", "o")}
 OUTCOME_LOOK = {  # the rate with the error bar starts at 0, so useful comes first
     "useful": ("#D55E00", "//"),
@@ -63,9 +63,9 @@ def training_curves(
     return figure
 
 
-def separation_by_layer(report: Mapping[str, Any]) -> Figure | None:
+def separation_by_layer(report: Report) -> Figure | None:
     """Distance in units of d0, and beside it the norm ratio that may have bought it."""
-    layers = schema.reported_layers(report)
+    layers = report.reported_layers
     if not layers:
         return None
     figure = _figure(9.6, 3.4)
@@ -86,48 +86,48 @@ def separation_by_layer(report: Mapping[str, Any]) -> Figure | None:
     return figure
 
 
-def projection(states: Mapping[str, Any]) -> Figure | None:
-    """Both groups before and after training, on one pair of axes fitted to all of them.
+def projection(states: Mapping[str, Mapping[str, Any]]) -> Figure | None:
+    """Both groups of every model, on one pair of axes fitted to all of them.
 
     Args:
-        states: `base_harmful`, `base_harmless`, `tuned_harmful`, `tuned_harmless`, each (n, H);
-            a model with neither group is left out. Rows that are not finite are dropped.
+        states: per model and group (`harmful`, `harmless`), (n, H). Rows that are not finite are
+            dropped, and a model that has none left.
     """
-    groups = {name: _rows_of(states[name]) for name in _state_names() if name in states}
-    groups = {name: rows for name, rows in groups.items() if len(rows)}
+    groups = {(m, g): _rows_of(states[m][g]) for m in states for g in GROUP_LOOK if g in states[m]}
+    groups = {key: rows for key, rows in groups.items() if len(rows)}
     if sum(len(rows) for rows in groups.values()) < 3:
         return None
     plane, share = _principal_plane(groups)
-    models = [model for model in schema.BLOCKS if any(n.startswith(model) for n in plane)]
+    models = list(dict.fromkeys(model for model, _ in plane))
     figure = _figure(4.8 * len(models), 4.0)
     first: Axes | None = None
     for index, model in enumerate(models):
         axes = figure.add_subplot(1, len(models), index + 1, sharex=first, sharey=first)
         first = first or axes
         for group in GROUP_LOOK:
-            if f"{model}_{group}" in plane:
-                _scatter(axes, group, plane[f"{model}_{group}"])
-        axes.set(title={"base": "Before (base)", "tuned": "After (tuned)"}[model])
+            if (model, group) in plane:
+                _scatter(axes, group, plane[model, group])
+        axes.set(title={BASE: "Before (base)", "tuned": "After (tuned)"}.get(model, _text(model)))
         axes.set_xlabel(f"PC 1, residual-stream units ({share[0]:.0%} of the variance)")
         axes.set_ylabel(f"PC 2, residual-stream units ({share[1]:.0%})")
         axes.legend()
     return figure
 
 
-def attack_outcomes(report: Mapping[str, Any]) -> Figure | None:
+def attack_outcomes(report: Report) -> Figure | None:
     """How harmful prompts ended under each attack, base above tuned."""
-    names, models = schema.attack_names(report), schema.blocks(report)
+    names, models = report.attack_names, report.models
     if not names:
         return None
     figure = _figure(8.2, 1.1 + 0.36 * len(names) * (len(models) + 0.6))
     axes = figure.add_subplot()
     places, labels, counts = [], [], []
     for i, name in enumerate(names):
-        for j, (model, block) in enumerate(models.items()):
+        for j, model in enumerate(models):
             place = i * (len(models) + 0.6) + j
             places.append(place)
-            labels.append(f"{_text(name)}, {model}")
-            counts.append(_outcome_bar(axes, block["attacks"].get(name), place))
+            labels.append(f"{_text(name)}, {_text(model.name)}")
+            counts.append(_outcome_bar(axes, model.attacks.get(name), place))
     axes.set_yticks(places, labels)
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
@@ -219,20 +219,26 @@ def _log_if_wide(axes: Axes, series: Mapping[str, Any]) -> None:
         axes.set_yscale("log")
 
 
-def _layer_values(block: Mapping[str, Any], layers: list[int], key: str) -> list[float]:
-    found = (block["separation"].get(str(layer), {}).get(key) for layer in layers)
+def _layer_values(model: ModelResult, layers: list[int], key: str) -> list[float]:
+    found = (getattr(model.separation.get(str(layer)), key, None) for layer in layers)
     return [math.nan if value is None else value for value in found]
 
 
-def _layer_bars(axes: Axes, report: Mapping[str, Any], layers: list[int], key: str) -> None:
-    models = schema.blocks(report)
+def _layer_bars(axes: Axes, report: Report, layers: list[int], key: str) -> None:
+    models = report.models
     width = 0.8 / len(models)
-    for index, (model, block) in enumerate(models.items()):
+    for index, model in enumerate(models):
         places = [i + (index - (len(models) - 1) / 2) * width for i in range(len(layers))]
-        colour, hatch = MODEL_LOOK[model]
-        values = _layer_values(block, layers, key)
+        colour, hatch = _model_look(model.name, index)
+        values = _layer_values(model, layers, key)
         bars = axes.bar(
-            places, values, width, color=colour, hatch=hatch, edgecolor="white", label=model
+            places,
+            values,
+            width,
+            color=colour,
+            hatch=hatch,
+            edgecolor="white",
+            label=_text(model.name),
         )
         texts = ["" if math.isnan(value) else f"{value:.2f}" for value in values]
         axes.bar_label(bars, texts, padding=2, fontsize=8)
@@ -240,23 +246,25 @@ def _layer_bars(axes: Axes, report: Mapping[str, Any], layers: list[int], key: s
     axes.set_xlim(-0.7, len(layers) - 0.3)
 
 
-def _layer_lines(axes: Axes, report: Mapping[str, Any], layers: list[int], key: str) -> None:
-    for model, block in schema.blocks(report).items():
-        style = "--" if model == "base" else "-"
-        values = _layer_values(block, layers, key)
-        axes.plot(
-            layers, values, style, color=MODEL_LOOK[model][0], marker="o", markersize=3, label=model
-        )
-    separated = schema.separated_layers(report)
+def _layer_lines(axes: Axes, report: Report, layers: list[int], key: str) -> None:
+    for index, model in enumerate(report.models):
+        style = "--" if model.name == BASE else "-"
+        colour, label = _model_look(model.name, index)[0], _text(model.name)
+        values = _layer_values(model, layers, key)
+        axes.plot(layers, values, style, color=colour, marker="o", markersize=3, label=label)
+    separated = report.separated_layers
     if len(separated) < len(layers):
         for index, layer in enumerate(separated):
-            label = "separated" if index == 0 else None
-            axes.axvline(layer, color="#D55E00", linewidth=1, alpha=0.7, label=label)
+            once = "separated" if index == 0 else None
+            axes.axvline(layer, color="#D55E00", linewidth=1, alpha=0.7, label=once)
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
 
 
-def _state_names() -> list[str]:
-    return [f"{model}_{group}" for model in schema.BLOCKS for group in GROUP_LOOK]
+def _model_look(name: str, index: int) -> tuple[str, str]:
+    """Colour and hatch: the base model grey and plain, the others each their own."""
+    if name == BASE:
+        return "#999999", ""
+    return COLOURS[(index - 1) % len(COLOURS)], HATCHES[index % len(HATCHES)]
 
 
 def _rows_of(value: Any) -> np.ndarray:
@@ -264,17 +272,18 @@ def _rows_of(value: Any) -> np.ndarray:
     return rows[np.isfinite(rows).all(axis=1)]
 
 
-def _principal_plane(groups: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def _principal_plane(
+    groups: Mapping[tuple[str, str], np.ndarray],
+) -> tuple[dict[tuple[str, str], np.ndarray], np.ndarray]:
     """First two principal components of the union, with harmful to the right of harmless."""
     union = np.concatenate(list(groups.values()))
     mean = union.mean(axis=0)
     _, sizes, axes = np.linalg.svd(union - mean, full_matrices=False)
     share = sizes**2 / max(float((sizes**2).sum()), np.finfo(float).tiny)
-    names = {name: name.split("_")[1] for name in groups}
     sign = np.ones((2, 1))
-    if len(set(names.values())) == 2:
+    if len({group for _, group in groups}) == 2:
         centre = {
-            kind: np.concatenate([groups[n] for n in groups if names[n] == kind]).mean(axis=0)
+            kind: np.concatenate([groups[key] for key in groups if key[1] == kind]).mean(axis=0)
             for kind in GROUP_LOOK
         }
         sign = np.where(axes[:2] @ (centre["harmful"] - centre["harmless"]) < 0, -1.0, 1.0)[:, None]
@@ -298,7 +307,7 @@ def _scatter(axes: Axes, group: str, points: np.ndarray) -> None:
     )
 
 
-def _outcome_bar(axes: Axes, attack: Mapping[str, Any] | None, place: float) -> str:
+def _outcome_bar(axes: Axes, attack: AttackResult | None, place: float) -> str:
     """One stacked bar; returns the count to print at its end."""
     if not attack:
         return "not run"
@@ -306,19 +315,19 @@ def _outcome_bar(axes: Axes, attack: Mapping[str, Any] | None, place: float) -> 
     for outcome, (colour, hatch) in OUTCOME_LOOK.items():
         axes.barh(
             place,
-            attack[outcome],
+            getattr(attack, outcome),
             left=left,
             color=colour,
             hatch=hatch,
             edgecolor="white",
             label=outcome,
         )
-        left += attack[outcome]
-    useful = attack["useful"]
-    low, high = rate_interval(useful, attack["n"])
+        left += getattr(attack, outcome)
+    useful = attack.useful
+    low, high = rate_interval(useful, attack.n)
     error = [[max(0.0, useful - low)], [max(0.0, high - useful)]]
     axes.errorbar(useful, place, xerr=error, fmt="none", ecolor="black", capsize=3, linewidth=1.2)
-    return f"n = {attack['n']}"
+    return f"n = {attack.n}"
 
 
 def _text(name: str) -> str:

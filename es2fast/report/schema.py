@@ -1,13 +1,16 @@
-"""What report.json must hold.
+"""What report.json holds, as types.
 
-The report is read by people, by the README, by the model card and by scripts that compare runs,
-so a missing or misspelt key is an error that names its path; keys beyond these are welcome.
+`evaluate` builds these objects, table, figures, page and card read them, and report.json is their
+JSON. A report is checked where it is made or read (`Report.parse`) and nowhere else; a missing or
+misspelt key is an error that names its path, keys beyond these are kept.
 
-    {"base": block, "tuned": block, "train": {"steps", "seconds", "kl", "lambda"}}
-    block = {"harmless": {"refusal_rate", "intact_rate", "kl_to_base", "n"},
-             "attacks": {name: {"refused", "useful", "gibberish", "n", "relative_push"}},
+    {"version": 2, "models": [model], "train": {"steps", "seconds", "kl", "lambda"}}
+    model = {"name", "harmless": {"refusal_rate", "intact_rate", "kl_to_base", "n"},
+             "attacks": {label: {"refused", "useful", "gibberish", "n", "relative_push"}},
              "separation": {layer: {"distance", "distance_over_base", "probe_accuracy",
                                     "norm_ratio"}}}
+
+Version 1 had the models under "base" and "tuned"; it is read as well.
 
 Rates are in 0..1. `null` means not measured, or not finite (then named under "warnings"); JSON has
 no NaN. The optional `train.layers` tells separated layers from others when `separation` lists both.
@@ -15,15 +18,17 @@ no NaN. The optional `train.layers` tells separated layers from others when `sep
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from es2fast.errors import UserError
 
-BLOCKS = ("base", "tuned")
+BASE = "base"  # the name of the model that the others are compared with
 
 Rate = Annotated[float, Field(ge=0, le=1)]
 Magnitude = Annotated[float, Field(ge=0)]
@@ -34,7 +39,7 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, populate_by_name=False)
 
 
-class Harmless(_Part):
+class HarmlessResult(_Part):
     """What the model still does for harmless prompts."""
 
     refusal_rate: Rate
@@ -43,7 +48,7 @@ class Harmless(_Part):
     n: int = Field(ge=1)
 
 
-class Attack(_Part):
+class AttackResult(_Part):
     """How the held-out harmful prompts ended under one attack; each prompt ends one way."""
 
     refused: Rate
@@ -51,16 +56,18 @@ class Attack(_Part):
     gibberish: Rate
     n: int = Field(ge=1)
     relative_push: Magnitude | None  # mean |ε| / ‖h‖ of the push; null where nothing is pushed
+    answers_per_prompt: int = Field(1, ge=1)  # a prompt is useful when any of them is
+    repetitive: Rate | None = None  # answers that look like gibberish, whatever their verdict
 
     @model_validator(mode="after")
-    def _one_outcome_each(self) -> Attack:
+    def _one_outcome_each(self) -> AttackResult:
         total = self.refused + self.useful + self.gibberish
         if total > 1 + SLACK:
             raise ValueError(f"refused + useful + gibberish is {total:.3f}, expected at most 1")
         return self
 
 
-class Separation(_Part):
+class LayerResult(_Part):
     """Geometry of the two groups at the output of one decoder block."""
 
     distance: Magnitude | None
@@ -69,15 +76,17 @@ class Separation(_Part):
     norm_ratio: Magnitude | None
 
 
-class Block(_Part):
+class ModelResult(_Part):
     """Everything measured on one model."""
 
-    harmless: Harmless
-    attacks: dict[str, Attack]
-    separation: dict[Annotated[str, Field(pattern=r"^\d+$")], Separation]
+    name: str
+    harmless: HarmlessResult
+    attacks: dict[str, AttackResult]
+    separation: dict[Annotated[str, Field(pattern=r"^\d+$")], LayerResult]
+    shift_rank: dict[str, float] | None = None  # effective rank of h - h_base, per layer
 
 
-class Train(_Part):
+class TrainResult(_Part):
     """How the tuned model came about."""
 
     steps: int = Field(ge=0)
@@ -88,79 +97,123 @@ class Train(_Part):
 
 
 class Report(_Part):
-    """report.json; at least one of the two models was evaluated."""
+    """report.json; the base model, where there is one, comes first."""
 
-    base: Block | None = None
-    tuned: Block | None = None
-    train: Train | None = None
+    version: Literal[2] = 2
+    models: list[ModelResult] = Field(min_length=1)
+    train: TrainResult | None = None
+    judge: str = "rules"
+    created: str | None = None  # ISO 8601, UTC
+    es2fast: str | None = None  # version of the library
+    warnings: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")
-    def _some_model(self) -> Report:
-        if self.base is None and self.tuned is None:
-            raise ValueError("base, tuned: required, at least one of them")
+    def _one_name_each(self) -> Report:
+        names = [model.name for model in self.models]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"models: {name!r} occurs twice")
         return self
 
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> Report:
+        """A checked report from plain values, of version 1 or 2.
 
-def plain(report: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy that JSON can hold: text keys, Python numbers, `null` for NaN and infinities.
+        What is not finite becomes None and is listed under `warnings`, so that a diverged KL does
+        not pass for one that was never measured.
 
-    What was not finite is listed under "warnings", so that a diverged KL does not pass for one
-    that was never measured. An empty `train` counts as absent.
+        Raises:
+            UserError: naming the path of the first missing or invalid key.
+        """
+        if not isinstance(raw, Mapping):
+            raise UserError(f"report: expected a mapping, found {type(raw).__name__}")
+        clean = _upgraded(_plain(raw))
+        try:
+            return cls.model_validate(clean)
+        except ValidationError as error:
+            raise UserError(_explain(error, clean)) from None
+
+    def to_json(self) -> str:
+        """What report.json holds."""
+        plain = self.model_dump(mode="json", by_alias=True)
+        return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @property
+    def names(self) -> list[str]:
+        """The models' names, in order."""
+        return [model.name for model in self.models]
+
+    def model(self, name: str) -> ModelResult:
+        """The model of that name. Raises KeyError: there is none."""
+        for model in self.models:
+            if model.name == name:
+                return model
+        raise KeyError(name)
+
+    @property
+    def attack_names(self) -> list[str]:
+        """Attacks on any of the models, in the order in which they were reported."""
+        return list(dict.fromkeys(name for model in self.models for name in model.attacks))
+
+    @property
+    def reported_layers(self) -> list[int]:
+        """Every layer that a model reports on, ascending."""
+        return sorted({int(layer) for model in self.models for layer in model.separation})
+
+    @property
+    def separated_layers(self) -> list[int]:
+        """`train.layers` when given, otherwise every reported layer."""
+        named = self.train.layers if self.train else None
+        return sorted(named) if named else self.reported_layers
+
+
+def read_report(path: str | Path) -> Report:
+    """Reads and checks a report.json, of version 1 or 2.
+
+    Raises:
+        UserError: no such file, not JSON, or not a report.
     """
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"report {path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"report {path}: not valid JSON ({error})") from None
+    return Report.parse(raw)
+
+
+def _upgraded(raw: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 (models under `base` and `tuned`) as version 2."""
+    if "models" in raw or not {BASE, "tuned"} & raw.keys():
+        return raw
+    rest = {key: value for key, value in raw.items() if key not in (BASE, "tuned", "train")}
+    models = [
+        {"name": name, **raw[name]} for name in (BASE, "tuned") if isinstance(raw.get(name), dict)
+    ]
+    return {**rest, "version": 2, "models": models, "train": raw.get("train") or None}
+
+
+def _plain(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy that JSON can hold: text keys, Python numbers, None for NaN and infinities."""
     lost: list[str] = []
-    copy = _plain(report, (), lost)
-    if not copy.get("train"):
-        copy.pop("train", None)
+    copy = _plain_value(report, (), lost)
     if lost:
         copy["warnings"] = [*copy.get("warnings", []), *(f"{path}: not finite" for path in lost)]
     return copy
 
 
-def check_report(report: Mapping[str, Any]) -> None:
-    """Checks a report against the schema.
-
-    Raises:
-        UserError: naming the path of the first missing or invalid key.
-    """
-    if not isinstance(report, Mapping):
-        raise UserError(f"report: expected a mapping, found {type(report).__name__}")
-    clean = plain(report)
-    try:
-        Report.model_validate(clean)
-    except ValidationError as error:
-        raise UserError(_explain(error, clean)) from None
-
-
-def blocks(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The models that were evaluated, base first."""
-    return {name: report[name] for name in BLOCKS if report.get(name) is not None}
-
-
-def separated_layers(report: Mapping[str, Any]) -> list[int]:
-    """`train.layers` when given, otherwise every layer that a block reports on."""
-    named = (report.get("train") or {}).get("layers")
-    return sorted(named) if named else reported_layers(report)
-
-
-def reported_layers(report: Mapping[str, Any]) -> list[int]:
-    """Every layer that a block reports on, ascending."""
-    return sorted({int(key) for block in blocks(report).values() for key in block["separation"]})
-
-
-def attack_names(report: Mapping[str, Any]) -> list[str]:
-    """Attacks on any of the models, in the order in which they were reported."""
-    return list(dict.fromkeys(name for b in blocks(report).values() for name in b["attacks"]))
-
-
-def _plain(value: Any, path: tuple[str, ...], lost: list[str]) -> Any:
+def _plain_value(value: Any, path: tuple[str, ...], lost: list[str]) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _plain(child, (*path, str(key)), lost) for key, child in value.items()}
+        items = value.items()
+        return {str(key): _plain_value(child, (*path, str(key)), lost) for key, child in items}
     if isinstance(value, list | tuple):
-        return [_plain(child, (*path, str(i)), lost) for i, child in enumerate(value)]
+        names = [_name_of(child, i) for i, child in enumerate(value)]
+        inner = () if path == ("models",) else path  # a model is known by its name
+        return [_plain_value(child, (*inner, name), lost) for child, name in zip(value, names)]
     if value is None or isinstance(value, str | bool | int):
         return value
     if hasattr(value, "tolist"):  # numpy and torch, scalars and arrays
-        return _plain(value.tolist(), path, lost)
+        return _plain_value(value.tolist(), path, lost)
     if isinstance(value, float):
         if math.isfinite(value):
             return float(value)
@@ -169,9 +222,17 @@ def _plain(value: Any, path: tuple[str, ...], lost: list[str]) -> Any:
     return str(value)
 
 
+def _name_of(value: Any, index: int) -> str:
+    name = value.get("name") if isinstance(value, Mapping) else None
+    return name if isinstance(name, str) else str(index)
+
+
 def _explain(error: ValidationError, report: dict[str, Any]) -> str:
     first = error.errors(include_url=False)[0]
-    path = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    loc = [part for part in first["loc"] if part != "[key]"]
+    if len(loc) > 1 and loc[0] == "models" and isinstance(loc[1], int):
+        loc = [_name_of(report["models"][loc[1]], loc[1]), *loc[2:]]
+    path = ".".join(str(part) for part in loc)
     if first["type"] == "missing":
         return f"report: {path}: required and not given"
     message = first["msg"].removeprefix("Value error, ")

@@ -7,15 +7,9 @@ score interval (Wilson 1927) does not: 0 of 100 reads 0.0 to 3.7 %.
 
 from __future__ import annotations
 
-import math
-
-Z_95 = 1.959963984540054  # two-sided 95 % quantile of the standard normal
-
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a binomial proportion.
-
-        centre ± half = ( p + z²/2n  ±  z √( p(1−p)/n + z²/4n² ) ) / (1 + z²/n),   p = successes/n
+    """The 95 % Wilson score interval of a binomial proportion, by scipy.
 
     Args:
         successes: how many of the n trials had the property, 0..n.
@@ -24,17 +18,14 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     Raises:
         ValueError: a negative n, or successes outside 0..n.
     """
+    from scipy.stats import binomtest
+
     if n < 0 or not 0 <= successes <= n:
         raise ValueError(f"successes: expected a count in 0..n, found {successes} of {n}")
     if n == 0:
         return 0.0, 1.0
-    p, z2 = successes / n, Z_95 * Z_95
-    centre = p + z2 / (2 * n)
-    half = Z_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    scale = 1 + z2 / n
-    low = 0.0 if successes == 0 else (centre - half) / scale  # exact ends, no −1e-17
-    high = 1.0 if successes == n else (centre + half) / scale
-    return low, high
+    found = binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    return float(found.low), float(found.high)
 
 
 def rate_interval(rate: float, n: int) -> tuple[float, float]:

@@ -9,7 +9,7 @@ inflating every norm raises the distance and protects nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from es2fast.report import schema
+from es2fast.report.schema import Report
 from es2fast.report.stats import rate_interval
 
 WIDTH = 100  # columns when the output is a file or a pipe
@@ -27,7 +27,7 @@ _ASCII = str.maketrans({"‖": "||", "ε": "eps", "–": "-", "·": "-"})
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A line of the table; a heading carries the counts of the lines below it."""
 
     label: str
@@ -35,29 +35,22 @@ class Row:
     heading: bool = False
 
 
-def table_rows(report: Mapping[str, Any]) -> list[Row]:
-    """All lines of the table.
-
-    Raises:
-        UserError: the report lacks a key (see `check_report`).
-    """
-    schema.check_report(report)
-    clean = schema.plain(report)
-    rows = list(_harmless_rows(clean))
-    for name in schema.attack_names(clean):
-        rows += _attack_rows(clean, name)
-    for layer in schema.separated_layers(clean):
-        rows += _layer_rows(clean, str(layer))
+def table_rows(report: Report) -> list[TableRow]:
+    """All lines of the table."""
+    rows = list(_harmless_rows(report))
+    for name in report.attack_names:
+        rows += _attack_rows(report, name)
+    for layer in report.separated_layers:
+        rows += _layer_rows(report, str(layer))
     return rows
 
 
-def print_table(report: Mapping[str, Any], console: Console | None = None) -> None:
+def print_table(report: Report, console: Console | None = None) -> None:
     """Prints the table; it needs about 80 columns."""
     console = console or _console()
-    models = list(schema.blocks(report))
     table = Table(box=box.SIMPLE_HEAD, show_header=True, pad_edge=False)
     table.add_column("")
-    for name in models:
+    for name in report.names:
         table.add_column(name, justify="right")
     for row in table_rows(report):
         texts = (row.label if row.heading else f"  {row.label}", *row.cells)
@@ -65,14 +58,13 @@ def print_table(report: Mapping[str, Any], console: Console | None = None) -> No
         table.add_row(*(Text(_printable(text, console), style=style) for text in texts))
     console.print(table)
     console.print(Text(_printable(legend(), console), style="dim"))
-    for warning in schema.plain(report).get("warnings", []):
+    for warning in report.warnings:
         console.print(Text(f"warning: {warning}", style="yellow"))
 
 
-def table_markdown(report: Mapping[str, Any]) -> str:
+def table_markdown(report: Report) -> str:
     """The table in GitHub's Markdown, for the README and the model card."""
-    models = list(schema.blocks(report))
-    lines = ["| | " + " | ".join(models) + " |", "|:--|" + "--:|" * len(models)]
+    lines = ["| | " + " | ".join(report.names) + " |", "|:--|" + "--:|" * len(report.names)]
     for row in table_rows(report):
         label = f"**{markdown_text(row.label)}**" if row.heading else markdown_text(row.label)
         lines.append(f"| {label} | " + " | ".join(row.cells) + " |")
@@ -93,38 +85,38 @@ def markdown_text(text: str) -> str:
     return escaped
 
 
-def _harmless_rows(report: dict[str, Any]) -> Iterator[Row]:
-    parts = [block["harmless"] for block in schema.blocks(report).values()]
+def _harmless_rows(report: Report) -> Iterator[TableRow]:
+    parts = [model.harmless for model in report.models]
     yield _heading("harmless prompts", parts)
-    yield _row("refused", parts, lambda part: _rate(part["refusal_rate"], part["n"]))
-    yield _row("answer intact", parts, lambda part: _rate(part["intact_rate"], part["n"]))
-    yield _row("KL to base, nats/token", parts, lambda part: _number(part["kl_to_base"], ".4f"))
+    yield _row("refused", parts, lambda part: _rate(part.refusal_rate, part.n))
+    yield _row("answer intact", parts, lambda part: _rate(part.intact_rate, part.n))
+    yield _row("KL to base, nats/token", parts, lambda part: _number(part.kl_to_base, ".4f"))
 
 
-def _attack_rows(report: dict[str, Any], name: str) -> Iterator[Row]:
-    parts = [block["attacks"].get(name) for block in schema.blocks(report).values()]
+def _attack_rows(report: Report, name: str) -> Iterator[TableRow]:
+    parts = [model.attacks.get(name) for model in report.models]
     yield _heading(f"attack {name}", parts)
     for outcome in ("refused", "useful", "gibberish"):
-        yield _row(outcome, parts, lambda part, key=outcome: _rate(part[key], part["n"]))
-    if any(part and part["relative_push"] for part in parts):
-        yield _row("push |ε|/‖h‖", parts, lambda part: _number(part["relative_push"], ".2f"))
+        yield _row(outcome, parts, lambda part, key=outcome: _rate(getattr(part, key), part.n))
+    if any(part and part.relative_push for part in parts):
+        yield _row("push |ε|/‖h‖", parts, lambda part: _number(part.relative_push, ".2f"))
 
 
-def _layer_rows(report: dict[str, Any], layer: str) -> Iterator[Row]:
-    parts = [block["separation"].get(layer) for block in schema.blocks(report).values()]
-    yield Row(f"layer {layer}", ("",) * len(parts), heading=True)
-    yield _row("distance/d0", parts, lambda part: _number(part["distance_over_base"], ".2f"))
-    yield _row("norm ratio ‖h‖/‖h_base‖", parts, lambda part: _number(part["norm_ratio"], ".2f"))
-    yield _row("probe accuracy", parts, lambda part: _number(part["probe_accuracy"], ".3f"))
+def _layer_rows(report: Report, layer: str) -> Iterator[TableRow]:
+    parts = [model.separation.get(layer) for model in report.models]
+    yield TableRow(f"layer {layer}", ("",) * len(parts), heading=True)
+    yield _row("distance/d0", parts, lambda part: _number(part.distance_over_base, ".2f"))
+    yield _row("norm ratio ‖h‖/‖h_base‖", parts, lambda part: _number(part.norm_ratio, ".2f"))
+    yield _row("probe accuracy", parts, lambda part: _number(part.probe_accuracy, ".3f"))
 
 
-def _heading(label: str, parts: list[Any]) -> Row:
-    counts = tuple(f"n = {part['n']}" if part else "not run" for part in parts)
-    return Row(label, counts, heading=True)
+def _heading(label: str, parts: list[Any]) -> TableRow:
+    counts = tuple(f"n = {part.n}" if part else "not run" for part in parts)
+    return TableRow(label, counts, heading=True)
 
 
-def _row(label: str, parts: list[Any], cell: Callable[..., str]) -> Row:
-    return Row(label, tuple(cell(part) if part else NOT_MEASURED for part in parts))
+def _row(label: str, parts: list[Any], cell: Callable[..., str]) -> TableRow:
+    return TableRow(label, tuple(cell(part) if part else NOT_MEASURED for part in parts))
 
 
 def _rate(rate: float | None, n: int) -> str:

@@ -1,66 +1,25 @@
 """From a trained engine to a folder that `AutoModelForCausalLM.from_pretrained` loads.
 
-Weights are safetensors; ZeRO-3 partitions are gathered a few parameters at a time into rank 0's
-memory; the frozen twin is not part of the result. LoRA runs save the adapter; `merge` folds it in.
+Weights are safetensors, gathered into rank 0's memory; the frozen twin is not part of the result.
+LoRA runs save the adapter; `merge` folds it in.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from es2fast.config import ModelConfig
+from es2fast.distributed.zero import full_state_dict
 from es2fast.errors import UserError
 from es2fast.modeling.load import load_causal_lm, load_tokenizer
-
-_GATHER_ELEMENTS = 250_000_000
-
-
-def full_state_dict(model: nn.Module, *, main: bool) -> dict[str, Tensor]:
-    """All parameters and persistent buffers, whole, on the CPU of the main rank.
-
-    Args:
-        model: possibly partitioned by ZeRO-3; call on every rank.
-        main: this rank keeps the result; others return {}.
-    """
-    state: dict[str, Tensor] = {}
-    for chunk in _chunks(list(model.named_parameters())):
-        with _gathered([parameter for _, parameter in chunk]):
-            if main:
-                state.update({name: p.detach().cpu().clone() for name, p in chunk})
-    if main:
-        persistent = model.state_dict().keys()
-        for name, buffer in model.named_buffers():
-            if name in persistent:
-                state[name] = buffer.detach().cpu().clone()
-    return state
-
-
-def _chunks(named: list[tuple[str, nn.Parameter]]) -> Iterator[list[tuple[str, nn.Parameter]]]:
-    chunk: list[tuple[str, nn.Parameter]] = []
-    size = 0
-    for name, parameter in named:
-        count = getattr(parameter, "ds_numel", parameter.numel())
-        if chunk and size + count > _GATHER_ELEMENTS:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append((name, parameter))
-        size += count
-    if chunk:
-        yield chunk
-
-
-def _gathered(parameters: list[nn.Parameter]) -> Any:
-    import deepspeed
-
-    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
-    return deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned))
+from es2fast.run.files import remove
+from es2fast.run.folder import RunFolder
 
 
 def save_model(model: nn.Module, tokenizer: Any, folder: Path, *, main: bool) -> None:
@@ -75,11 +34,11 @@ def save_model(model: nn.Module, tokenizer: Any, folder: Path, *, main: bool) ->
     if not main:
         return
     partial = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
+    remove(partial)
     model.save_pretrained(partial, state_dict=state)  # type: ignore[operator]
     tokenizer.save_pretrained(partial)
     (partial / "README.md").unlink(missing_ok=True)  # peft's generic card
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
     partial.rename(folder)
 
 
@@ -117,9 +76,9 @@ def export_run(run: Path, out: Path, *, merge: bool) -> None:
     Raises:
         UserError: no finished run there; `out` exists; nothing to merge.
     """
-    source = run / "model"
-    if not source.is_dir():
-        raise UserError(f"export: {str(run)!r} holds no finished run (no model folder)")
+    folder = RunFolder(run)
+    folder.check_finished("export")
+    source = folder.model
     if merge:
         export_merged(str(source), out, dtype="bf16" if _is_bf16(source) else "fp32")
         return

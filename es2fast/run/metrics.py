@@ -1,8 +1,8 @@
-"""Where numbers go while training: metrics.jsonl always, trackers when asked, a bar on rank 0."""
+"""Where numbers go while training: metrics.jsonl always, trackers when asked, a bar on rank 0; and
+how they are read back."""
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from tqdm import tqdm
 
 from es2fast.config import Config, TrainConfig
 from es2fast.errors import UserError
+from es2fast.run.files import append_line, read_lines
+from es2fast.run.folder import RunFolder
 
 
 class MetricsWriter:
@@ -20,12 +22,12 @@ class MetricsWriter:
         UserError: a tracker of `train.report_to` is not installed.
     """
 
-    def __init__(self, folder: Path, config: Config, *, main: bool, steps: int):
+    def __init__(self, folder: RunFolder, config: Config, *, main: bool, steps: int):
         self._main = main
+        self._path = folder.metrics
         self._trackers: list[Any] = []
         if not main:
             return
-        self._file = (folder / "metrics.jsonl").open("a", buffering=1)
         self._bar = tqdm(total=steps, desc="es2", unit="step", dynamic_ncols=True)
         self._trackers = [_tracker(name, folder, config) for name in config.train.report_to]
 
@@ -34,7 +36,7 @@ class MetricsWriter:
         if not self._main:
             return
         clean = {k: None if _is_broken(v) else v for k, v in row.items()}
-        self._file.write(json.dumps(clean) + "\n")
+        append_line(self._path, clean)
         for tracker in self._trackers:
             tracker.log(clean)
 
@@ -50,9 +52,21 @@ class MetricsWriter:
         if not self._main:
             return
         self._bar.close()
-        self._file.close()
         for tracker in self._trackers:
             tracker.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl, ascending by step; empty when there is no such file.
+
+    A line cut off by a crash is skipped, and a step that a resumed run logged again counts once,
+    with its last values.
+    """
+    rows: dict[Any, dict[str, Any]] = {}
+    for index, row in enumerate(read_lines(Path(path))):
+        step = row.get("step")
+        rows[step if isinstance(step, int) else index] = row
+    return [rows[step] for step in sorted(rows)]
 
 
 def _is_broken(value: Any) -> bool:
@@ -70,10 +84,10 @@ def check_trackers(train: TrainConfig) -> None:
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path):
+    def __init__(self, folder: RunFolder):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._writer = SummaryWriter(str(folder.tensorboard))
 
     def log(self, row: dict[str, Any]) -> None:
         for key, value in row.items():
@@ -87,9 +101,9 @@ class _TensorBoard:
 class _WandbLike:
     """W&B, and trackio, which has the same calls."""
 
-    def __init__(self, module: Any, folder: Path, config: Config):
+    def __init__(self, module: Any, folder: RunFolder, config: Config):
         self._module = module
-        module.init(project="es2fast", name=folder.name, config=config.model_dump(mode="json"))
+        module.init(project="es2fast", name=folder.path.name, config=config.model_dump(mode="json"))
 
     def log(self, row: dict[str, Any]) -> None:
         self._module.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
@@ -98,7 +112,7 @@ class _WandbLike:
         self._module.finish()
 
 
-def _tracker(name: str, folder: Path, config: Config) -> Any:
+def _tracker(name: str, folder: RunFolder, config: Config) -> Any:
     if name == "tensorboard":
         return _TensorBoard(folder)
     import importlib

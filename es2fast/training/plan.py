@@ -1,71 +1,120 @@
-"""Everything that can be checked before a run costs anything: `es2fast validate`."""
+"""Everything that can be checked before a run costs anything, and what the run is then made of.
+
+`es2fast validate` prints a plan's lines; a training run uses the same object, so every source is
+read once per process and nothing is trained on that was not checked.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 from es2fast.config import Config
-from es2fast.data import Formatter, PairedSampler, load_groups
+from es2fast.data import Formatter, PairedSampler, PromptGroups, load_groups
 from es2fast.distributed.deepspeed_config import build_deepspeed
 from es2fast.distributed.runtime import resolve_device, resolve_dtype
-from es2fast.errors import UserError
 from es2fast.modeling.head import read_transform
 from es2fast.modeling.load import check_weights, load_model_config, load_tokenizer
 from es2fast.modeling.taps import check_layers
 from es2fast.modeling.teacher import resolve_teacher
+from es2fast.run.folder import RunFolder
 from es2fast.run.metrics import check_trackers
-from es2fast.train import occupied, run_in
 
 
-def validate(config: Config, *, world_size: int = 1) -> list[str]:
+@dataclass(frozen=True)
+class Plan:
+    """A checked run.
+
+    world_size: ranks; device: "cpu" or "cuda"; dtype: "bf16" or "fp32"; deepspeed: the complete
+    DeepSpeed mapping (copy it before changing it); model: the transformers config; lengths: tokens
+    of every training prompt, harmful ones first.
+    """
+
+    config: Config
+    world_size: int
+    device: str
+    dtype: str
+    folder: RunFolder
+    groups: PromptGroups
+    formatter: Formatter
+    model: Any
+    deepspeed: dict[str, Any]
+    lengths: list[int]
+
+    @property
+    def zero_stage(self) -> int:
+        return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+    def sampler(self, rank: int) -> PairedSampler:
+        """Which rows of the two training groups `rank` sees at each step."""
+        return PairedSampler(
+            len(self.groups.harmful),
+            len(self.groups.harmless),
+            seed=self.config.train.seed,
+            micro_batch_size=self.config.train.micro_batch_size,
+            gradient_accumulation=self.config.train.gradient_accumulation,
+            rank=rank,
+            world_size=self.world_size,
+        )
+
+    def lines(self) -> list[str]:
+        """The run in words, for the screen."""
+        config, train, text = self.config, self.config.train, self.model.get_text_config()
+        unanswered = sum(prompt.response is None for prompt in self.groups.harmless)
+        epochs = self.sampler(0).epochs(train.steps)
+        transform = read_transform(self.model)
+        return [
+            *self.groups.report.lines(),
+            f"prompts: {min(self.lengths)} to {max(self.lengths)} tokens, "
+            f"{self.formatter.truncated} cut to data.max_length={config.data.max_length}; the base "
+            f"model will write {unanswered} harmless responses",
+            f"model: {self.model.model_type}, {text.num_hidden_layers} blocks of width "
+            f"{text.hidden_size}, vocabulary {text.vocab_size}; logit transform: "
+            f"{', '.join(transform.keys) or 'none'}",
+            f"layers: {config.layers}; trainable: {train.trainable}; "
+            f"teacher: {resolve_teacher(train)}",
+            f"run: {self.world_size} ranks on {self.device} in {self.dtype}, "
+            f"ZeRO stage {self.zero_stage}; {train.micro_batch_size} pairs x "
+            f"{train.gradient_accumulation} micro-batches x {self.world_size} ranks = "
+            f"{self.deepspeed['train_batch_size']} pairs per step",
+            f"steps: {train.steps} = {epochs['harmful']:.1f} passes over the harmful and "
+            f"{epochs['harmless']:.1f} over the harmless prompts",
+        ]
+
+
+def make_plan(config: Config, *, world_size: int = 1) -> Plan:
     """Checks configuration, folders, data, model and batch arithmetic; trains nothing.
 
     Args:
         config: the run.
         world_size: ranks it will have.
 
-    Returns:
-        lines that describe the run.
-
     Raises:
         UserError: the first mistake found.
     """
-    folder = Path(config.output_dir)
-    if run_in(folder) and not config.train.overwrite:
-        raise UserError(occupied(folder))
+    folder = RunFolder(config.output_dir)
+    folder.check_free(overwrite=config.train.overwrite)
     check_trackers(config.train)
     device = resolve_device(config.train.device)
     dtype = resolve_dtype(config.model.dtype, device)
     model = load_model_config(config.model)
     check_weights(config.model.name)
-    raw = build_deepspeed(config, world_size=world_size, dtype=dtype, model_config=model)
-    text = model.get_text_config()
+    deepspeed = build_deepspeed(config, world_size=world_size, dtype=dtype, model_config=model)
     if config.layers != "auto":
-        check_layers(config.layers, text.num_hidden_layers)
+        check_layers(config.layers, model.get_text_config().num_hidden_layers)
     groups = load_groups(config.data)
     formatter = Formatter(load_tokenizer(config.model), config.data)
-    sampler = PairedSampler(
-        len(groups.harmful), len(groups.harmless), seed=config.train.seed,
-        micro_batch_size=config.train.micro_batch_size,
-        gradient_accumulation=config.train.gradient_accumulation, rank=0, world_size=world_size,
-    )  # fmt: skip
-    lengths = [len(formatter.prompt_ids(p)) for p in groups.harmful + groups.harmless]
-    unanswered = sum(p.response is None for p in groups.harmless)
-    epochs = sampler.epochs(config.train.steps)
-    stage = raw.get("zero_optimization", {}).get("stage", 0)
-    transform = read_transform(model)
-    return [
-        *groups.report.lines(),
-        f"prompts: {min(lengths)} to {max(lengths)} tokens, {formatter.truncated} cut to "
-        f"data.max_length={config.data.max_length}; the base model will write "
-        f"{unanswered} harmless responses",
-        f"model: {model.model_type}, {text.num_hidden_layers} blocks of width {text.hidden_size}, "
-        f"vocabulary {text.vocab_size}; logit transform: {', '.join(transform.keys) or 'none'}",
-        f"layers: {config.layers}; trainable: {config.train.trainable}; "
-        f"teacher: {resolve_teacher(config.train)}",
-        f"run: {world_size} ranks on {device} in {dtype}, ZeRO stage {stage}; "
-        f"{config.train.micro_batch_size} pairs x {config.train.gradient_accumulation} "
-        f"micro-batches x {world_size} ranks = {raw['train_batch_size']} pairs per step",
-        f"steps: {config.train.steps} = {epochs['harmful']:.1f} passes over the harmful and "
-        f"{epochs['harmless']:.1f} over the harmless prompts",
-    ]
+    plan = Plan(
+        config=config,
+        world_size=world_size,
+        device=device,
+        dtype=dtype,
+        folder=folder,
+        groups=groups,
+        formatter=formatter,
+        model=model,
+        deepspeed=deepspeed,
+        lengths=[len(formatter.prompt_ids(p)) for p in groups.harmful + groups.harmless],
+    )
+    plan.sampler(0)  # raises where a group or a size is too small
+    return plan

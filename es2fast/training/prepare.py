@@ -4,17 +4,16 @@ Under the same ZeRO stage as the training itself, so a model that only fits part
 prepared too: the missing responses to harmless prompts (greedy, cached on disk), the last-prompt-
 token states after every block in `separation.space`, from them the layers (`layers: auto`), the
 base distances d0 and the base norms; and the check that the fused head makes the model's own
-logits.
+logits. States are gathered on rank 0, which decides and measures alone; the others are told.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,16 +21,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from es2fast.config import Config
-from es2fast.data import Formatter, Prompt, PromptGroups
-from es2fast.distributed.deepspeed_config import build_deepspeed, zero_stage
+from es2fast.data import Prompt
 from es2fast.distributed.runtime import Runtime
+from es2fast.distributed.zero import zero3_loading
 from es2fast.errors import UserError
 from es2fast.modeling import head as heads
 from es2fast.modeling.load import DTYPES, load_causal_lm
-from es2fast.modeling.taps import backbone, blocks, check_layers, last_token_states
+from es2fast.modeling.states import states_by_block
+from es2fast.modeling.taps import backbone, blocks, check_layers
 from es2fast.ops.separation.whitening import Whitening
-from es2fast.probing.choose import choose
-from es2fast.probing.probes import LayerProbe
+from es2fast.probing.choose import pick, table_of
+from es2fast.probing.probes import LayerProbe, mean_distance
+from es2fast.run.files import write_text
+from es2fast.run.folder import RunFolder
+from es2fast.training.plan import Plan
 from es2fast.training.responses import fill_responses
 
 
@@ -41,26 +44,25 @@ class Prepared:
     loss `fisher` the whitening per layer and the mean Mahalanobis distance, its unit of margin."""
 
     layers: list[int]
-    d0: dict[int, float]
-    norm0: dict[int, float]
-    reason: str
+    d0: dict[int, float] = field(default_factory=dict)
+    norm0: dict[int, float] = field(default_factory=dict)
+    reason: str = ""
     table: list[LayerProbe] = field(default_factory=list)
     whitening: dict[int, Whitening] = field(default_factory=dict)
     whitened0: dict[int, float] = field(default_factory=dict)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: RunFolder) -> None:
         """layers.json and, with a whitening, whitening.safetensors (`layer.name` -> tensor)."""
         plain = dataclasses.asdict(dataclasses.replace(self, whitening={}))
         del plain["whitening"]
-        text = json.dumps(plain, indent=1, default=float) + "\n"
-        (folder / "layers.json").write_text(text)
+        write_text(folder.layers, json.dumps(plain, indent=1, default=float) + "\n")
         if self.whitening:
             tensors = {
                 f"{layer}.{name}": tensor.contiguous()
                 for layer, found in self.whitening.items()
                 for name, tensor in found.tensors().items()
             }
-            save_file(tensors, folder / "whitening.safetensors")
+            save_file(tensors, folder.whitening)
 
 
 class BaseModel(nn.Module):
@@ -80,116 +82,105 @@ class BaseModel(nn.Module):
         return heads.parity_error(self.model, heads.read_transform(self.model.config), **inputs)
 
 
-def prepare(
-    config: Config, formatter: Formatter, groups: PromptGroups, runtime: Runtime
-) -> tuple[Prepared, list[Prompt]]:
+def prepare(plan: Plan, runtime: Runtime) -> tuple[Prepared, list[Prompt]]:
     """Runs the base model over the data; returns the measurements and the harmless prompts with
     every response filled in.
 
     Raises:
-        UserError: a layer the model does not have; a head that the fused loss does not reproduce.
+        UserError: a layer the model does not have; a head that the fused loss does not reproduce;
+            groups too small to probe, or with equal states.
     """
-    model, run, release = _load(config, runtime)
-    dtype = DTYPES[runtime.dtype]
+    config, formatter, groups = plan.config, plan.formatter, plan.groups
+    model, run, release = _load(plan, runtime)
     probe_ids = torch.tensor([formatter.prompt_ids(groups.harmless[0])], device=runtime.device)
-    heads.check_parity(run("parity", input_ids=probe_ids).item(), dtype, model.config)
+    error = run("parity", input_ids=probe_ids).item()
+    heads.check_parity(error, DTYPES[runtime.dtype], model.config)
     if config.layers != "auto":
         check_layers(config.layers, len(blocks(model)))
-    harmless = fill_responses(config, formatter, groups.harmless, model, runtime)
-    count = config.layer_choice.prompts
-    a = _states(model, run, formatter, groups.harmful[:count], config, runtime)
-    b = _states(model, run, formatter, groups.harmless[:count], config, runtime)
-    choice = choose(config, a, b)
-    layers = choice.layers
-    prepared = Prepared(
-        layers,
-        {i: torch.cdist(a[i].double(), b[i].double()).mean().item() for i in layers},
-        {i: torch.cat([a[i], b[i]]).norm(dim=-1).mean().item() for i in layers},
-        choice.reason,
-        choice.table,
-    )
-    _check_distances(prepared)
-    if config.separation.loss == "fisher":
-        for i in layers:
-            prepared.whitening[i] = w = Whitening.fit(a[i], b[i])
-            mean = torch.cat([a[i], b[i]]).mean(0)
-            apart = torch.cdist(w((a[i] - mean).double()), w((b[i] - mean).double()))
-            prepared.whitened0[i] = apart.mean().item()
+    harmless = fill_responses(plan, model, runtime)
+    prepared = _measure(plan, model, run, runtime)
     release()
     return prepared, harmless
 
 
-def _check_distances(prepared: Prepared) -> None:
-    for layer, d0 in prepared.d0.items():
-        if not d0 > 0:
-            raise UserError(
-                f"layers: harmful and harmless prompts have the same state at block {layer} "
-                "(distance 0); is the chat template ending both in a way that hides the prompt?"
-            )
-
-
-def _load(config: Config, runtime: Runtime) -> tuple[nn.Module, Any, Callable[[], None]]:
+def _load(plan: Plan, runtime: Runtime) -> tuple[nn.Module, Any, Callable[[], None]]:
     """The base model in eval mode, what to call for a pass, and what frees ZeRO's partitions."""
     import deepspeed
 
-    if zero_stage(config.deepspeed) < 3:
-        model = load_causal_lm(config.model, runtime.dtype).to(runtime.device).eval()
+    if plan.zero_stage < 3:
+        model = load_causal_lm(plan.config.model, runtime.dtype).to(runtime.device).eval()
         return model, torch.no_grad()(BaseModel(model)), lambda: None
-    raw = build_deepspeed(config, world_size=runtime.world_size, dtype=runtime.dtype)
+    raw = copy.deepcopy(plan.deepspeed)
     raw.pop("optimizer", None)
     raw["zero_optimization"].pop("offload_optimizer", None)
     with zero3_loading(raw):
-        model = load_causal_lm(config.model, runtime.dtype)
+        model = load_causal_lm(plan.config.model, runtime.dtype)
     engine, *_ = deepspeed.initialize(model=BaseModel(model), config=raw)
     engine.eval()
     return model, torch.no_grad()(engine), engine.destroy
 
 
-@contextmanager
-def zero3_loading(deepspeed_config: dict[str, Any]) -> Iterator[None]:
-    """While this lasts, `from_pretrained` partitions weights as it reads them (ZeRO-3)."""
-    from transformers.integrations import HfDeepSpeedConfig
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+def _measure(plan: Plan, model: nn.Module, run: Any, runtime: Runtime) -> Prepared:
+    """Layers from a pass over all blocks, then d0, norm0 and whitening of those; the same on every
+    rank, since rank 0 finds them."""
+    config, count = plan.config, plan.config.layer_choice.prompts
+    harmful, harmless = plan.groups.harmful[:count], plan.groups.harmless[:count]
 
-    stage = deepspeed_config.get("zero_optimization", {}).get("stage")
-    alive = HfDeepSpeedConfig(deepspeed_config) if stage == 3 else None  # held by weak reference
-    try:
-        yield
-    finally:
-        del alive
-        unset_hf_deepspeed_config()
+    def states(layers: list[int] | None = None) -> Any:
+        return states_by_block(
+            model,
+            plan.formatter,
+            [*harmful, *harmless],
+            runtime,
+            layers=layers,
+            forward=lambda **inputs: run("states", **inputs),
+            space=config.separation.space,
+        )
+
+    table: list[LayerProbe] = []
+    part: dict[int, Tensor] = {}
+    for part in states():
+        table += runtime.on_main(table_of, config, part, len(harmful))
+    counts = (len(harmful), len(harmless))
+    choice = runtime.on_main(pick, config, table, counts)
+    prepared = Prepared(choice.layers, reason=choice.reason, table=choice.table)
+    held = all(layer in part for layer in choice.layers)  # one pass was enough, nothing was dropped
+    for chosen in [part] if held else states(choice.layers):
+        for layer in sorted(chosen.keys() & set(choice.layers)):
+            a, b = chosen[layer][: len(harmful)], chosen[layer][len(harmful) :]
+            _add(prepared, layer, runtime.on_main(_geometry, config, layer, a, b))
+    return prepared
 
 
-def _states(
-    model: nn.Module,
-    run: Any,
-    formatter: Formatter,
-    prompts: Sequence[Prompt],
-    config: Config,
-    runtime: Runtime,
-) -> dict[int, Tensor]:
-    """States at every block in `separation.space`, all ranks sharing the work: layer ->
-    (len(prompts), H) fp32."""
-    batches = formatter.prompt_batches(prompts, 16)
-    rounds = -(-len(batches) // runtime.world_size)
-    mine = [batches[(runtime.rank + i * runtime.world_size) % len(batches)] for i in range(rounds)]
-    every = range(len(blocks(model)))
-    found = last_token_states(
-        model,
-        mine,
-        list(every),
-        lambda **kw: run("states", **kw),
-        device=runtime.device,
-        space=config.separation.space,
-    )
-    sizes = [batch["input_ids"].shape[0] for batch in mine]
-    parts = {layer: list(states.split(sizes)) for layer, states in found.items()}
-    gathered = runtime.gather_objects(parts)
-    out = {}
-    for layer in every:
-        order = [
-            gathered[j % runtime.world_size][layer][j // runtime.world_size]
-            for j in range(len(batches))
-        ]
-        out[layer] = torch.cat(order)
-    return out
+@dataclass
+class _Geometry:
+    """Of one layer under the base model."""
+
+    d0: float
+    norm0: float
+    whitening: dict[str, Tensor] | None = None
+    whitened0: float = 0.0
+
+
+def _geometry(config: Config, layer: int, a: Tensor, b: Tensor) -> _Geometry:
+    """Harmful (n, H) and harmless (m, H) states of one layer, measured."""
+    d0 = mean_distance(a, b).item()
+    if not d0 > 0:
+        raise UserError(
+            f"layers: harmful and harmless prompts have the same state at block {layer} "
+            "(distance 0); is the chat template ending both in a way that hides the prompt?"
+        )
+    both = torch.cat([a, b])
+    found = _Geometry(d0, both.norm(dim=-1).mean().item())
+    if config.separation.loss == "fisher":
+        w, mean = Whitening.fit(a, b), both.mean(0)
+        found.whitening = {name: tensor.contiguous() for name, tensor in w.tensors().items()}
+        found.whitened0 = mean_distance(w((a - mean).double()), w((b - mean).double())).item()
+    return found
+
+
+def _add(prepared: Prepared, layer: int, found: _Geometry) -> None:
+    prepared.d0[layer], prepared.norm0[layer] = found.d0, found.norm0
+    if found.whitening is not None:
+        prepared.whitening[layer] = Whitening(**found.whitening)
+        prepared.whitened0[layer] = found.whitened0

@@ -1,34 +1,26 @@
-"""Greedy answers of a model: to the harmless prompts that come without a response, and to any
-prompt during evaluation.
+"""The base model's greedy answers to the harmless prompts that come without a response.
 
-The base model answers each prompt once; answers are cached on disk by model, template and prompt.
+It answers each prompt once; answers are cached on disk by model, template and prompt.
 Under ZeRO-3 all ranks generate in lockstep (`synced_gpus`), each its share of the batches.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
-from es2fast.config import Config
-from es2fast.data import Formatter, Prompt, ResponseCache, model_fingerprint
-from es2fast.distributed.deepspeed_config import zero_stage
+from es2fast.data import Prompt, ResponseCache, model_fingerprint
 from es2fast.distributed.runtime import Runtime
-from es2fast.modeling.taps import position_ids
+from es2fast.modeling.generate import generate
+from es2fast.training.plan import Plan
 
 
-def fill_responses(
-    config: Config,
-    formatter: Formatter,
-    prompts: list[Prompt],
-    model: nn.Module,
-    runtime: Runtime,
-) -> list[Prompt]:
-    """The prompts in order, each with a response: its own, a cached one, or one written now."""
+def fill_responses(plan: Plan, model: nn.Module, runtime: Runtime) -> list[Prompt]:
+    """The harmless prompts in order, each with a response: its own, a cached one, or one written
+    now by `model`, the base model in eval mode; call on every rank."""
+    config, formatter, prompts = plan.config, plan.formatter, plan.groups.harmless
     if all(prompt.response is not None for prompt in prompts):
         return prompts
     cache = ResponseCache(
@@ -36,7 +28,7 @@ def fill_responses(
         fingerprint=model_fingerprint(config.model.name, config.model.revision),
         template_hash=formatter.template_hash,
     )
-    missing = runtime.gather_objects(cache.missing(prompts))[0]  # rank 0's view decides for all
+    missing = runtime.from_main(cache.missing(prompts))  # rank 0's view decides for all
     size, world = config.data.response_batch_size, runtime.world_size
     chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
     written: dict[str, str] = {}
@@ -49,14 +41,14 @@ def fill_responses(
             chunk,
             max_new_tokens=config.data.max_response_tokens,
             device=runtime.device,
-            synced=zero_stage(config.deepspeed) == 3 and world > 1,
+            synced=plan.zero_stage == 3 and world > 1,
         )
         for pairs in runtime.gather_objects(list(zip(chunk, answers))):
             for prompt, answer in pairs:
                 written[cache.key(prompt)] = answer
                 if runtime.is_main and cache.get(prompt) is None:
                     cache.put(prompt, answer)
-    known = runtime.gather_objects({cache.key(p): cache.get(p) for p in prompts})[0]
+    known = runtime.from_main({cache.key(p): cache.get(p) for p in prompts})
     answers_by_key = {**known, **written}
     return [
         prompt
@@ -64,39 +56,3 @@ def fill_responses(
         else dataclasses.replace(prompt, response=answers_by_key[cache.key(prompt)])
         for prompt in prompts
     ]
-
-
-@torch.no_grad()
-def generate(
-    model: nn.Module,
-    formatter: Formatter,
-    prompts: Sequence[Prompt],
-    *,
-    max_new_tokens: int,
-    device: torch.device,
-    synced: bool = False,
-) -> list[str]:
-    """Greedy answers as text without special tokens, in the order of the prompts.
-
-    Args:
-        model: a causal language model in eval mode.
-        prompts: one left-padded batch.
-        max_new_tokens: length at which an answer is cut.
-        device: where the batch goes.
-        synced: keep stepping until every rank has finished (ZeRO-3 on more than one rank).
-    """
-    batch = formatter.prompt_batches(prompts, len(prompts))[0]
-    ids = batch["input_ids"].to(device)
-    mask = batch["attention_mask"].to(device)
-    out = model.generate(  # type: ignore[operator]
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=position_ids(mask),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=formatter.stop_token_ids or None,
-        pad_token_id=formatter.pad_token_id,
-        synced_gpus=synced,
-    )
-    return [formatter.decode(row) for row in out[:, ids.shape[1] :]]

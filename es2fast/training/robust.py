@@ -21,7 +21,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from es2fast.attacks import Attack, MeanDifference, make_attack
+from es2fast.attacks.registry import make_attack
+from es2fast.attacks.states.pushes import PushAttack
 from es2fast.config import Config
 from es2fast.distributed.runtime import Runtime
 from es2fast.modeling.taps import Push
@@ -31,7 +32,7 @@ class SimulatedAttack:
     """Decides, per step, whether and how the harmful states are pushed.
 
     Args:
-        config: `separation.robust`, the attack's own settings under `evaluate`, and the seed.
+        config: `separation.robust` and the seed.
         layers: the separated blocks.
         runtime: ranks that share the states.
     """
@@ -41,7 +42,7 @@ class SimulatedAttack:
         self._config = config
         self._layers = list(layers)
         self._runtime = runtime
-        self._attack: Attack | None = None
+        self._attack: PushAttack | None = None
         self._fitted = 0
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -57,7 +58,7 @@ class SimulatedAttack:
         if self._attack is None or step - self._fitted >= self._settings.refit_every:
             self._attack, self._fitted = self._fit(), step
         attack = self._attack
-        if isinstance(attack, MeanDifference):
+        if attack.candidates():
             attack.at = [layer]
         return lambda i, states: attack.push(i, states) if i in attack.layers() else states * 0.0
 
@@ -72,14 +73,17 @@ class SimulatedAttack:
             a, b = (torch.cat(pair)[-most:] for pair in zip(old, new))
             self._kept[layer] = (a, b)
 
-    def _fit(self) -> Attack:
+    def _fit(self) -> PushAttack:
         """Fitted on rank 0 and sent to the others, so that all ranks push alike."""
-        shards = self._runtime.gather_objects(self._kept)
-        attack = make_attack(self._settings.attack, self._config.evaluate)
-        if self._runtime.is_main:
-            groups = [
-                {i: torch.cat([shard[i][side] for shard in shards]) for i in self._layers}
-                for side in (0, 1)
-            ]
-            attack.fit(groups[0], groups[1])
-        return self._runtime.from_main(attack)
+        groups: tuple[dict[int, Tensor], dict[int, Tensor]] = ({}, {})
+        for layer in self._layers:
+            for group, rows in zip(groups, self._kept[layer]):
+                if shards := self._runtime.gather_rows(rows):
+                    group[layer] = torch.cat(shards)
+        return self._runtime.on_main(self._fitted_to, *groups)
+
+    def _fitted_to(self, harmful: dict[int, Tensor], harmless: dict[int, Tensor]) -> PushAttack:
+        attack = make_attack(self._settings.attack)
+        assert isinstance(attack, PushAttack)
+        attack.fit(harmful, harmless)
+        return attack

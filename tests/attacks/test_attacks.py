@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from es2fast.attacks import ATTACKS, Direct, MeanDifference, Scav, make_attack
-from es2fast.config import EvaluateConfig
-from es2fast.errors import UserError
+from es2fast.attacks.base import Answer
+from es2fast.attacks.states.mean_difference import MeanDifference
+from es2fast.attacks.states.pushes import Pushes, PushSettings, total_of
+from es2fast.attacks.states.scav import Scav, ScavSettings
 from es2fast.modeling.taps import blocks, hidden_of, tapped
 from es2fast.probing.probes import Probe
 
@@ -62,7 +63,7 @@ def hook_count(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("as_tuple", [False, True])
 def test_scav_lands_on_p0_at_every_layer_and_only_at_the_last_position(groups, as_tuple):
-    model, attack = Model(as_tuple), Scav(p0=1e-3)
+    model, attack = Model(as_tuple), Scav(ScavSettings(p0=1e-3))
     attack.fit(*groups)
     x = groups[0][0][:5, None].repeat(1, 3, 1)
     clean = model(x)
@@ -80,7 +81,7 @@ def test_scav_lands_on_p0_at_every_layer_and_only_at_the_last_position(groups, a
 
 
 def test_scav_push_is_the_formula():
-    attack = Scav(p0=1e-4)
+    attack = Scav(ScavSettings(p0=1e-4))
     weight = torch.tensor([3.0, 4.0, 0, 0, 0, 0])
     attack.probes = {0: Probe(weight, bias=0.5, accuracy=1.0, margin=1.0)}
     e = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]])
@@ -89,7 +90,7 @@ def test_scav_push_is_the_formula():
 
 
 def test_scav_leaves_states_below_p0_alone(groups):
-    attack = Scav(p0=1e-4)
+    attack = Scav(ScavSettings(p0=1e-4))
     attack.probes = {0: Probe(torch.ones(H), bias=0.0, accuracy=1.0, margin=1.0)}
     model, x = Model(), torch.full((2, 3, H), -10.0)
     with attack.applied(model) as pushes:
@@ -98,7 +99,7 @@ def test_scav_leaves_states_below_p0_alone(groups):
 
 
 def test_scav_skips_layers_whose_probe_is_not_better_than_p1(groups):
-    attack = Scav(p1=0.9)
+    attack = Scav(ScavSettings(p1=0.9))
     attack.probes = {
         0: Probe(torch.ones(H), bias=0.0, accuracy=0.9, margin=1.0),
         1: Probe(torch.ones(H), bias=0.0, accuracy=0.91, margin=1.0),
@@ -119,7 +120,8 @@ def test_relative_push_is_the_mean_ratio_over_pushed_rows():
 
 
 def test_mean_difference_moves_one_mean_onto_the_other(groups):
-    attack = MeanDifference(at=[1])
+    attack = MeanDifference()
+    attack.at = [1]
     attack.fit(*groups)
     assert attack.layers() == [1]
     moved = groups[0][1] + attack.push(1, groups[0][1])
@@ -128,7 +130,7 @@ def test_mean_difference_moves_one_mean_onto_the_other(groups):
 
 @pytest.mark.parametrize("steps, changed", [("all", True), ("prompt", False)])
 def test_decoding_steps_are_pushed_only_when_asked_for(groups, steps, changed):
-    attack = MeanDifference(steps=steps)
+    attack = MeanDifference(PushSettings(steps=steps))
     attack.fit(*groups)
     model, token = Model(), torch.zeros(2, 1, H)
     clean = model(token)
@@ -146,18 +148,11 @@ def test_hooks_are_gone_after_an_exception(groups):
     assert hook_count(model) == 0
 
 
-def test_direct_changes_nothing(groups):
-    attack, model = Direct(), Model()
-    attack.fit(*groups)
-    with attack.applied(model) as pushes:
-        assert hook_count(model) == 0
-    assert pushes.count == 0
-
-
-def test_registry():
-    config = EvaluateConfig(scav_p0=1e-3, attack_steps="prompt")
-    made = {name: make_attack(name, config) for name in ATTACKS}
-    assert all(attack.name == name for name, attack in made.items())
-    assert made["scav"].p0 == 1e-3 and made["mean_difference"].steps == "prompt"
-    with pytest.raises(UserError, match="direct, scav, mean_difference"):
-        make_attack("scva", config)
+def test_pushes_of_several_batches_add_up():
+    answers = [
+        Answer("a", info={"pushes": {"count": 2, "total": 3.0, "relative": 1.0}}),
+        Answer("b"),
+        Answer("c", info={"pushes": {"count": 1, "total": 3.0, "relative": 2.0}}),
+    ]
+    assert total_of(answers) == Pushes(3, 6.0, 3.0)
+    assert total_of(answers).relative_push == 1.0

@@ -15,11 +15,12 @@ import torch
 from tiny_models import save_tiny, write_prompts
 
 from es2fast.config import parse_config
-from es2fast.data import Formatter, PairedSampler, collate, load_groups
+from es2fast.data import collate
 from es2fast.distributed import runtime as runtimes
-from es2fast.modeling.load import load_tokenizer
 from es2fast.run.export import save_model
-from es2fast.training.engine import build_engine, train_step
+from es2fast.training.engine import build_engine
+from es2fast.training.loop import train_step
+from es2fast.training.plan import make_plan
 from es2fast.training.prepare import prepare
 
 IDS = torch.tensor([[1, 4, 10, 16, 5, 23]])
@@ -50,14 +51,10 @@ def run_family(family: str, folder: Path) -> dict[str, Any]:
         }
     )  # fmt: skip
     runtime = runtimes.start(config)
-    groups = load_groups(config.data)
-    formatter = Formatter(load_tokenizer(config.model), config.data)
-    prepared, harmless = prepare(config, formatter, groups, runtime)
-    engine = build_engine(config, prepared, runtime)
-    sampler = PairedSampler(
-        len(groups.harmful), len(harmless), seed=0, micro_batch_size=2, gradient_accumulation=1,
-        rank=0, world_size=1,
-    )  # fmt: skip
+    plan = make_plan(config)
+    groups, formatter, sampler = plan.groups, plan.formatter, plan.sampler(0)
+    prepared, harmless = prepare(plan, runtime)
+    engine = build_engine(plan, prepared, runtime)
     steps = []
     for step in range(3):
         rows = [

@@ -74,8 +74,8 @@ def test_metrics_and_resolved_configuration_are_written(run: Path) -> None:
 def test_responses_are_written_once_by_the_base_model(run: Path) -> None:
     from es2fast.config import DataConfig, ModelConfig
     from es2fast.data import Formatter, Prompt
+    from es2fast.modeling.generate import generate
     from es2fast.modeling.load import load_causal_lm, load_tokenizer
-    from es2fast.training.responses import generate
 
     lines = (run / "cache/responses.jsonl").read_text().splitlines()
     assert len(lines) == len({json.loads(line)["key"] for line in lines}) == 12

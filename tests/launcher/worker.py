@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from es2fast.config import parse_config
-from es2fast.data import Formatter, PairedSampler, collate, load_groups
+from es2fast.data import collate
 from es2fast.distributed import runtime as runtimes
-from es2fast.modeling.load import load_tokenizer
+from es2fast.distributed.zero import full_state_dict
 from es2fast.ops.separation.whitening import Whitening
-from es2fast.run.export import full_state_dict
-from es2fast.training.engine import build_engine, train_step
+from es2fast.training.engine import build_engine
+from es2fast.training.loop import train_step
+from es2fast.training.plan import make_plan
 from es2fast.training.prepare import Prepared
 from es2fast.training.robust import SimulatedAttack
 
@@ -55,15 +56,9 @@ def run_case(case: dict[str, Any], runtime: runtimes.Runtime) -> dict[str, Any]:
     if config.separation.loss == "fisher":
         prepared.whitening = {layer: some_whitening() for layer in layers}
         prepared.whitened0 = dict.fromkeys(layers, 8.0)
-    groups = load_groups(config.data)
-    formatter = Formatter(load_tokenizer(config.model), config.data)
-    engine = build_engine(config, prepared, runtime)
-    sampler = PairedSampler(
-        len(groups.harmful), len(groups.harmless), seed=0,
-        micro_batch_size=config.train.micro_batch_size,
-        gradient_accumulation=config.train.gradient_accumulation,
-        rank=runtime.rank, world_size=runtime.world_size,
-    )  # fmt: skip
+    plan = make_plan(config, world_size=runtime.world_size)
+    groups, formatter, sampler = plan.groups, plan.formatter, plan.sampler(runtime.rank)
+    engine = build_engine(plan, prepared, runtime)
     found: dict[str, Any] = {"losses": [], "kl": [], "trace": [], "states": []}
     found["attacked"] = []
     simulated = SimulatedAttack(config, layers, runtime)

@@ -8,13 +8,13 @@ from tiny_models import FAMILIES, tiny_model
 from torch import Tensor, nn
 
 from es2fast.errors import UserError
+from es2fast.modeling.states import last_token_states
 from es2fast.modeling.taps import (
     SeparationTaps,
     backbone,
     blocks,
     check_layers,
     hidden_of,
-    last_token_states,
     position_ids,
     tap_points,
     with_hidden,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from es2fast.attacks import Scav
+from es2fast.attacks.states.scav import Scav, ScavSettings
 from es2fast.errors import UserError
 from es2fast.probing.probes import (
     SAMPLE,
@@ -104,7 +104,7 @@ def test_fisher_ratio_and_silhouette_by_their_definitions():
 
 def test_relative_push_is_what_scav_pushes_on_the_held_out_prompts():
     a, b = groups(2.0, n=50)
-    attack = Scav(p0=1e-3)
+    attack = Scav(ScavSettings(p0=1e-3))
     attack.fit({0: a}, {0: b})
     order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
     held_out = a[order[35:]]

@@ -6,10 +6,10 @@ import pytest
 from huggingface_hub import ModelCard
 
 from es2fast.config import parse_config
-from es2fast.errors import UserError
 from es2fast.ops.separation.op import LOSSES, NEED_MARGIN
-from es2fast.report.html import table_markdown
 from es2fast.report.model_card import public_name, write_model_card
+from es2fast.report.schema import Report
+from es2fast.report.table import table_markdown
 
 BLOCK = {
     "harmless": {"refusal_rate": 0.0, "intact_rate": 1.0, "kl_to_base": 0.0, "n": 50},
@@ -25,7 +25,7 @@ BLOCK = {
         }
     },
 }
-REPORT = {"base": BLOCK, "tuned": BLOCK}
+REPORT = Report.parse({"base": BLOCK, "tuned": BLOCK})
 
 
 def card(folder, *, raw=None, **changes):
@@ -125,10 +125,3 @@ def test_public_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "model").mkdir(parents=True)
     assert public_name("org/model") == "model"  # a folder of that name is what was loaded
-
-
-def test_bad_report_leaves_the_old_card(tmp_path):
-    before = card(tmp_path)
-    with pytest.raises(UserError, match=r"tuned\.harmless: required"):
-        card(tmp_path, report={"tuned": {"attacks": {}, "separation": {}}})
-    assert (tmp_path / "README.md").read_text(encoding="utf-8") == before

@@ -15,9 +15,12 @@ from rich.console import Console
 
 from es2fast.config import parse_config
 from es2fast.errors import UserError
-from es2fast.report import html as report
-from es2fast.report import plots, table
+from es2fast.report import html, plots, table
+from es2fast.report.compare import combined
+from es2fast.report.schema import Report, read_report
 from es2fast.report.stats import rate_interval, wilson
+from es2fast.run.folder import RunFolder
+from es2fast.run.metrics import read_metrics
 
 
 def attack(refused, useful, gibberish, push, n=100):
@@ -52,8 +55,11 @@ def block(useful, distance, kl):
 @pytest.fixture
 def full():
     return {
-        "base": block(0.62, 1.0, 0.0),
-        "tuned": block(0.08, 3.97, 0.0123),
+        "version": 2,
+        "models": [
+            {"name": "base", **block(0.62, 1.0, 0.0)},
+            {"name": "tuned", **block(0.08, 3.97, 0.0123)},
+        ],
         "train": {"steps": 150, "seconds": 61.5, "kl": 0.011, "lambda": 12.0},
     }
 
@@ -61,8 +67,29 @@ def full():
 @pytest.fixture
 def states():
     rng = np.random.default_rng(0)
-    shift = {"base_harmful": 2.0, "base_harmless": 0, "tuned_harmful": 20.0, "tuned_harmless": 0}
-    return {name: rng.normal(size=(12, 16)) + value for name, value in shift.items()}
+    shift = {"base": {"harmful": 2.0, "harmless": 0}, "tuned": {"harmful": 20.0, "harmless": 0}}
+    return {
+        model: {group: rng.normal(size=(12, 16)) + value for group, value in groups.items()}
+        for model, groups in shift.items()
+    }
+
+
+def write(folder, raw, **options):
+    html.write_report(RunFolder(folder), Report.parse(raw), **options)
+
+
+def models(raw):
+    """{name: the model's part} of a report."""
+    return {model["name"]: model for model in raw["models"]}
+
+
+def node_of(raw, path):
+    """What holds the last key of a path that starts with a model's name, and that key."""
+    *parents, last = path.split(".")
+    node = {**raw, **models(raw)}
+    for key in parents:
+        node = node[key]
+    return node, last
 
 
 def metrics(steps=5):
@@ -126,20 +153,32 @@ def test_rate_interval_undoes_the_division():
 
 
 def test_json_round_trip_keeps_extra_keys(tmp_path, full):
-    full["tuned"]["harmless"]["top1_agreement"] = 0.97
+    models(full)["tuned"]["harmless"]["top1_agreement"] = 0.97
     full["note"] = "ä"
-    report.write_report(tmp_path, full)
-    assert report.read_report(tmp_path) == full
+    write(tmp_path, full)
+    found = read_report(tmp_path / "report.json")
+    assert found == Report.parse(full)
+    assert found.note == "ä" and found.model("tuned").harmless.top1_agreement == 0.97
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []
 
 
 def test_numpy_numbers_and_integer_layers_become_json(tmp_path, full):
-    expected = copy.deepcopy(full)
-    full["base"]["separation"] = {int(k): v for k, v in full["base"]["separation"].items()}
-    full["tuned"]["harmless"]["kl_to_base"] = np.float64(0.0123)
-    full["tuned"]["harmless"]["n"] = np.int64(200)
-    report.write_report(tmp_path, full)
-    assert json.loads((tmp_path / "report.json").read_text()) == expected
+    expected = Report.parse(copy.deepcopy(full))
+    base, tuned = models(full).values()
+    base["separation"] = {int(k): v for k, v in base["separation"].items()}
+    tuned["harmless"]["kl_to_base"] = np.float64(0.0123)
+    tuned["harmless"]["n"] = np.int64(200)
+    assert Report.parse(full) == expected
+
+
+def test_version_1_is_read_as_version_2(full):
+    old = {**models(full), "train": full["train"]}
+    for model in ("base", "tuned"):
+        old[model] = {key: value for key, value in old[model].items() if key != "name"}
+    assert Report.parse(old) == Report.parse(full)
+    assert Report.parse({**old, "tuned": None}).names == ["base"]
+    with pytest.raises(UserError, match=r"tuned\.harmless: required"):
+        Report.parse({"tuned": {"attacks": {}, "separation": {}}})
 
 
 REQUIRED = [
@@ -156,13 +195,10 @@ REQUIRED = [
 
 @pytest.mark.parametrize("path", REQUIRED)
 def test_missing_key_is_named(full, path):
-    *parents, last = path.split(".")
-    node = full
-    for key in parents:
-        node = node[key]
+    node, last = node_of(full, path)
     del node[last]
     with pytest.raises(UserError, match=re.escape(f"{path}: required")):
-        report.check_report(full)
+        Report.parse(full)
 
 
 INVALID = [
@@ -178,75 +214,84 @@ INVALID = [
 
 @pytest.mark.parametrize("path, value, reason", INVALID)
 def test_invalid_value_is_named(full, path, value, reason):
-    *parents, last = path.split(".")
-    node = full
-    for key in parents:
-        node = node[key]
+    node, last = node_of(full, path)
     node[last] = value
     with pytest.raises(UserError) as caught:
-        report.check_report(full)
+        Report.parse(full)
     assert path in str(caught.value) and reason in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_outcomes_must_not_exceed_the_prompts(full):
-    full["tuned"]["attacks"]["scav"] = attack(0.9, 0.2, 0.1, 1.0)
+    models(full)["tuned"]["attacks"]["scav"] = attack(0.9, 0.2, 0.1, 1.0)
     with pytest.raises(UserError, match=r"tuned\.attacks\.scav: refused \+ useful .* 1\.200"):
-        report.check_report(full)
+        Report.parse(full)
 
 
-def test_layers_are_numbers_and_some_model_is_there(full):
-    full["base"]["separation"]["last"] = full["base"]["separation"]["3"]
+def test_layers_are_numbers_and_some_model_is_there_once(full):
+    with pytest.raises(UserError, match="'base' occurs twice"):
+        Report.parse({**full, "models": [full["models"][0]] * 2})
+    for nothing in ({"models": []}, {"train": full["train"], "base": None}):
+        with pytest.raises(UserError, match="models"):
+            Report.parse(nothing)
+    base = models(full)["base"]
+    base["separation"]["last"] = base["separation"]["3"]
     with pytest.raises(UserError, match=r"base\.separation\.last"):
-        report.check_report(full)
-    with pytest.raises(UserError, match="base, tuned: required"):
-        report.check_report({"train": full["train"], "base": None})
-
-
-def test_bad_report_writes_nothing(tmp_path, full):
-    del full["tuned"]["harmless"]
-    with pytest.raises(UserError):
-        report.write_report(tmp_path / "run", full)
-    assert not (tmp_path / "run").exists()
+        Report.parse(full)
 
 
 def test_old_report_survives_a_failed_write(tmp_path, full, monkeypatch):
-    report.write_report(tmp_path, full)
+    write(tmp_path, full)
     before = (tmp_path / "report.json").read_text()
     full["train"]["steps"] = 999
 
     def refuse(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(report.os, "replace", refuse)
+    monkeypatch.setattr("es2fast.run.files.os.replace", refuse)
     with pytest.raises(OSError, match="disk full"):
-        report.write_report(tmp_path, full)
+        write(tmp_path, full)
     assert (tmp_path / "report.json").read_text() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json"]
 
 
 def test_diverged_kl_is_null_with_a_warning(tmp_path, full):
-    full["tuned"]["harmless"]["kl_to_base"] = float("inf")
-    report.write_report(tmp_path, full)
+    models(full)["tuned"]["harmless"]["kl_to_base"] = float("inf")
+    write(tmp_path, full)
     saved = json.loads((tmp_path / "report.json").read_text())
-    assert saved["tuned"]["harmless"]["kl_to_base"] is None
+    assert saved["models"][1]["harmless"]["kl_to_base"] is None
     assert saved["warnings"] == ["tuned.harmless.kl_to_base: not finite"]
     assert "tuned.harmless.kl_to_base: not finite" in (tmp_path / "report.html").read_text()
 
 
 def test_read_report_errors(tmp_path):
+    path = tmp_path / "report.json"
     with pytest.raises(UserError, match="cannot be read"):
-        report.read_report(tmp_path)
-    (tmp_path / "report.json").write_text("{")
+        read_report(path)
+    path.write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
-        report.read_report(tmp_path)
+        read_report(path)
+
+
+def test_reports_side_by_side(tmp_path, full):
+    old = {name: {k: v for k, v in model.items() if k != "name"}
+           for name, model in models(full).items()}  # fmt: skip
+    for name, kl in (("run-a", 0.0123), ("run-b", 0.5)):
+        old["tuned"]["harmless"]["kl_to_base"] = kl
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(old))
+    both = combined([tmp_path / "run-a", tmp_path / "run-b/report.json"])
+    assert both.names == ["base", "run-a", "run-b"]
+    assert [model.harmless.kl_to_base for model in both.models] == [0.0, 0.0123, 0.5]
+    with pytest.raises(UserError, match="two reports lie in folders named 'run-a'"):
+        combined([tmp_path / "run-a", tmp_path / "run-a"])
 
 
 # Table
 
 
 def test_markdown_table_holds_numbers_and_intervals(full):
-    rows = cells(report.table_markdown(full))
+    rows = cells(table.table_markdown(Report.parse(full)))
     assert rows["attack scav"] == ["n = 100", "n = 100"]
     assert rows["attack scav: useful"] == ["62.0 % [52.2–70.9]", "8.0 % [4.1–15.0]"]
     assert rows["attack scav: refused"][0].startswith("28.0 %")
@@ -262,31 +307,30 @@ def test_markdown_table_holds_numbers_and_intervals(full):
 
 
 def test_markdown_columns_agree(full):
-    full["base"]["attacks"]["a|b"] = attack(1.0, 0.0, 0.0, 0.5)
-    lines = report.table_markdown(full).strip().splitlines()
+    models(full)["base"]["attacks"]["a|b"] = attack(1.0, 0.0, 0.0, 0.5)
+    lines = table.table_markdown(Report.parse(full)).strip().splitlines()
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {4}
     assert cells("\n".join(lines))["attack a\\|b"] == ["n = 100", "not run"]
 
 
 def test_table_with_one_model(full):
-    full["tuned"] = None
-    del full["train"]
-    markdown = report.table_markdown(full)
+    del full["models"][1], full["train"]
+    markdown = table.table_markdown(Report.parse(full))
     assert markdown.startswith("| | base |\n")
     assert cells(markdown)["attack scav: useful"] == ["62.0 % [52.2–70.9]"]
 
 
 def test_only_separated_layers_are_listed(full):
     full["train"]["layers"] = [5]
-    labels = [row.label for row in table.table_rows(full)]
+    labels = [row.label for row in table.table_rows(Report.parse(full))]
     assert "layer 5" in labels and "layer 3" not in labels
 
 
 def test_printed_table_fits_and_is_not_cut(full):
     out = io.StringIO()
-    full["base"]["attacks"]["mean_difference"] = attack(0.0, 1.0, 0.0, 10.25)
-    full["base"]["attacks"]["[bold]x"] = attack(0.0, 1.0, 0.0, 10.25)
-    report.print_table(full, Console(file=out, width=100, color_system=None))
+    models(full)["base"]["attacks"]["mean_difference"] = attack(0.0, 1.0, 0.0, 10.25)
+    models(full)["base"]["attacks"]["[bold]x"] = attack(0.0, 1.0, 0.0, 10.25)
+    table.print_table(Report.parse(full), Console(file=out, width=100, color_system=None))
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= 100
     useful = [line for line in lines if line.strip().startswith("useful")]
@@ -298,7 +342,7 @@ def test_printed_table_fits_and_is_not_cut(full):
 def test_printed_table_on_a_terminal_without_utf8(full):
     raw = io.BytesIO()
     out = io.TextIOWrapper(raw, encoding="ascii")
-    report.print_table(full, Console(file=out, width=100))
+    table.print_table(Report.parse(full), Console(file=out, width=100))
     out.flush()
     assert b"push |eps|/||h||" in raw.getvalue()
 
@@ -309,9 +353,9 @@ def test_printed_table_on_a_terminal_without_utf8(full):
 def test_page_has_every_figure_and_loads_nothing(tmp_path, full, states):
     write_metrics(tmp_path, metrics())
     config = parse_config({"model": {"name": "org/model"}, "kl": {"budget": 0.05}})
-    report.write_report(tmp_path, full, states=states, config=config)
+    write(tmp_path, full, states=states, config=config)
     page = (tmp_path / "report.html").read_text()
-    for title, caption in report.CAPTIONS.values():
+    for title, caption in html.CAPTIONS.values():
         assert f"<h2>{title}</h2>" in page
         assert caption.split(".")[0].split("'")[0] in page
     assert page.count("<svg") == 4
@@ -326,7 +370,7 @@ def test_page_has_every_figure_and_loads_nothing(tmp_path, full, states):
 
 def test_ids_are_unique_and_references_resolve(tmp_path, full, states):
     write_metrics(tmp_path, metrics())
-    report.write_report(tmp_path, full, states=states)
+    write(tmp_path, full, states=states)
     page = (tmp_path / "report.html").read_text()
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids)) > 100
@@ -334,7 +378,7 @@ def test_ids_are_unique_and_references_resolve(tmp_path, full, states):
 
 
 def test_page_without_metrics_states_or_config(tmp_path, full):
-    report.write_report(tmp_path, full)
+    write(tmp_path, full)
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == 2
     assert "Training curves" not in page and "Configuration" not in page
@@ -343,16 +387,16 @@ def test_page_without_metrics_states_or_config(tmp_path, full):
 def test_page_is_reproducible(tmp_path, full, states):
     pages = []
     for name in "ab":
-        report.write_report(tmp_path / name, full, states=states)
+        write(tmp_path / name, full, states=states)
         pages.append((tmp_path / name / "report.html").read_bytes())
     assert pages[0] == pages[1]
 
 
 def test_names_cannot_inject_markup_or_mathematics(tmp_path, full):
     evil = '<script>alert("1")</script>'
-    full["base"]["attacks"]["<b>$x_{$"] = attack(1.0, 0.0, 0.0, 0.5)
+    models(full)["base"]["attacks"]["<b>$x_{$"] = attack(1.0, 0.0, 0.0, 0.5)
     full["warnings"] = [evil]
-    report.write_report(tmp_path, full, config=parse_config({"model": {"name": evil}}))
+    write(tmp_path, full, config=parse_config({"model": {"name": evil}}))
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page and "<b>" not in page
     assert "&lt;script&gt;" in page and "attack &lt;b&gt;$x_{$" in page
@@ -366,9 +410,9 @@ def test_metrics_of_a_resumed_and_killed_run(tmp_path):
     write_metrics(tmp_path, [{"step": 2, "kl": 9}, {"step": 1, "kl": 1}, {"step": 2, "kl": 2}])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "kl"')
-    rows = report.read_metrics(tmp_path / "metrics.jsonl")
+    rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [(row["step"], row["kl"]) for row in rows] == [(1, 1), (2, 2)]
-    assert report.read_metrics(tmp_path / "none.jsonl") == []
+    assert read_metrics(tmp_path / "none.jsonl") == []
 
 
 def test_training_curves_draw_what_was_logged():
@@ -389,11 +433,11 @@ def test_training_curves_have_a_line_per_layer_in_numeric_order():
 
 
 def test_layers_become_lines_with_marks_when_there_are_many(full):
-    entry = full["base"]["separation"]["3"]
-    for model in ("base", "tuned"):
-        full[model]["separation"] = {str(i): entry for i in range(12)}
+    entry = full["models"][0]["separation"]["3"]
+    for model in full["models"]:
+        model["separation"] = {str(i): entry for i in range(12)}
     full["train"]["layers"] = [4, 7]
-    axes = plots.separation_by_layer(full).axes[0]
+    axes = plots.separation_by_layer(Report.parse(full)).axes[0]
     assert not axes.patches
     marked = [line.get_xdata()[0] for line in axes.lines if line.get_label() == "separated"]
     assert marked == [4]
@@ -401,7 +445,7 @@ def test_layers_become_lines_with_marks_when_there_are_many(full):
 
 
 def test_bars_show_the_distances(full):
-    axes = plots.separation_by_layer(full).axes[0]
+    axes = plots.separation_by_layer(Report.parse(full)).axes[0]
     assert [bar.get_height() for bar in axes.patches] == [1.0, 1.0, 3.97, 3.97]
 
 
@@ -415,20 +459,23 @@ def test_projection_shares_axes_and_keeps_distances(states):
         for mark in axes.collections
     }
     shift = points["After (tuned)", "harmful"].mean(0) - points["After (tuned)", "harmless"].mean(0)
-    expected = states["tuned_harmful"].mean(0) - states["tuned_harmless"].mean(0)
+    expected = states["tuned"]["harmful"].mean(0) - states["tuned"]["harmless"].mean(0)
     assert np.linalg.norm(shift) == pytest.approx(np.linalg.norm(expected), rel=0.01)
     assert shift[0] > 0  # harmful to the right, whatever the sign the solver returned
 
 
 def test_projection_of_one_model_and_of_broken_states(states):
-    only = {key: value for key, value in states.items() if key.startswith("tuned")}
+    only = {"tuned": states["tuned"]}
     assert [axes.get_title() for axes in plots.projection(only).axes] == ["After (tuned)"]
-    broken = {key: np.full_like(value, np.nan) for key, value in states.items()}
+    broken = {
+        model: {group: np.full_like(rows, np.nan) for group, rows in groups.items()}
+        for model, groups in states.items()
+    }
     assert plots.projection(broken) is None
 
 
 def test_outcome_bars_stack_to_the_rates_with_wilson_error_bars(full):
-    axes = plots.attack_outcomes(full).axes[0]
+    axes = plots.attack_outcomes(Report.parse(full)).axes[0]
     scav_tuned = [bar.get_width() for bar in axes.patches[-3:]]
     assert scav_tuned == pytest.approx([0.08, 0.1, 0.82])
     segment = axes.containers[-1].lines[2][0].get_segments()[0]
@@ -436,6 +483,6 @@ def test_outcome_bars_stack_to_the_rates_with_wilson_error_bars(full):
 
 
 def test_svg_is_well_formed_and_bare(full):
-    svg = plots.to_svg(plots.attack_outcomes(full), "x")
+    svg = plots.to_svg(plots.attack_outcomes(Report.parse(full)), "x")
     ElementTree.fromstring(svg)
     assert svg.startswith("<svg") and "<metadata" not in svg and "DOCTYPE" not in svg

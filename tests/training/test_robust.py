@@ -9,7 +9,8 @@ import torch
 from tiny_models import tiny_model
 from torch import Tensor
 
-from es2fast.attacks import MeanDifference, Scav
+from es2fast.attacks.states.mean_difference import MeanDifference
+from es2fast.attacks.states.scav import Scav
 from es2fast.config import Config, parse_config
 from es2fast.distributed.runtime import Runtime
 from es2fast.modeling.taps import SeparationTaps, backbone

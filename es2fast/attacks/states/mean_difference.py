@@ -7,33 +7,30 @@ a push of fixed size, and this push undoes exactly that shift. The means are tho
 under attack.
 
 The difference at one block already holds what the blocks below contributed, so one block is enough,
-and which one is the attacker's choice: the evaluation tries them on a few training prompts. On the
-toy any block from the first one that separates the groups does as well as all of them together.
+and which one is the attacker's choice: it tries them on a few training prompts. On the toy any
+block from the first one that separates the groups does as well as all of them together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from es2fast.attacks.states.pushes import Attack
+from es2fast.attacks.states.pushes import PushAttack
 
 
-class MeanDifference(Attack):
+class MeanDifference(PushAttack):
     """Adds mean_B - mean_A at the blocks `at` (default: every fitted block)."""
 
     name = "mean_difference"
 
-    def __init__(self, *, at: Sequence[int] | None = None, steps: str = "all") -> None:
-        self.at, self.steps = at, steps
-        self.shift: dict[int, Tensor] = {}
-
     def fit(self, harmful: dict[int, Tensor], harmless: dict[int, Tensor]) -> None:
         """Differences of the means, layer -> (H,)."""
-        self.shift = {
+        self.shift: dict[int, Tensor] = {
             i: harmless[i].float().mean(0) - harmful[i].float().mean(0) for i in sorted(harmful)
         }
+
+    def candidates(self) -> list[int]:
+        return sorted(self.shift)
 
     def layers(self) -> list[int]:
         return [i for i in self.shift if self.at is None or i in self.at]

@@ -14,30 +14,36 @@ decoding step breaks the text (the probe was fitted on prompt states), hence `st
 
 from __future__ import annotations
 
+from pydantic import Field
 from torch import Tensor
 
-from es2fast.attacks.states.pushes import Attack
+from es2fast.attacks.states.pushes import PushAttack, PushSettings
 from es2fast.probing.probes import Probe, fit_probe
 
 
-class Scav(Attack):
+class ScavSettings(PushSettings):
+    p0: float = Field(1e-4, gt=0, lt=0.5, description="probability the push aims at")
+    p1: float = Field(0.9, ge=0.5, lt=1, description="probe accuracy a layer must exceed")
+
+
+class Scav(PushAttack):
     """SCAV with target probability `p0` at layers whose probe accuracy exceeds `p1`."""
 
     name = "scav"
-
-    def __init__(self, *, p0: float = 1e-4, p1: float = 0.9, steps: str = "all") -> None:
-        self.p0, self.p1, self.steps = p0, p1, steps
-        self.probes: dict[int, Probe] = {}
+    Settings = ScavSettings
+    settings: ScavSettings
 
     def fit(self, harmful: dict[int, Tensor], harmless: dict[int, Tensor]) -> None:
         """One probe per layer."""
-        self.probes = {i: fit_probe(harmful[i], harmless[i]) for i in sorted(harmful)}
+        self.probes: dict[int, Probe] = {
+            i: fit_probe(harmful[i], harmless[i]) for i in sorted(harmful)
+        }
 
     def layers(self) -> list[int]:
-        return [i for i, probe in self.probes.items() if probe.accuracy > self.p1]
+        return [i for i, probe in self.probes.items() if probe.accuracy > self.settings.p1]
 
     def push(self, layer: int, states: Tensor) -> Tensor:
         probe = self.probes[layer]
         weight = probe.weight.to(states.device)
-        eps = probe.steps_to(states, self.p0).clamp_max(0.0)  # 0 where P(e) <= P0
+        eps = probe.steps_to(states, self.settings.p0).clamp_max(0.0)  # 0 where P(e) <= P0
         return eps[:, None] * weight / weight.norm()

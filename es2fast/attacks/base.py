@@ -1,0 +1,207 @@
+"""What every attack is: it prepares itself on the model under attack, then answers prompts.
+
+    attack.prepare(target)                 fit, search, train: on training prompts only
+    attack.answers(target, prompts)        what the model says under the attack, prompt by prompt
+
+An attack changes the model only while it is asked something (hooks and weights are put back
+whatever happens), takes no decision from held-out prompts, and is deterministic in its settings and
+the target's seed. Its settings are a pydantic class of its own, so `evaluate.attacks` is checked
+before a model is loaded. `es2fast.attacks.registry` finds attacks by name, those of other packages
+too.
+
+What an attacker tries out before choosing (blocks, strengths) goes through `Target.trial`: the
+answers are kept like all others, so a search that was interrupted goes on, and its curve can be
+drawn.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from es2fast.data import Formatter, Prompt
+from es2fast.judges.base import Judge, Verdict
+from es2fast.modeling.generate import generate_rows
+from es2fast.modeling.states import last_token_states
+from es2fast.modeling.taps import blocks
+
+STATES_BATCH = 32  # prompts per pass when states are collected
+
+
+class AttackSettings(BaseModel):
+    """What an attack can be told in `evaluate.attacks`, beside its name."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    label: str | None = Field(
+        None,
+        pattern=r"^[\w.-]+$",
+        description="name in the report; needed when an attack is listed twice",
+    )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer to one prompt.
+
+    text: without special tokens; parameters: which variant of the attack it is; sample: which of
+    several tries of that variant; info: numbers that were measured on the way.
+    """
+
+    text: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    sample: int = 0
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+# (what is tried, its parameters, the training prompts, how to get the answers) -> the answers
+Recorder = Callable[
+    [str, Mapping[str, Any], Sequence[Prompt], Callable[[], list[Answer]]], list[Answer]
+]
+
+
+@dataclass
+class Target:
+    """A model under attack, and what its attacker has.
+
+    model: a causal language model in eval mode on its device; formatter: its chat format; harmful,
+    harmless: training prompts of the two groups; judge: how the attacker tells success;
+    max_new_tokens, batch_size: of every answer; seed: of whatever an attack draws; recorder: keeps
+    the answers of trials; title: the model's name on progress bars, None for no bars.
+    """
+
+    model: nn.Module
+    formatter: Formatter
+    harmful: Sequence[Prompt]
+    harmless: Sequence[Prompt]
+    judge: Judge
+    max_new_tokens: int = 48
+    batch_size: int = 32
+    seed: int = 0
+    recorder: Recorder | None = None
+    title: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder blocks."""
+        return len(blocks(self.model))
+
+    @cached_property
+    def states(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Block outputs at the last prompt token of the training prompts, harmful and harmless:
+        layer -> (n, H) fp32 on the CPU."""
+        every = list(range(self.depth))
+        found = []
+        for prompts in (self.harmful, self.harmless):
+            batches = self.formatter.prompt_batches(prompts, STATES_BATCH)
+            bar = self.progress(batches, "states of training prompts")
+            found.append(last_token_states(self.model, bar, every))
+        return found[0], found[1]
+
+    def progress(self, items: Sequence[Any], what: str, unit: str = "batch") -> Any:
+        """`items` behind a progress bar that says which model and what is being done."""
+        return tqdm(
+            items, f"{self.title}: {what}", unit=unit, disable=self.title is None or not items
+        )
+
+    def generate(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Greedy answers of the model as it is now, `batch_size` prompts at a time."""
+        return self.generate_rows([self.formatter.prompt_ids(prompt) for prompt in prompts])
+
+    def generate_rows(
+        self, rows: Sequence[Sequence[int]], *, repetition_penalty: float = 1.0
+    ) -> list[str]:
+        """Greedy continuations of rows of token ids, `batch_size` rows at a time."""
+        found: list[str] = []
+        for start in range(0, len(rows), self.batch_size):
+            found += generate_rows(
+                self.model,
+                self.formatter,
+                rows[start : start + self.batch_size],
+                max_new_tokens=self.max_new_tokens,
+                device=self.device,
+                repetition_penalty=repetition_penalty,
+            )
+        return found
+
+    def trial(
+        self,
+        name: str,
+        parameters: Mapping[str, Any],
+        prompts: Sequence[Prompt],
+        answer: Callable[[], list[Answer]],
+    ) -> Trial:
+        """What an attacker gets out of training prompts with one choice of `parameters`.
+
+        Args:
+            name: of the attack.
+            parameters: the choice.
+            prompts: training prompts.
+            answer: one answer per prompt; not called where the answers are known already.
+        """
+        found = answer() if self.recorder is None else self.recorder(
+            name, parameters, prompts, answer
+        )  # fmt: skip
+        return Trial(dict(parameters), found, self.verdicts(prompts, [a.text for a in found]))
+
+    def verdicts(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Verdict]:
+        """The judge's verdict on each answer."""
+        return self.judge.verdicts(
+            [(prompt.text, text, prompt.response) for prompt, text in zip(prompts, texts)]
+        )
+
+
+@dataclass
+class Trial:
+    """One choice of parameters and how it ended on training prompts."""
+
+    parameters: dict[str, Any]
+    answers: list[Answer]
+    verdicts: list[Verdict]
+
+    @property
+    def useful(self) -> float:
+        """Share of useful answers, 0..1."""
+        return self.verdicts.count("useful") / max(len(self.verdicts), 1)
+
+
+class Attack(ABC):
+    """One attack. Subclasses have a `name`, a `Settings` class and the two methods below."""
+
+    name: ClassVar[str]
+    Settings: ClassVar[type[AttackSettings]] = AttackSettings
+
+    def __init__(self, settings: AttackSettings):
+        self.settings = settings
+
+    @property
+    def label(self) -> str:
+        """What the report calls it."""
+        return self.settings.label or self.name
+
+    def prepare(self, target: Target) -> None:  # noqa: B027, an attack may have nothing to prepare
+        """Everything that is done once per model, on training prompts."""
+
+    @abstractmethod
+    def answers(self, target: Target, prompts: Sequence[Prompt]) -> list[list[Answer]]:
+        """Per prompt, the answers under the attack; one batch of prompts at a time.
+
+        Several answers are variants of the attack or several tries; the report counts a prompt as
+        broken when one of them is useful, and says how many there were.
+        """
+
+    def summary(self) -> dict[str, Any]:
+        """What the report tells about the attack beside its rates; JSON values."""
+        return {}

@@ -1,0 +1,102 @@
+"""Attacks by name: the library's own, and those that other packages bring.
+
+A package offers an attack by an entry point in the group `es2fast.attacks` whose name is the
+attack's and whose value is a subclass of `Attack`. Modules are imported when they are asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from pydantic import ValidationError
+
+from es2fast.attacks.base import Attack
+from es2fast.errors import UserError
+
+GROUP = "es2fast.attacks"
+BUILT_IN = {
+    "direct": "es2fast.attacks.direct:Direct",
+    "scav": "es2fast.attacks.states.scav:Scav",
+    "mean_difference": "es2fast.attacks.states.mean_difference:MeanDifference",
+}
+
+
+def attack_names() -> list[str]:
+    """Every attack that can be named, the library's own first."""
+    others = sorted({point.name for point in entry_points(group=GROUP)} - BUILT_IN.keys())
+    return [*BUILT_IN, *others]
+
+
+def attack_class(name: str) -> type[Attack]:
+    """The class behind a name.
+
+    Raises:
+        UserError: no such attack; a package's entry point that cannot be loaded or is no attack.
+    """
+    if name in BUILT_IN:
+        module, _, attribute = BUILT_IN[name].partition(":")
+        return getattr(import_module(module), attribute)
+    for point in entry_points(group=GROUP, name=name):
+        try:
+            found = point.load()
+        except Exception as error:  # whatever another package raises while it is imported
+            raise UserError(f"evaluate.attacks: {name!r} ({point.value}): {error}") from None
+        if isinstance(found, type) and issubclass(found, Attack):
+            return found
+        raise UserError(f"evaluate.attacks: {name!r} ({point.value}) is not an es2fast Attack")
+    names = attack_names()
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names)}"
+    raise UserError(f"evaluate.attacks: no attack {name!r}; {hint}")
+
+
+def make_attack(entry: str | dict[str, Any], **defaults: Any) -> Attack:
+    """A fresh, unprepared attack.
+
+    Args:
+        entry: its name, or a mapping of `name` and its settings.
+        defaults: settings that are used where the attack has them and the entry does not.
+
+    Raises:
+        UserError: unknown name; a setting it does not have, or out of range.
+    """
+    given = {"name": entry} if isinstance(entry, str) else dict(entry)
+    name = given.pop("name", None)
+    if not isinstance(name, str):
+        raise UserError(
+            f"evaluate.attacks: {entry!r} has no name; write an attack's name, or a mapping such "
+            "as {name: scav, p0: 0.001}"
+        )
+    chosen = attack_class(name)
+    known = chosen.Settings.model_fields
+    usable = {key: value for key, value in defaults.items() if key in known}
+    try:
+        return chosen(chosen.Settings.model_validate(usable | given))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        hint = f"; known: {', '.join(known)}" if first["type"] == "extra_forbidden" else ""
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(
+            f"evaluate.attacks: {name}.{key}: {message}, found {first['input']!r}{hint}"
+        ) from None
+
+
+def make_attacks(entries: Sequence[str | dict[str, Any]], **defaults: Any) -> list[Attack]:
+    """All attacks of a list; see `make_attack`.
+
+    Raises:
+        UserError: as `make_attack`; two entries with the same label.
+    """
+    made = [make_attack(entry, **defaults) for entry in entries]
+    labels = [attack.label for attack in made]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UserError(
+                f"evaluate.attacks: {label!r} is listed twice; give each a `label` of its own"
+            )
+    return made

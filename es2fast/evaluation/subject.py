@@ -1,0 +1,328 @@
+"""One model's part of an evaluation: its answers, from the log or from the model, and its geometry.
+
+The model is loaded when something of it is missing, and not at all when everything is known.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from es2fast.attacks.base import Answer, Attack, Recorder, Target
+from es2fast.attacks.direct import Direct
+from es2fast.attacks.registry import make_attacks
+from es2fast.config import EvaluateConfig
+from es2fast.data import Formatter, Prompt
+from es2fast.errors import UserError
+from es2fast.evaluation import measure
+from es2fast.evaluation.answers import HARMFUL, HARMLESS, TRIAL, AnswerLog, Scope
+from es2fast.evaluation.measure import Measured, SavedTeacher
+from es2fast.judges.base import Judge
+from es2fast.report.schema import BASE
+from es2fast.run.files import write_text
+from es2fast.run.folder import RunFolder
+
+TEACHER = "teacher"  # folder of what the base model leaves for the KL
+
+
+@dataclass
+class Subject:
+    """A model to evaluate: `name` in the report, `load` puts it on its device, `fingerprint` tells
+    its weights from others'; a model named `base` is what the others are compared with."""
+
+    name: str
+    load: Callable[[], nn.Module]
+    formatter: Formatter
+    fingerprint: str
+
+    @classmethod
+    def of(cls, name: str, model: nn.Module, formatter: Formatter) -> Subject:
+        """A model that is in memory; its fingerprint is a hash over all its tensors."""
+        digest = hashlib.sha256()
+        for key, value in model.state_dict().items():
+            raw = value.detach().cpu().contiguous().view(torch.uint8).flatten()
+            digest.update(key.encode() + raw.numpy().tobytes())
+        return cls(name, lambda: model, formatter, digest.hexdigest())
+
+    @property
+    def key(self) -> str:
+        """What its answers depend on apart from the prompts."""
+        return hash_of(self.fingerprint, self.formatter.template_hash)
+
+
+@dataclass
+class EvaluationPrompts:
+    """Held-out prompts, whose `response` is the reference answer, and training prompts."""
+
+    harmful: Sequence[Prompt]
+    harmless: Sequence[Prompt]
+    fit_harmful: Sequence[Prompt]
+    fit_harmless: Sequence[Prompt]
+
+
+@dataclass
+class AttackAnswers:
+    """Per held-out harmful prompt its answers under one attack, and the attack's summary."""
+
+    answers: list[list[Answer]]
+    summary: dict[str, Any]
+
+
+@dataclass
+class ModelAnswers:
+    """All of one model that the report is made of.
+
+    harmless: its plain answers to the held-out harmless prompts; references: what these should be,
+    None where nothing says so.
+    """
+
+    measured: Measured
+    harmless: list[str]
+    references: list[str] | None
+    attacks: dict[str, AttackAnswers]
+
+
+class SubjectEvaluation:
+    """One model's part of an evaluation."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        prompts: EvaluationPrompts,
+        settings: EvaluateConfig,
+        folder: RunFolder,
+        log: AnswerLog,
+        judge: Judge,
+        base: ModelAnswers | None,
+        warnings: list[str],
+    ):
+        self._subject, self._prompts, self._settings = subject, prompts, settings
+        self._folder, self._log, self._judge = folder, log, judge
+        self._base, self._warnings = base, warnings
+        self._target: Target | None = None
+
+    def run(self, others: Sequence[Subject]) -> ModelAnswers:
+        """Everything of this model; others: the models that will be compared with it."""
+        with self._unloading():
+            direct = Direct(Direct.Settings())
+            harmless = [found[0].text for found in self._answers(
+                direct, HARMLESS, self._prompts.harmless, lambda: None)]  # fmt: skip
+            measured = self._measured(harmless, others)
+            attacks = {}
+            made = make_attacks(self._settings.attacks, steps=self._settings.attack_steps)
+            for attack in made:
+                try:
+                    attacks[attack.label] = self._attacked(attack)
+                except UserError as error:
+                    if len(made) == 1:
+                        raise
+                    self._warnings.append(f"{self._subject.name}, {attack.label}: {error}")
+                    tqdm.write(f"warning: {self._warnings[-1]}")
+        return ModelAnswers(measured, harmless, self._references(harmless), attacks)
+
+    @property
+    def target(self) -> Target:
+        """The model, loaded when it is first asked for."""
+        if self._target is None:
+            settings = self._settings
+            self._target = Target(
+                self._subject.load(),
+                self._subject.formatter,
+                self._prompts.fit_harmful,
+                self._prompts.fit_harmless,
+                self._judge,
+                max_new_tokens=settings.max_new_tokens,
+                batch_size=settings.batch_size,
+                seed=settings.seed,
+                title=self._subject.name,
+            )
+            self._was_training = self._target.model.training
+            self._target.model.eval()
+        return self._target
+
+    @contextmanager
+    def _unloading(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if self._target is not None:
+                self._target.model.train(self._was_training)
+                self._target = None
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+
+    def _attacked(self, attack: Attack) -> AttackAnswers:
+        """The answers under one attack, and what it tells about itself."""
+        settings = self._scope(attack, HARMFUL).settings
+        known = self._folder.measured / f"{self._subject.name}.{attack.label}.json"
+        summary = _saved_summary(known, settings)
+        prepared = False
+
+        def prepare() -> None:
+            nonlocal prepared, summary
+            if prepared:
+                return
+            self.target.recorder = self._recorder(attack)
+            attack.prepare(self.target)
+            prepared, summary = True, attack.summary()
+            record = {"settings": settings, "summary": summary}
+            write_text(known, json.dumps(record, indent=1) + "\n")
+
+        if summary is None:
+            prepare()
+        answers = self._answers(attack, HARMFUL, self._prompts.harmful, prepare)
+        return AttackAnswers(answers, summary or {})
+
+    def _answers(
+        self, attack: Attack, group: str, prompts: Sequence[Prompt], prepare: Callable[[], None]
+    ) -> list[list[Answer]]:
+        """From the log, and where it lacks any, from the model; `prepare` is called before."""
+        scope = self._scope(attack, group)
+        keys = [scope.key(prompt) for prompt in prompts]
+        found = [self._log.get(key) for key in keys]
+        size = self._settings.batch_size
+        starts = [i for i in range(0, len(prompts), size) if None in found[i : i + size]]
+        if starts:
+            prepare()
+        title = f"{self._subject.name}: {group if group == HARMLESS else attack.label}"
+        bar = tqdm(total=len(prompts), desc=title, unit="prompt", disable=not starts)
+        bar.update(len(prompts) - sum(len(prompts[i : i + size]) for i in starts))
+        with bar:
+            for start in starts:  # whole batches: what shares a batch is the same on a resume
+                batch = prompts[start : start + size]
+                made = attack.answers(self.target, batch)
+                for prompt, key, answers in zip(batch, keys[start:], made):
+                    self._log.put(scope, key, prompt, answers)
+                found[start : start + size] = made
+                bar.update(len(batch))
+        return [answers for answers in found if answers is not None]
+
+    def _recorder(self, attack: Attack) -> Recorder:
+        scope = self._scope(attack, TRIAL)
+
+        def record(
+            name: str,
+            parameters: Mapping[str, Any],
+            prompts: Sequence[Prompt],
+            answer: Callable[[], list[Answer]],
+        ) -> list[Answer]:
+            keys = [scope.key(prompt, parameters) for prompt in prompts]
+            known = [self._log.get(key) for key in keys]
+            if None not in known:
+                return [found[0] for found in known if found]
+            made = answer()
+            for prompt, key, one in zip(prompts, keys, made):
+                shown = Answer(one.text, {**parameters, **one.parameters}, one.sample, one.info)
+                self._log.put(scope, key, prompt, [shown])
+            return made
+
+        return record
+
+    def _scope(self, attack: Attack, group: str) -> Scope:
+        """Settings hold all that an answer depends on beside model and prompt."""
+        settings = self._settings
+        fitted = [] if group == HARMLESS else [
+            prompt.turns for prompt in (*self._prompts.fit_harmful, *self._prompts.fit_harmless)
+        ]  # fmt: skip
+        chosen = attack.settings.model_dump(mode="json", exclude={"label"})
+        return Scope(
+            model=self._subject.name,
+            fingerprint=self._subject.key,
+            group=group,
+            attack=attack.label,
+            settings=hash_of(attack.name, chosen, settings.max_new_tokens, fitted),
+            seed=settings.seed,
+        )
+
+    def _measured(self, harmless: Sequence[str], others: Sequence[Subject]) -> Measured:
+        """Geometry and KL: what was saved, or measured now."""
+        base = None if self._base is None else self._base.measured
+        references = self._references(harmless)
+        key = self._measured_key(self._subject, references, base)
+        found = Measured.load(self._path(self._subject), key)
+        teacher = SavedTeacher(self._folder.measured / TEACHER, (base or Measured(key)).fingerprint)
+        wanted = references if references is not None else harmless
+        batches = measure.token_batches(
+            self._subject.formatter, self._prompts.harmless, wanted, self._settings.batch_size
+        )
+        if found is None:
+            found = self._measure(key, base, teacher, batches)
+            found.save(self._path(self._subject))
+        keys = [(self._path(s), self._measured_key(s, references, found)) for s in others]
+        missing = any(Measured.load(path, key) is None for path, key in keys)
+        if missing and not teacher.complete:
+            teacher.write(self.target.model, batches, f"{self._subject.name}: harmless tokens")
+        return found
+
+    def _measure(
+        self,
+        key: str,
+        base: Measured | None,
+        teacher: SavedTeacher,
+        batches: Sequence[Mapping[str, Tensor]],
+    ) -> Measured:
+        name, model = self._subject.name, self.target.model
+        states = measure.held_out_states(
+            model,
+            self._subject.formatter,
+            {"harmful": self._prompts.harmful, "harmless": self._prompts.harmless},
+        )
+        if base is not None and len(base.separation) != self.target.depth:
+            self._warnings.append(
+                f"{name}: {self.target.depth} blocks where the base model has "
+                f"{len(base.separation)}; nothing is given relative to it"
+            )
+            base = None
+        found = Measured(key, measure.geometry(states, self.target.states, base), states=states)
+        if name == BASE:
+            found.kl = 0.0
+        elif base is not None:
+            found.kl = teacher.kl(model, batches, f"{name}: KL to base")
+        return found
+
+    def _measured_key(
+        self, subject: Subject, references: Sequence[str] | None, base: Measured | None
+    ) -> str:
+        data = [[prompt.turns for prompt in group] for group in vars(self._prompts).values()]
+        return hash_of(subject.key, data, references, base.fingerprint if base else None)
+
+    def _path(self, subject: Subject) -> Path:
+        return self._folder.measured / subject.name
+
+    def _references(self, own: Sequence[str]) -> list[str] | None:
+        """The prompts' own responses; where one is missing, the base model's greedy answer."""
+        base = self._base.harmless if self._base is not None else own
+        prompts = self._prompts.harmless
+        alone = self._base is None and self._subject.name != BASE
+        if alone and any(prompt.response is None for prompt in prompts):
+            return None
+        return [
+            text if prompt.response is None else prompt.response
+            for prompt, text in zip(prompts, base)
+        ]
+
+
+def _saved_summary(path: Path, settings: str) -> dict[str, Any] | None:
+    """What an attack with these settings told about itself, when it was prepared before."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record["summary"] if record.get("settings") == settings else None
+
+
+def hash_of(*parts: Any) -> str:
+    """24 hexadecimal digits over plain values."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]

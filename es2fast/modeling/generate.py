@@ -1,0 +1,70 @@
+"""Greedy answers of a model to one batch of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from es2fast.data import Formatter, Prompt
+from es2fast.modeling.taps import position_ids
+
+
+def generate(
+    model: nn.Module,
+    formatter: Formatter,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    device: torch.device,
+    synced: bool = False,
+) -> list[str]:
+    """Greedy answers as text without special tokens, in the order of the prompts.
+
+    Args:
+        model: a causal language model in eval mode.
+        prompts: one left-padded batch.
+        max_new_tokens: length at which an answer is cut.
+        device: where the batch goes.
+        synced: keep stepping until every rank has finished (ZeRO-3 on more than one rank).
+    """
+    rows = [formatter.prompt_ids(prompt) for prompt in prompts]
+    return generate_rows(
+        model, formatter, rows, max_new_tokens=max_new_tokens, device=device, synced=synced
+    )
+
+
+@torch.no_grad()
+def generate_rows(
+    model: nn.Module,
+    formatter: Formatter,
+    rows: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    device: torch.device,
+    synced: bool = False,
+    repetition_penalty: float = 1.0,
+) -> list[str]:
+    """Greedy continuations of rows of token ids, whatever stands in them; see `generate`.
+
+    Args:
+        rows: one batch of ids, template and all; padded here, on the left.
+        repetition_penalty: above 1, tokens that occurred before are less likely.
+    """
+    batch = formatter.pad(rows)
+    ids = batch["input_ids"].to(device)
+    mask = batch["attention_mask"].to(device)
+    out = model.generate(  # type: ignore[operator]
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=position_ids(mask),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=None if repetition_penalty == 1.0 else repetition_penalty,
+        eos_token_id=formatter.stop_token_ids or None,
+        pad_token_id=formatter.pad_token_id,
+        synced_gpus=synced,
+    )
+    return [formatter.decode(row) for row in out[:, ids.shape[1] :]]

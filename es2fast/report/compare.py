@@ -1,0 +1,49 @@
+"""Reports side by side: `es2fast compare A B ...`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from es2fast.errors import UserError
+from es2fast.report.schema import BASE, ModelResult, Report, read_report
+from es2fast.run.folder import RunFolder
+
+
+def combined(places: Sequence[Path]) -> Report:
+    """One report with the models of several, each named after its folder where names repeat.
+
+    A base model that several reports measured alike appears once.
+
+    Args:
+        places: folders that hold a report.json, or such files; of report version 1 or 2.
+
+    Raises:
+        UserError: a report that is missing or broken; two places of the same name.
+    """
+    paths = [RunFolder(place).report if place.is_dir() else place for place in places]
+    labels = [path.resolve().parent.name for path in paths]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UserError(f"compare: two reports lie in folders named {label!r}; rename one")
+    reports = [read_report(path) for path in paths]
+    models: list[ModelResult] = []
+    for label, report in zip(labels, reports):
+        for model in report.models:
+            same = [other for r in reports for other in r.models if other.name == model.name]
+            if all(other == model for other in same):
+                name = model.name  # measured once, or alike everywhere
+            else:
+                alone = model.name != BASE and len(report.models) <= 2
+                name = label if alone else f"{label}/{model.name}"
+            if all(name != seen.name for seen in models):
+                models.append(model.model_copy(update={"name": name}))
+    layers = {layer for report in reports for layer in report.separated_layers}
+    first = reports[0].train
+    shown = first.model_copy(update={"layers": sorted(layers)}) if first else None
+    warnings = [f"{label}: {text}" for label, r in zip(labels, reports) for text in r.warnings]
+    return Report(models=models, train=shown, judge=_judges(reports), warnings=warnings)
+
+
+def _judges(reports: Sequence[Report]) -> str:
+    return ", ".join(dict.fromkeys(report.judge for report in reports))

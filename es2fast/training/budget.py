@@ -1,0 +1,85 @@
+"""`kl.budget`: what capability may be lost, in nats per token, in place of a weight.
+
+log lambda += rate * (e + GAIN * (e - e')), e = log(KL / (0.9 budget)) of the smoothed KL and e'
+that of the step before. The proportional part answers a rising KL at once, where the integral part
+alone overshoots for as long as the optimizer's momentum takes to turn. Falling is four times slower
+than rising, since KL = 0 at the start says nothing about the weight that is needed later.
+
+lambda alone cannot hold every budget: a model that is far away when the KL shows comes back slowly,
+and a large learning rate has a KL of its own. So the KL of the final weights is measured, and where
+it is over the budget by 10 % the whole update is scaled down until it is not (`meet_budget`).
+
+The KL is that of all ranks together, so every rank decides alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from es2fast.config import Config
+from es2fast.training.weights import TrainableWeights
+
+TOLERANCE = 1.1  # times the budget: where scaling the update begins
+
+
+class DualAscent:
+    """lambda, fixed or adaptive, so that a user states what capability may be lost
+    (`kl.budget`, nats per token) instead of a weight."""
+
+    AIM = 0.9  # of the budget: what is aimed at, since the KL varies from batch to batch
+    GAIN = 4.0  # proportional over integral part
+    MEMORY = 0.8  # of the smoothed KL
+    FALL = 0.25  # falling over rising rate
+
+    def __init__(self, config: Config):
+        self._kl = config.kl
+        self.weight = config.kl.weight if config.kl.budget is None else max(config.kl.weight, 1e-3)
+        self._smooth: float | None = None
+        self._error: float | None = None
+
+    def update(self, kl: float) -> None:
+        """After a step whose global KL was `kl` nats per token."""
+        if self._kl.budget is None:
+            return
+        old = kl if self._smooth is None else self._smooth
+        self._smooth = self.MEMORY * old + (1 - self.MEMORY) * kl
+        ratio = self._smooth / (self.AIM * self._kl.budget)
+        error = min(max(math.log(max(ratio, 1e-9)), -1.0), 2.0)
+        change = error - (error if self._error is None else self._error)
+        self._error = error
+        step = self._kl.budget_lr * (error + self.GAIN * change)
+        step = step if step > 0 else self.FALL * step
+        self.weight = min(max(self.weight * math.exp(step), 1e-3), self._kl.max_weight)
+
+
+def meet_budget(
+    weights: TrainableWeights,
+    start: Sequence[Tensor],
+    kl: float,
+    budget: float,
+    measure: Callable[[], float],
+) -> tuple[float, float]:
+    """Scales the whole update, start + t (end - start), down to a KL within the budget.
+
+    The last resort where lambda came too late or the learning rate is too noisy for the budget.
+    The KL grows about as t^2 and the separation as t, so a run that is a little over its budget
+    loses little of it; one that is far over loses most.
+
+    Args:
+        weights: of the trained model.
+        start: their copy from before the training.
+        kl: of the model as it is, nats per token.
+        measure: the KL of the weights as they then are, the same on every rank.
+
+    Returns:
+        (t, KL); (1, kl) when the KL is not more than 10 % over the budget.
+    """
+    t, end = 1.0, weights.copy()
+    while kl > TOLERANCE * budget:
+        t *= math.sqrt(DualAscent.AIM * budget / kl)
+        weights.write([a + t * (b - a) for a, b in zip(start, end)])
+        kl = measure()
+    return t, kl

@@ -1,0 +1,107 @@
+"""Copies of the trainable weights, and the last of them that were measured to be sane.
+
+Numbers of step s describe the weights before its update. So a copy is taken before the step and
+becomes the good one only after the step has measured it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from es2fast.errors import UserError
+
+
+class TrainableWeights:
+    """Copies the trainable weights to the CPU and back.
+
+    Under ZeRO-3 each rank copies its own partitions in the training precision, so that all ranks
+    together hold one copy. Below stage 3 rank 0 copies the whole weights: it is rank 0 that writes
+    them. Writing back changes what the model computes with, not the optimizer's fp32 weights.
+
+    Args:
+        model: its parameters that require gradients are meant, partitioned or whole.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._partitioned = any(hasattr(p, "ds_tensor") for p in self._parameters)
+
+    def copy(self) -> list[Tensor]:
+        """One tensor per parameter; an empty list on a rank that keeps none."""
+        if not self._partitioned and dist.is_initialized() and dist.get_rank() != 0:
+            return []
+        return [_local(p).detach().to("cpu", copy=True) for p in self._parameters]
+
+    @torch.no_grad()
+    def write(self, values: Sequence[Tensor]) -> None:
+        """Puts what `copy` returned back on every rank; call on every rank."""
+        for i, parameter in enumerate(self._parameters):
+            if self._partitioned:
+                parameter.partition()  # type: ignore[attr-defined]  # drops a gathered, other value
+            if values:
+                _local(parameter).copy_(values[i])
+            if not self._partitioned and dist.is_initialized() and dist.get_world_size() > 1:
+                dist.broadcast(parameter.data, src=0)
+
+
+def _local(parameter: nn.Parameter) -> Tensor:
+    """What this rank holds of a parameter: its ZeRO-3 partition, or all of it.
+
+    Raises:
+        UserError: the partition lies on a disk.
+    """
+    local = getattr(parameter, "ds_tensor", None)
+    if local is None:
+        return parameter.data
+    if getattr(local, "final_location", None) == "nvme":
+        raise UserError(
+            "safeguards.keep_every: weights that are offloaded to a disk cannot be copied; "
+            "set safeguards.keep_every=0 and kl.budget=null"
+        )
+    return local.data
+
+
+@dataclass
+class _Copy:
+    """Trainable weights after `step` optimizer steps; kl of the batch that measured them."""
+
+    step: int
+    values: list[Tensor]
+    kl: float = 0.0
+
+
+class GoodWeights:
+    """The last trainable weights that were measured to be sane.
+
+    Args:
+        weights: of the model.
+        every: steps between two copies; 0 keeps none.
+    """
+
+    def __init__(self, weights: TrainableWeights, every: int):
+        self._weights = weights
+        self._every = every
+        self._pending: _Copy | None = None
+        self.copy: _Copy | None = None
+
+    def before_step(self, step: int) -> None:
+        """Copies the weights, when it is time, before optimizer step `step` (from 1)."""
+        if self._every and (step - 1) % self._every == 0:
+            self._pending = _Copy(step - 1, self._weights.copy())
+
+    def measured(self, sane: bool, kl: float) -> None:
+        """After that step: its numbers were sane, or not."""
+        if self._pending is not None and sane:
+            self._pending.kl = kl
+            self.copy = self._pending
+        self._pending = None
+
+    def restore(self) -> None:
+        """Puts the good weights into the model; call on every rank."""
+        assert self.copy is not None
+        self._weights.write(self.copy.values)

@@ -1,0 +1,233 @@
+"""Evaluation on models that have learnt next to nothing: its bookkeeping, and what a stop costs."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from es2fast.attacks.states.mean_difference import MeanDifference
+from es2fast.attacks.states.scav import Scav
+from es2fast.config import DataConfig, EvaluateConfig
+from es2fast.data import Formatter, Prompt
+from es2fast.demo.toy import Recipe, build_toy, split_rows
+from es2fast.errors import UserError
+from es2fast.evaluation.measure import SavedTeacher, token_batches
+from es2fast.evaluation.run import evaluate_models, saved_states
+from es2fast.evaluation.subject import EvaluationPrompts, Subject
+from es2fast.modeling.taps import blocks
+from es2fast.report.schema import BASE
+from es2fast.run.folder import RunFolder
+
+RECIPE = Recipe(hidden=16, ffn=16, depth=3, heads=2, answer_steps=2, align_steps=2,
+                answer_batch=4, align_batch=4)  # fmt: skip
+CONFIG = EvaluateConfig(max_new_tokens=4, batch_size=5)
+Parts = tuple[Any, Formatter, EvaluationPrompts]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    folder = build_toy(tmp_path_factory.mktemp("small") / "toy", progress=False, recipe=RECIPE)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    formatter = Formatter(AutoTokenizer.from_pretrained(folder / "model"), DataConfig())
+    split = split_rows(0, RECIPE)
+    prompts = EvaluationPrompts(
+        [Prompt.of(row.prompt, row.answer) for row in split["eval_harmful"][:7]],
+        [Prompt.of(row.prompt, row.answer) for row in split["eval_harmless"][:7]],
+        [Prompt.of(row.prompt) for row in split["harmful"][:20]],
+        [Prompt.of(row.prompt, row.answer) for row in split["harmless"][:20]],
+    )
+    return model, formatter, prompts
+
+
+def scaled(model: Any, factor: float) -> Any:
+    """A copy whose block 1 writes `factor` times as much into the residual stream."""
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        tuned.model.layers[1].mlp.down_proj.weight.mul_(factor)
+    return tuned
+
+
+def pair(parts: Parts, factor: float = 5.0) -> list[Subject]:
+    model, formatter, _ = parts
+    return [
+        Subject.of(BASE, model, formatter),
+        Subject.of("tuned", scaled(model, factor), formatter),
+    ]
+
+
+def test_both_models_are_compared(parts: Parts, tmp_path: Path) -> None:
+    report = evaluate_models(pair(parts), parts[2], CONFIG, RunFolder(tmp_path), layers=[0, 1])
+    base, tuned = report.model(BASE), report.model("tuned")
+    assert base.harmless.kl_to_base == 0.0 < tuned.harmless.kl_to_base
+    for row in base.separation.values():
+        assert row.distance_over_base == row.norm_ratio == 1.0
+    assert tuned.separation["0"].distance_over_base == pytest.approx(1.0)
+    assert tuned.separation["1"].distance_over_base != pytest.approx(1.0, abs=1e-3)
+    assert set(tuned.shift_rank) == {"0", "1"} and base.shift_rank is None
+    for attack in base.attacks.values():
+        assert attack.refused + attack.useful + attack.gibberish == pytest.approx(1.0)
+        assert attack.n == 7 and attack.answers_per_prompt == 1
+    states = saved_states(RunFolder(tmp_path), report.names, 1)
+    assert states["tuned"]["harmful"].shape == (7, 16)
+    assert not (tmp_path / "measured" / "teacher").exists()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_model_is_left_as_it_was(parts: Parts, training: bool, tmp_path: Path) -> None:
+    model = copy.deepcopy(parts[0]).train(training)
+    before = copy.deepcopy(model.state_dict())
+    evaluate_models([Subject.of(BASE, model, parts[1])], parts[2], CONFIG, RunFolder(tmp_path))
+    assert model.training is training
+    assert all(not block._forward_hooks for block in blocks(model))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+def test_kl_is_the_mean_over_all_tokens_whatever_the_batches(
+    parts: Parts, batch_size: int, tmp_path: Path
+) -> None:
+    model, formatter, prompts = parts
+    tuned, rows = scaled(model, 5.0), prompts.harmless
+    responses = [prompt.response for prompt in rows]
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for prompt, response in zip(rows, responses):
+            prompt_ids, response_ids = formatter.conversation_ids(prompt, response)
+            ids = torch.tensor([[*prompt_ids, *response_ids]])
+            p, q = (m(ids).logits[0].double().log_softmax(-1) for m in (model, tuned))
+            total += float((p.exp() * (p - q)).sum())
+            tokens += ids.shape[1]
+    teacher = SavedTeacher(tmp_path / "teacher", "key")
+    batches = token_batches(formatter, rows, responses, batch_size)
+    assert not teacher.complete
+    teacher.write(model, batches, "base")
+    assert teacher.complete and not SavedTeacher(tmp_path / "teacher", "other").complete
+    assert teacher.kl(tuned, batches, "tuned") == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_without_a_response_the_base_model_s_own_answer_is_the_reference(
+    parts: Parts, tmp_path: Path
+) -> None:
+    model, formatter, prompts = parts
+    bare = EvaluationPrompts(
+        prompts.harmful,
+        [Prompt.of(p.text) for p in prompts.harmless],
+        prompts.fit_harmful,
+        prompts.fit_harmless,
+    )
+    same = [Subject.of(BASE, model, formatter), Subject.of("copy", copy.deepcopy(model), formatter)]
+    report = evaluate_models(same, bare, CONFIG, RunFolder(tmp_path))
+    for name in (BASE, "copy"):
+        assert report.model(name).harmless.intact_rate == 1.0
+        assert report.model(name).harmless.kl_to_base == pytest.approx(0.0, abs=1e-6)
+    alone = [Subject.of("copy", model, formatter)]
+    report = evaluate_models(alone, bare, CONFIG, RunFolder(tmp_path / "alone"))
+    assert report.model("copy").harmless.intact_rate is None
+    assert report.model("copy").harmless.kl_to_base is None
+
+
+def plain(report: Any) -> dict[str, Any]:
+    """A report without the time at which it was made."""
+    return report.model_dump(exclude={"created"})
+
+
+@pytest.mark.parametrize("when", [11, 30])  # while a block is chosen; in the last batch
+def test_an_interrupted_evaluation_goes_on_and_ends_the_same(
+    parts: Parts, when: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = evaluate_models(pair(parts), parts[2], CONFIG, RunFolder(tmp_path / "whole"))
+    folder, taken = RunFolder(tmp_path / "stopped"), 0
+    real = MeanDifference.push
+
+    def stops(self: MeanDifference, layer: int, states: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        if taken == when:
+            raise KeyboardInterrupt
+        return real(self, layer, states)
+
+    monkeypatch.setattr(MeanDifference, "push", stops)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_models(pair(parts), parts[2], CONFIG, folder)
+    before = folder.answers.read_bytes()
+    with folder.answers.open("ab") as file:
+        file.write(b'{"key": "torn')
+    again = evaluate_models(pair(parts), parts[2], CONFIG, folder)
+    assert plain(again) == plain(whole)
+    assert folder.answers.read_bytes().startswith(before)
+    lines = [json.loads(line) for line in (tmp_path / "whole/answers.jsonl").open()]
+    kept = [json.loads(x) for x in folder.answers.read_text().splitlines() if x.endswith("}")]
+    assert kept == lines
+    fields = {"model", "group", "prompt_id", "attack", "parameters", "seed", "prompt", "text"}
+    assert all(fields <= line.keys() for line in lines)
+
+
+def test_what_is_known_needs_no_model(parts: Parts, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    first = evaluate_models(pair(parts), parts[2], CONFIG, folder, layers=[1])
+    subjects = pair(parts)
+    for subject in subjects:
+        subject.load = None  # type: ignore[assignment]
+    assert plain(evaluate_models(subjects, parts[2], CONFIG, folder, layers=[1])) == plain(first)
+
+
+def test_other_settings_mean_other_answers(parts: Parts, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    subjects = pair(parts)[:1]
+    count = []
+    for attacks in (["scav"], [{"name": "scav", "p0": 0.4}], [{"name": "scav", "p0": 0.4}]):
+        settings = EvaluateConfig(max_new_tokens=4, batch_size=5, attacks=attacks)
+        evaluate_models(subjects, parts[2], settings, folder)
+        count.append(len(folder.answers.read_text().splitlines()))
+    assert count == [14, 21, 21]  # 7 harmless answers, then 7 of each attack
+
+
+def test_one_model_is_in_memory_at_a_time(parts: Parts, tmp_path: Path) -> None:
+    model, formatter, prompts = parts
+    alive: list[weakref.ref[Any]] = []
+
+    def load(factor: float) -> Any:
+        gc.collect()
+        assert all(ref() is None for ref in alive)
+        made = scaled(model, factor)
+        alive.append(weakref.ref(made))
+        return made
+
+    subjects = [
+        Subject(name, lambda f=factor: load(f), formatter, name)
+        for name, factor in ((BASE, 1.0), ("a", 2.0), ("b", 3.0))
+    ]
+    report = evaluate_models(subjects, prompts, CONFIG, RunFolder(tmp_path))
+    assert len(alive) == 3
+    assert report.model("a").harmless.kl_to_base < report.model("b").harmless.kl_to_base
+
+
+def test_an_attack_that_cannot_run_leaves_the_others(parts: Parts, tmp_path: Path) -> None:
+    def refuse(self: Scav, harmful: Any, harmless: Any) -> None:
+        raise UserError("scav: not here")
+
+    settings = EvaluateConfig(max_new_tokens=4, attacks=["direct", "scav"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scav, "fit", refuse)
+        report = evaluate_models(pair(parts)[:1], parts[2], settings, RunFolder(tmp_path))
+    assert list(report.models[0].attacks) == ["direct"]
+    assert report.warnings == ["base, scav: scav: not here"]
+
+
+def test_models_of_another_depth_are_not_set_against_the_base(parts: Parts, tmp_path: Path) -> None:
+    model, formatter, prompts = parts
+    short = copy.deepcopy(model)
+    short.model.layers = short.model.layers[:2]
+    short.config.num_hidden_layers = 2
+    subjects = [Subject.of(BASE, model, formatter), Subject.of("short", short, formatter)]
+    report = evaluate_models(subjects, prompts, CONFIG, RunFolder(tmp_path), layers=[1])
+    assert report.model("short").harmless.kl_to_base is None
+    assert "short: 2 blocks where the base model has 3" in report.warnings[0]
