@@ -39,13 +39,13 @@ from es2fast.evaluation.subject import (
 from es2fast.judges.base import Judge
 from es2fast.judges.registry import make_judge
 from es2fast.modeling.load import check_weights, load_causal_lm, load_tokenizer
+from es2fast.probing.choose import FEWEST
 from es2fast.report.html import write_report
 from es2fast.report.model_card import write_model_card
 from es2fast.report.schema import BASE, Report
 from es2fast.run.folder import RunFolder
 
 TUNED = "tuned"
-FEWEST = 4  # training prompts per group: three to fit a probe and one to test it
 
 
 def evaluate_models(

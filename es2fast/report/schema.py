@@ -86,7 +86,7 @@ class ModelResult(_Part):
     shift_rank: dict[str, float] | None = None  # effective rank of h - h_base, per layer
 
 
-class TrainResult(_Part):
+class TrainSummary(_Part):
     """How the tuned model came about."""
 
     steps: int = Field(ge=0)
@@ -101,7 +101,7 @@ class Report(_Part):
 
     version: Literal[2] = 2
     models: list[ModelResult] = Field(min_length=1)
-    train: TrainResult | None = None
+    train: TrainSummary | None = None
     judge: str = "rules"
     created: str | None = None  # ISO 8601, UTC
     es2fast: str | None = None  # version of the library
