@@ -27,7 +27,7 @@ from es2fast.distributed.zero import zero3_loading
 from es2fast.errors import UserError
 from es2fast.modeling import head as heads
 from es2fast.modeling.load import DTYPES, load_causal_lm
-from es2fast.modeling.states import states_by_block
+from es2fast.modeling.states import STATE_BYTES, states_by_block
 from es2fast.modeling.taps import backbone, blocks, check_layers
 from es2fast.ops.separation.whitening import Whitening
 from es2fast.probing.choose import pick, table_of
@@ -98,7 +98,7 @@ def prepare(plan: Plan, runtime: Runtime) -> tuple[Prepared, list[Prompt]]:
     if config.layers != "auto":
         check_layers(config.layers, len(blocks(model)))
     harmless = fill_responses(plan, model, runtime)
-    prepared = _measure(plan, model, run, runtime)
+    prepared = measure(plan, model, lambda **inputs: run("states", **inputs), runtime)
     release()
     return prepared, harmless
 
@@ -120,9 +120,26 @@ def _load(plan: Plan, runtime: Runtime) -> tuple[nn.Module, Any, Callable[[], No
     return model, torch.no_grad()(engine), engine.destroy
 
 
-def _measure(plan: Plan, model: nn.Module, run: Any, runtime: Runtime) -> Prepared:
-    """Layers from a pass over all blocks, then d0, norm0 and whitening of those; the same on every
-    rank, since rank 0 finds them."""
+def measure(
+    plan: Plan,
+    model: nn.Module,
+    forward: Callable[..., Any],
+    runtime: Runtime,
+    memory: int = STATE_BYTES,
+) -> Prepared:
+    """Layers from the states of all blocks, then d0, norm0 and whitening of those; the same on
+    every rank, since rank 0 finds them.
+
+    Args:
+        plan: the run, with at most `layer_choice.prompts` prompts per group used.
+        model: the base model in eval mode; call on every rank.
+        forward: what to call for a pass of its backbone.
+        runtime: the ranks that share the work.
+        memory: bytes of states at a time; chosen blocks that were let go by then are read again.
+
+    Raises:
+        UserError: groups too small to probe, or with equal states.
+    """
     config, count = plan.config, plan.config.layer_choice.prompts
     harmful, harmless = plan.groups.harmful[:count], plan.groups.harmless[:count]
 
@@ -133,8 +150,9 @@ def _measure(plan: Plan, model: nn.Module, run: Any, runtime: Runtime) -> Prepar
             [*harmful, *harmless],
             runtime,
             layers=layers,
-            forward=lambda **inputs: run("states", **inputs),
+            forward=forward,
             space=config.separation.space,
+            memory=memory,
         )
 
     table: list[LayerProbe] = []
@@ -144,7 +162,7 @@ def _measure(plan: Plan, model: nn.Module, run: Any, runtime: Runtime) -> Prepar
     counts = (len(harmful), len(harmless))
     choice = runtime.on_main(pick, config, table, counts)
     prepared = Prepared(choice.layers, reason=choice.reason, table=choice.table)
-    held = all(layer in part for layer in choice.layers)  # one pass was enough, nothing was dropped
+    held = all(layer in part for layer in choice.layers)  # in the last pass
     for chosen in [part] if held else states(choice.layers):
         for layer in sorted(chosen.keys() & set(choice.layers)):
             a, b = chosen[layer][: len(harmful)], chosen[layer][len(harmful) :]
