@@ -163,6 +163,9 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["output_dir={folder}/taken"], ["output_dir", "already holds a run"]),
     (["deepspeed=zero9"], ["deepspeed", "zero9"]),
     (["train.report_to=[trackio]"], ["train.report_to", "trackio"]),
+    (["evaluate.attacks=[scva]"], ["evaluate.attacks", "did you mean 'scav'"]),
+    (["evaluate.attacks=[{{name: scav, p0: 2}}]"], ["scav.p0", "found 2"]),
+    (["evaluate.judge=nobody"], ["evaluate.judge", "nobody"]),
 ]
 
 
