@@ -28,7 +28,7 @@ from es2fast.distributed.runtime import resolve_device, resolve_dtype
 from es2fast.errors import UserError
 from es2fast.evaluation.aggregate import attack_result, harmless_result
 from es2fast.evaluation.answers import AnswerLog
-from es2fast.evaluation.measure import Measured, SavedTeacher, shift_ranks
+from es2fast.evaluation.measure import Measured, shift_ranks
 from es2fast.evaluation.subject import (
     TEACHER,
     EvaluationPrompts,
@@ -36,6 +36,7 @@ from es2fast.evaluation.subject import (
     Subject,
     SubjectEvaluation,
 )
+from es2fast.evaluation.teacher import SavedTeacher
 from es2fast.judges.base import Judge
 from es2fast.judges.registry import make_judge
 from es2fast.modeling.load import check_weights, load_causal_lm, load_tokenizer
@@ -129,11 +130,11 @@ def _model_result(
         attacks[label] = attack_result(prompts.harmful, part.answers, grouped, part.summary)
     result: dict[str, Any] = {
         "name": name,
-        "harmless": harmless_result(found.harmless, found.references, found.measured.kl),
+        "harmless": harmless_result(found.harmless, found.references, found.measured.tokens),
         "attacks": attacks,
         "separation": found.measured.separation,
     }
-    if base is not None and base is not found and layers and found.measured.kl is not None:
+    if base is not None and base is not found and layers and found.measured.tokens.kl is not None:
         states, before = (part.measured.states["harmful"] for part in (found, base))
         result["shift_rank"] = shift_ranks(states, before, layers)
     return result

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from es2fast.attacks.base import Answer, Attack, Recorder, Target
@@ -26,7 +26,8 @@ from es2fast.data import Formatter, Prompt
 from es2fast.errors import UserError
 from es2fast.evaluation import measure
 from es2fast.evaluation.answers import HARMFUL, HARMLESS, TRIAL, AnswerLog, Scope
-from es2fast.evaluation.measure import Measured, SavedTeacher
+from es2fast.evaluation.measure import Measured
+from es2fast.evaluation.teacher import SavedTeacher, TokenBatch, token_batches, token_stats
 from es2fast.judges.base import Judge
 from es2fast.report.schema import BASE
 from es2fast.run.files import write_text
@@ -253,7 +254,7 @@ class SubjectEvaluation:
         found = Measured.load(self._path(self._subject), key)
         teacher = SavedTeacher(self._folder.measured / TEACHER, (base or Measured(key)).fingerprint)
         wanted = references if references is not None else harmless
-        batches = measure.token_batches(
+        batches = token_batches(
             self._subject.formatter, self._prompts.harmless, wanted, self._settings.batch_size
         )
         if found is None:
@@ -270,7 +271,7 @@ class SubjectEvaluation:
         key: str,
         base: Measured | None,
         teacher: SavedTeacher,
-        batches: Sequence[Mapping[str, Tensor]],
+        batches: Sequence[TokenBatch],
     ) -> Measured:
         name, model = self._subject.name, self.target.model
         states = measure.held_out_states(
@@ -285,10 +286,13 @@ class SubjectEvaluation:
             )
             base = None
         found = Measured(key, measure.geometry(states, self.target.states, base), states=states)
-        if name == BASE:
-            found.kl = 0.0
-        elif base is not None:
-            found.kl = teacher.kl(model, batches, f"{name}: KL to base")
+        if name != BASE and base is not None:
+            found.tokens = teacher.compare(model, batches, f"{name}: KL to base")
+        else:
+            found.tokens = token_stats(model, batches, f"{name}: harmless tokens")
+            if name == BASE:
+                found.tokens.kl = found.tokens.kl_response = 0.0
+                found.tokens.top1 = 1.0
         return found
 
     def _measured_key(

@@ -46,6 +46,9 @@ class HarmlessResult(_Part):
     intact_rate: Rate | None
     kl_to_base: float | None  # nats per token; an estimate may fall just below 0
     n: int = Field(ge=1)
+    kl_response: float | None = None  # nats per token, over the tokens that decide the response
+    top1_agreement: Rate | None = None  # of these, the most likely token is the base model's
+    perplexity: Magnitude | None = None  # of the reference responses
 
 
 class AttackResult(_Part):

@@ -91,6 +91,10 @@ def _harmless_rows(report: Report) -> Iterator[TableRow]:
     yield _row("refused", parts, lambda part: _rate(part.refusal_rate, part.n))
     yield _row("answer intact", parts, lambda part: _rate(part.intact_rate, part.n))
     yield _row("KL to base, nats/token", parts, lambda part: _number(part.kl_to_base, ".4f"))
+    if any(part.perplexity is not None for part in parts):
+        yield _row("KL, response tokens", parts, lambda part: _number(part.kl_response, ".4f"))
+        yield _row("top-1 as the base", parts, lambda part: _percent(part.top1_agreement))
+        yield _row("perplexity of responses", parts, lambda part: _number(part.perplexity, ".2f"))
 
 
 def _attack_rows(report: Report, name: str) -> Iterator[TableRow]:
@@ -124,6 +128,10 @@ def _rate(rate: float | None, n: int) -> str:
         return NOT_MEASURED
     low, high = rate_interval(rate, n)
     return f"{100 * rate:.1f} % [{100 * low:.1f}–{100 * high:.1f}]"
+
+
+def _percent(rate: float | None) -> str:
+    return NOT_MEASURED if rate is None else f"{100 * rate:.1f} %"
 
 
 def _number(value: float | None, spec: str) -> str:

@@ -7,6 +7,7 @@ import pytest
 from es2fast.attacks.base import Answer
 from es2fast.data import Prompt
 from es2fast.evaluation.aggregate import attack_result, harmless_result, outcome
+from es2fast.evaluation.teacher import TokenStats
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,9 @@ def test_variants_are_counted_apart_and_together():
 
 
 def test_harmless_answers_are_held_against_references():
-    found = harmless_result(["It is done .", "I cannot help"], ["it is done.", "x"], 0.5)
+    found = harmless_result(
+        ["It is done .", "I cannot help"], ["it is done.", "x"], TokenStats(0.5, nll=0.0)
+    )
     assert found["intact_rate"] == found["refusal_rate"] == 0.5 and found["n"] == 2
-    assert harmless_result(["a"], None, None)["intact_rate"] is None
+    assert harmless_result(["a"], None, TokenStats())["intact_rate"] is None
+    assert found["kl_to_base"] == 0.5 and found["perplexity"] == 1.0

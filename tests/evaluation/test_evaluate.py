@@ -19,9 +19,9 @@ from es2fast.config import DataConfig, EvaluateConfig
 from es2fast.data import Formatter, Prompt
 from es2fast.demo.toy import Recipe, build_toy, split_rows
 from es2fast.errors import UserError
-from es2fast.evaluation.measure import SavedTeacher, token_batches
 from es2fast.evaluation.run import evaluate_models, saved_states
 from es2fast.evaluation.subject import EvaluationPrompts, Subject
+from es2fast.evaluation.teacher import SavedTeacher, token_batches, token_stats
 from es2fast.modeling.taps import blocks
 from es2fast.report.schema import BASE
 from es2fast.run.folder import RunFolder
@@ -91,26 +91,35 @@ def test_model_is_left_as_it_was(parts: Parts, training: bool, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7])
-def test_kl_is_the_mean_over_all_tokens_whatever_the_batches(
+def test_token_figures_are_those_of_full_logits_whatever_the_batches(
     parts: Parts, batch_size: int, tmp_path: Path
 ) -> None:
     model, formatter, prompts = parts
     tuned, rows = scaled(model, 5.0), prompts.harmless
     responses = [prompt.response for prompt in rows]
-    total, tokens = 0.0, 0
+    kl, kl_response, agree, nll = [], [], [], []
     with torch.no_grad():
         for prompt, response in zip(rows, responses):
             prompt_ids, response_ids = formatter.conversation_ids(prompt, response)
             ids = torch.tensor([[*prompt_ids, *response_ids]])
             p, q = (m(ids).logits[0].double().log_softmax(-1) for m in (model, tuned))
-            total += float((p.exp() * (p - q)).sum())
-            tokens += ids.shape[1]
+            kl += (p.exp() * (p - q)).sum(-1).tolist()
+            first = len(prompt_ids) - 1
+            kl_response += kl[-ids.shape[1] :][first:-1]
+            agree += (p.argmax(-1) == q.argmax(-1)).tolist()[first:-1]
+            nll += [-q[first + i, token].item() for i, token in enumerate(response_ids)]
     teacher = SavedTeacher(tmp_path / "teacher", "key")
     batches = token_batches(formatter, rows, responses, batch_size)
     assert not teacher.complete
     teacher.write(model, batches, "base")
     assert teacher.complete and not SavedTeacher(tmp_path / "teacher", "other").complete
-    assert teacher.kl(tuned, batches, "tuned") == pytest.approx(total / tokens, rel=1e-4)
+    found = teacher.compare(tuned, batches, "tuned")
+    assert found.kl == pytest.approx(sum(kl) / len(kl), rel=1e-4)
+    assert found.kl_response == pytest.approx(sum(kl_response) / len(kl_response), rel=1e-4)
+    assert found.top1 == sum(agree) / len(agree)
+    assert found.nll == pytest.approx(sum(nll) / len(nll), rel=1e-5)
+    alone = token_stats(tuned, batches, "tuned")
+    assert alone.nll == found.nll and alone.kl is alone.top1 is None
 
 
 def test_without_a_response_the_base_model_s_own_answer_is_the_reference(
