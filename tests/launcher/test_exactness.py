@@ -221,7 +221,9 @@ def test_gradients_equal_plain_fp64(runs: dict[str, Any], name: str) -> None:
     found = runs["two"][name]
     separation, kl, grads = Plain(runs["cases"][name], found).last_step()
     assert kl > 1e-4  # the step compared is not the trivial one at KL = 0
-    assert found["losses"][-1] == pytest.approx(separation, rel=1e-5)
+    # a cosine is 1 at most and rounded to 6e-8; the loss is what it exceeds the margin by
+    rounding = 2e-7 if name == "cosine" else 0.0
+    assert found["losses"][-1] == pytest.approx(separation, rel=1e-5, abs=rounding)
     assert found["kl"][-1] == pytest.approx(kl, rel=1e-3)
     assert found["grads"].keys() == grads.keys()
     everything = torch.cat([grads[k].flatten() for k in grads])
