@@ -111,6 +111,30 @@ def test_blocks_come_first_and_then_strengths_at_the_best_of_them(target: Target
     json.dumps(summary)
 
 
+def test_where_nothing_works_strengths_are_tried_where_refusals_give_way(target: Target) -> None:
+    attack = MeanDifference(PushSettings(strengths=[1.0, 0.5], trial_prompts=8))
+    made: list[dict[str, Any]] = []
+    refused = {0: 8, 1: 5, 2: 3, 3: 5}
+
+    def record(
+        name: str, parameters: Mapping[str, Any], prompts: Sequence[Prompt], answer: Any
+    ) -> list[Answer]:
+        made.append(dict(parameters))
+        (layer,), strength = parameters["layers"], parameters["strength"]
+        words = ["refused"] * refused[layer] + ["gibberish"] * (8 - refused[layer])
+        if (layer, strength) == (1, 0.5):
+            words[-1] = "useful"
+        push = {"count": 1, "total": 1.0, "relative": strength * (9 - layer)}
+        return [Answer(word, info={"pushes": push} if i == 0 else {})
+                for i, word in enumerate(words)]  # fmt: skip
+
+    target.recorder = record
+    attack.prepare(target)
+    assert [one["layers"][0] for one in made] == [0, 1, 2, 3, 2, 3, 1]
+    assert [one["strength"] for one in made] == [1.0] * 4 + [0.5] * 3
+    assert (attack.at, attack.strength) == ([1], 0.5)
+
+
 def test_a_grid_tries_every_pair(target: Target) -> None:
     attack = MeanDifference(PushSettings(search="grid", strengths=[2.0, 1.0], layers=[1, 3]))
     best = {"layers": [3], "strength": 2.0}
@@ -125,8 +149,8 @@ def test_ties_go_to_the_smaller_push_and_then_to_the_first(target: Target) -> No
     prepared(attack, target, lambda p: (3, {0: 0.4, 1: 0.2, 2: 0.2, 3: 0.3}[p["layers"][0]]))
     assert attack.at == [1]
     attack = MeanDifference()
-    prepared(attack, target, lambda p: (0, 1.0))
-    assert (attack.at, attack.strength) == ([0], 1.0)
+    made = prepared(attack, target, lambda p: (0, 1.0))
+    assert (attack.at, attack.strength, len(made)) == ([0], 1.0, 4 + 3 * 3)
     assert attack.summary()["minimal_push"] is None
     attack = MeanDifference()
     prepared(attack, target, lambda p: (2, p["strength"]))

@@ -13,7 +13,9 @@ decoding step T = 1.
     strength    in units of the *target's own* group gap (SCAV: the probability aimed at)
 
 What an attacker may choose, it chooses on a few training prompts by useful answers: first blocks
-(and steps), at the strength nearest to the usual one, then the strength at the best of these.
+(and steps), at the strength nearest to the usual one, then the strength at the best of these. Where
+no block has a useful answer, the smallest push would be a poor guide; the strengths are then tried
+at the three choices with the fewest refusals, where something gives way at least.
 A push of one fixed strength flatters a defence that stretches the space, where the same push is
 smaller in proportion; units of the target's own gap and a sweep do not. The summary keeps the curve
 and the *minimal push*: the smallest relative push of a trial with at least half of the best trial's
@@ -40,6 +42,7 @@ from es2fast.errors import UserError
 from es2fast.modeling.taps import backbone, blocks, hidden_of, hooks, with_hidden
 
 SINGLES = 8  # single blocks that are tried at most, unless `layers` names more
+HOPES = 3  # choices of blocks at which strengths are tried when none has a useful answer
 
 Strength = Annotated[float, Field(gt=0)]
 
@@ -91,6 +94,15 @@ def relative_push(trial: Trial) -> float:
     return total_of(trial.answers).relative_push
 
 
+def _promising(trials: Sequence[Trial]) -> list[Parameters]:
+    """Where strengths are tried: at the best choice of blocks, or, when none has a useful answer,
+    at the `HOPES` with the fewest refusals (ties: the smaller push, then the first)."""
+    if any(trial.useful for trial in trials):
+        return [best(trials, relative_push).parameters]
+    order = sorted(trials, key=lambda trial: (trial.rate("refused"), relative_push(trial)))
+    return [trial.parameters for trial in order[:HOPES]]
+
+
 def minimal_push(trials: Sequence[Trial]) -> float | None:
     """The smallest relative push with at least half of the best trial's useful answers; None where
     no trial has a useful answer."""
@@ -126,7 +138,8 @@ class PushSettings(AttackSettings):
     )
     search: Literal["coarse", "grid"] = Field(
         "coarse",
-        description="blocks first and strengths at the best of them, or every pair of the two",
+        description="coarse: blocks first, then strengths at the best of them (at three, when none "
+        "has a useful answer); grid: every pair of the two",
     )
     trial_prompts: int = Field(16, ge=1, description="training prompts per trial")
     repetition_penalty: float = Field(
@@ -237,9 +250,7 @@ class PushAttack(Attack):
         if settings.search == "grid":
             return tried(places, [usual, *others])
         trials = tried(places, [usual])
-        if not trials:
-            return []
-        return trials + tried([best(trials, relative_push).parameters], others)
+        return trials + tried(_promising(trials), others)
 
     def _choose(self, parameters: Parameters) -> None:
         self.at = list(parameters["layers"])
