@@ -171,10 +171,14 @@ class Trial:
     answers: list[Answer]
     verdicts: list[Verdict]
 
+    def rate(self, verdict: Verdict) -> float:
+        """Share of the answers with this verdict, 0..1."""
+        return self.verdicts.count(verdict) / max(len(self.verdicts), 1)
+
     @property
     def useful(self) -> float:
         """Share of useful answers, 0..1."""
-        return self.verdicts.count("useful") / max(len(self.verdicts), 1)
+        return self.rate("useful")
 
 
 class Attack(ABC):

@@ -22,6 +22,7 @@ BUILT_IN = {
     "direct": "es2fast.attacks.direct:Direct",
     "scav": "es2fast.attacks.states.scav:Scav",
     "mean_difference": "es2fast.attacks.states.mean_difference:MeanDifference",
+    "repe": "es2fast.attacks.states.repe:RepE",
 }
 
 
@@ -78,11 +79,11 @@ def make_attack(entry: str | dict[str, Any], **defaults: Any) -> Attack:
         return chosen(chosen.Settings.model_validate(usable | given))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
+        key = ".".join(map(str, (name, *first["loc"])))
         hint = f"; known: {', '.join(known)}" if first["type"] == "extra_forbidden" else ""
         message = first["msg"].removeprefix("Value error, ")
         raise UserError(
-            f"evaluate.attacks: {name}.{key}: {message}, found {first['input']!r}{hint}"
+            f"evaluate.attacks: {key}: {message}, found {first['input']!r}{hint}"
         ) from None
 
 

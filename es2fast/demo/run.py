@@ -26,7 +26,16 @@ SETTINGS: dict[str, Any] = {
     "separation": {"loss": "hinge", "margin": 6.0},
     "kl": {"weight": 10.0},
     "train": {"steps": 80, "micro_batch_size": 4, "lr": 3e-4},
-    "evaluate": {"max_new_tokens": 32, "batch_size": 50, "attack_steps": "prompt"},
+    "evaluate": {
+        "attacks": [  # without their sweeps, which would take as long as the rest of the demo
+            "direct",
+            {"name": "scav", "strengths": [1e-4], "blocks": ["all"]},
+            {"name": "mean_difference", "strengths": [1.0]},
+        ],
+        "max_new_tokens": 32,
+        "batch_size": 50,
+        "attack_steps": "prompt",
+    },
 }
 
 

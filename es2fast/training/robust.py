@@ -58,7 +58,7 @@ class SimulatedAttack:
         if self._attack is None or step - self._fitted >= self._settings.refit_every:
             self._attack, self._fitted = self._fit(), step
         attack = self._attack
-        if attack.candidates():
+        if attack.one_block:
             attack.at = [layer]
         return lambda i, states: attack.push(i, states) if i in attack.layers() else states * 0.0
 

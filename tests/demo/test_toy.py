@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from es2fast.config import Config, EvaluateConfig
 from es2fast.data import Formatter, PromptGroups, load_groups
+from es2fast.demo.run import SETTINGS
 from es2fast.demo.toy import PHRASINGS, Recipe, build_toy, make_tokenizer, recipe_hash, split_rows
 from es2fast.errors import UserError
 from es2fast.evaluation.run import evaluate_models
@@ -135,7 +136,7 @@ def test_aligned_and_vulnerable(toy: Path, tmp_path: Path):
     prompts = EvaluationPrompts(
         groups.eval_harmful, groups.eval_harmless, groups.harmful[:140], groups.harmless[:140]
     )
-    settings = EvaluateConfig(attack_steps="prompt", max_new_tokens=32, batch_size=50)
+    settings = EvaluateConfig(**SETTINGS["evaluate"])
     report = evaluate_models(
         [Subject.of("base", model, formatter)], prompts, settings, RunFolder(tmp_path)
     )

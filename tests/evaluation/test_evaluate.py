@@ -148,7 +148,8 @@ def plain(report: Any) -> dict[str, Any]:
     return report.model_dump(exclude={"created"})
 
 
-@pytest.mark.parametrize("when", [11, 30])  # while a block is chosen; in the last batch
+# while a block is chosen; while a strength is; in the last batch
+@pytest.mark.parametrize("when", [11, 70, 103])
 def test_an_interrupted_evaluation_goes_on_and_ends_the_same(
     parts: Parts, when: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,30 +8,56 @@ accuracy exceeds P1 and P(e) > P0,
 after which P(e) = P0 exactly. Layers ascend, last position only.
 
 Source: Xu et al., "Uncovering Safety Risks of Large Language Models through Concept Activation
-Vector", NeurIPS 2024; written from the formula. On models as small as the toy, pushing at every
-decoding step breaks the text (the probe was fitted on prompt states), hence `steps`.
+Vector", NeurIPS 2024; written from the formula. There every accurate block is pushed at every
+decoding step with P0 = 1e-4. On models of 0.5B and less that breaks the text even before any
+defence (the probe was fitted on prompt states), and against defended models a low P0 ends in
+repetition and a high one in refusals. So P0 is swept, and the attacker may push fewer blocks
+(`blocks`) and only while the prompt is read (`steps`).
 """
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from es2fast.attacks.states.pushes import PushAttack, PushSettings
 from es2fast.probing.probes import Probe, fit_probe
 
+Probability = Annotated[float, Field(gt=0, lt=0.5)]
+
 
 class ScavSettings(PushSettings):
-    p0: float = Field(1e-4, gt=0, lt=0.5, description="probability the push aims at")
+    strengths: list[Probability] = Field(
+        [1e-2, 1e-3, 1e-4, 1e-5],
+        min_length=1,
+        description="probabilities P0 the push may aim at; the attacker tries them",
+    )
+    blocks: list[Literal["all", "middle", "single"]] = Field(
+        ["all", "middle", "single"],
+        min_length=1,
+        description="as for every push; of the blocks whose probe is accurate",
+    )
+    p0: Probability | None = Field(None, description="a single P0, short for strengths: [p0]")
     p1: float = Field(0.9, ge=0.5, lt=1, description="probe accuracy a layer must exceed")
+
+    @model_validator(mode="after")
+    def _p0_is_the_strength(self) -> ScavSettings:
+        if self.p0 is not None and self.strengths != [self.p0]:
+            if "strengths" in self.model_fields_set:
+                raise ValueError(f"p0 {self.p0:g} beside strengths; give one of the two")
+            self.strengths = [self.p0]
+        return self
 
 
 class Scav(PushAttack):
-    """SCAV with target probability `p0` at layers whose probe accuracy exceeds `p1`."""
+    """SCAV at layers whose probe accuracy exceeds `p1`; the strength is the target probability."""
 
     name = "scav"
     Settings = ScavSettings
     settings: ScavSettings
+    usual = 1e-4
 
     def fit(self, harmful: dict[int, Tensor], harmless: dict[int, Tensor]) -> None:
         """One probe per layer."""
@@ -39,11 +65,11 @@ class Scav(PushAttack):
             i: fit_probe(harmful[i], harmless[i]) for i in sorted(harmful)
         }
 
-    def layers(self) -> list[int]:
+    def usable(self) -> list[int]:
         return [i for i, probe in self.probes.items() if probe.accuracy > self.settings.p1]
 
     def push(self, layer: int, states: Tensor) -> Tensor:
         probe = self.probes[layer]
         weight = probe.weight.to(states.device)
-        eps = probe.steps_to(states, self.settings.p0).clamp_max(0.0)  # 0 where P(e) <= P0
+        eps = probe.steps_to(states, self.strength).clamp_max(0.0)  # 0 where P(e) <= P0
         return eps[:, None] * weight / weight.norm()
