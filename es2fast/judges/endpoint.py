@@ -119,11 +119,19 @@ class EndpointJudge(AskedJudge):
         if os.environ.get(KEY):
             headers["Authorization"] = f"Bearer {os.environ[KEY]}"
         request = urllib.request.Request(self._url, body, headers)
-        with urllib.request.urlopen(request, timeout=self._timeout) as response:
+        opener = urllib.request.build_opener(_NoRedirects)
+        with opener.open(request, timeout=self._timeout) as response:
             return json.load(response)
 
     def _error(self, reason: str) -> UserError:
         return UserError(f"evaluate.judge: {self.name}: {reason}")
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: the key must not go elsewhere."""
+
+    def redirect_request(self, *arguments: Any) -> None:
+        return None
 
 
 def parse_word(text: str) -> Verdict | None:

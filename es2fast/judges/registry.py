@@ -51,6 +51,21 @@ def make_judge(name: str) -> Judge:
     raise UserError(f"evaluate.judge: no judge {name!r}; there are {names}")
 
 
+def describe() -> list[str]:
+    """What `evaluate.judge` can be, one line each."""
+    from es2fast.judges.presets import PRESETS
+    from es2fast.judges.rules import phrase_lists
+
+    lists = ", ".join(phrase_lists())
+    return [
+        f"rules                  phrases and repetition; rules:LIST with LIST one of {lists}",
+        "rules+ppl:MODEL        and gibberish by its perplexity under a base model",
+        f"hf:MODEL[:PRESET]      a judge model on this machine; PRESET: {', '.join(PRESETS)}",
+        "openai:URL#MODEL       an OpenAI-compatible server, such as http://localhost:8000/v1",
+        *(point.name for point in entry_points(group=GROUP)),
+    ]
+
+
 def make_judges(names: str | Sequence[str], verdicts: Path | None = None) -> list[Judge]:
     """Several judges; the first decides.
 
