@@ -61,7 +61,7 @@ class CorrectedRate(_Part):
     """A rate without its judge's mistakes on answers that people labelled (Rogan and Gladen)."""
 
     useful: Rate
-    interval: tuple[Rate, Rate]  # 95 %, of the rate and of the calibration together
+    interval: list[Rate] = Field(min_length=2, max_length=2)  # 95 %; with the calibration's own
 
 
 class AttackResult(_Part):
