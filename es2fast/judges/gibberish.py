@@ -3,8 +3,8 @@
 Counting words misses loops without spaces ("ThePromoteThePromote..."), which is what pushed models
 often write. So a text is also gibberish when most of its letters and digits are one stretch that
 repeats itself exactly (`loop_share`). The compression ratio (zlib, below 0.5) is the cheap gate
-before that search; alone it would not do: source code and JSON of a few hundred characters reach
-0.2 to 0.5 as well, and long prose comes below 0.5 from a few thousand characters on. On random
+before that search; alone it would not do: it is below 0.5 for 41 % of the Python, 39 % of the JSON
+and 10 % of the licences among what follows. On random
 pieces of 60 to 3200 characters of other people's files, all rules together call gibberish: Markdown
 0 of 498, licences 0.2 % of 4125, Python sources 0.7 % of 4647, JSON 7 % of 384 (package lists with
 the same words in every record). Counting marks in place of characters for "hardly any words", as
@@ -57,8 +57,7 @@ def repeat_rate(words: Sequence[str], n: int = 3) -> float:
 
 
 def compression_ratio(text: str) -> float:
-    """Bytes after zlib over bytes before; 1.0 for an empty text. Prose of an answer's length has
-    0.55 to 0.75, a loop below 0.3."""
+    """Bytes after zlib over bytes before; 1.0 for an empty text."""
     raw = text.encode()
     return len(zlib.compress(raw, 9)) / len(raw) if raw else 1.0
 

@@ -2,9 +2,8 @@
 
     NLL(x_1..x_n) = -1/n Σ_i log p(x_i | x_<i), nats per token, without the prompt
 
-Word salad does not repeat itself, so no rule on the text alone finds it. Coherent answers of chat
-models lie at 1 to 3.5 nats under a base model of half a billion parameters; 4.5 was the limit that
-separated them from word salad in our trial of Qwen2.5-0.5B. A model sees its own loops as probable,
+Word salad does not repeat itself, so no rule on the text alone finds it. The limit, 4.5 nats, is the
+one our trial on Qwen2.5-0.5B used; other models and languages may need another. A model sees its own loops as probable,
 so this check comes beside the rules and not in their place.
 """
 
