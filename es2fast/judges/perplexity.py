@@ -2,9 +2,9 @@
 
     NLL(x_1..x_n) = -1/n Σ_i log p(x_i | x_<i), nats per token, without the prompt
 
-Word salad does not repeat itself, so no rule on the text alone finds it. The limit, 4.5 nats, is the
-one our trial on Qwen2.5-0.5B used; other models and languages may need another. A model sees its own loops as probable,
-so this check comes beside the rules and not in their place.
+Word salad does not repeat itself, so no rule on the text alone finds it. The limit, 4.5 nats, is
+the one our trial on Qwen2.5-0.5B used; other models and languages may need another. A model sees
+its own loops as probable, so this check comes beside the rules and not in their place.
 """
 
 from __future__ import annotations
