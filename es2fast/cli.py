@@ -1,4 +1,4 @@
-"""The command line: `es2fast train | evaluate | layers | validate | export | env | demo`.
+"""The command line: `es2fast train | evaluate | judges | layers | validate | export | ...`.
 
 Heavy imports happen inside the commands, so `--help` answers at once. A user's mistake is one line
 on stderr and exit code 2.
@@ -105,7 +105,10 @@ def evaluate(
     attacks: Annotated[
         str | None, typer.Option("--attacks", help="names, with commas between them")
     ] = None,
-    judge: Annotated[str | None, typer.Option("--judge", help="who judges the answers")] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option("--judge", help="who judges the answers; of several, with commas, the first"),
+    ] = None,
     harmful: Annotated[
         list[str] | None, typer.Option("--harmful", help="held-out prompts; may be repeated")
     ] = None,
@@ -167,6 +170,40 @@ def compare(
     from es2fast.report.table import print_table
 
     print_table(combined(runs))
+
+
+@app.command("judges")
+def judges_command(
+    calibrate: Annotated[
+        Path | None,
+        typer.Option("--calibrate", help=".csv or .jsonl of prompts, answers and people's labels"),
+    ] = None,
+    judge: Annotated[
+        str, typer.Option("--judge", help="whom to calibrate; several with commas")
+    ] = "rules",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="write it here, for evaluate.calibration")
+    ] = None,
+) -> None:
+    """Say who can judge answers, or measure how far a judge agrees with people."""
+    from es2fast.judges.calibration import calibrate as measure
+    from es2fast.judges.calibration import read_labelled
+    from es2fast.judges.registry import describe, make_judges
+
+    if calibrate is None:
+        print("\n".join(describe()))
+        return
+    chosen = make_judges(judge)
+    if json_file is not None and len(chosen) > 1:
+        raise UserError(f"--json: one file for {len(chosen)} judges; name one with --judge")
+    items, useful = read_labelled(calibrate)
+    for one in chosen:
+        found = measure(one, items, useful)
+        one.close()
+        print("\n".join([*found.lines(), *(f"  warning: {note}" for note in one.notes())]))
+        if json_file is not None:
+            found.save(json_file)
+            print(f"written: {json_file}")
 
 
 @app.command()

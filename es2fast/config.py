@@ -241,7 +241,16 @@ class EvaluateConfig(_Section):
         description="names, or mappings of a name and the attack's own settings, such as "
         "{name: scav, p0: 0.001}",
     )
-    judge: str = Field("rules", description="who says how an answer ended")
+    judge: str | list[str] = Field(
+        "rules",
+        description="who says how an answer ended: rules, hf:MODEL, openai:URL#MODEL (see "
+        "docs/judges.md); of several the first decides and the others' rates stand beside",
+    )
+    calibration: str | None = Field(
+        None,
+        description="file that `es2fast judges --calibrate --json` wrote about the deciding judge; "
+        "the report then gives the useful rate corrected for its mistakes",
+    )
     limit: int = Field(100, ge=2, description="held-out prompts per group")
     fit_limit: int = Field(140, ge=2, description="training prompts per group for probes and means")
     max_new_tokens: int = Field(48, ge=1)

@@ -266,3 +266,18 @@ def test_mistakes_of_evaluate(
 def test_compare_needs_reports(call: Any, tmp_path: Path) -> None:
     done = call("compare", tmp_path)
     assert done.returncode == 2 and "cannot be read" in done.stderr
+
+
+def test_judges(call: Any, tmp_path: Path) -> None:
+    listed = call("judges")
+    assert listed.returncode == 0 and "hf:MODEL[:PRESET]" in listed.stdout
+    rows = [("first [step one].", "useful"), ("I cannot help.", "refused")]
+    lines = "".join(f"p,{answer},{label}\n" for answer, label in rows)
+    (tmp_path / "x.csv").write_text("prompt,answer,label\n" + lines)
+    done = call("judges", "--calibrate", tmp_path / "x.csv", "--json", tmp_path / "c.json")
+    assert done.returncode == 0 and "recall      1.000" in done.stdout
+    assert json.loads((tmp_path / "c.json").read_text())["tp"] == 1
+    both = ("--judge", "rules,rules:gcg")
+    assert call("judges", "--calibrate", tmp_path / "x.csv", *both).stdout.count("kappa") == 2
+    failed = call("judges", "--calibrate", tmp_path / "x.csv", *both, "--json", tmp_path / "d")
+    assert failed.returncode == 2 and "one file for 2 judges" in failed.stderr

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -26,8 +27,9 @@ from es2fast.config import Config, EvaluateConfig, ModelConfig, load_config
 from es2fast.data import Formatter, Prompt, PromptGroups, load_groups, model_fingerprint
 from es2fast.distributed.runtime import resolve_device, resolve_dtype
 from es2fast.errors import UserError
-from es2fast.evaluation.aggregate import attack_result, harmless_result
+from es2fast.evaluation.aggregate import harmless_result
 from es2fast.evaluation.answers import AnswerLog
+from es2fast.evaluation.judging import check_calibration, judged_attacks
 from es2fast.evaluation.measure import Measured, shift_ranks
 from es2fast.evaluation.subject import (
     TEACHER,
@@ -37,8 +39,8 @@ from es2fast.evaluation.subject import (
     SubjectEvaluation,
 )
 from es2fast.evaluation.teacher import SavedTeacher
-from es2fast.judges.base import Judge
-from es2fast.judges.registry import make_judge
+from es2fast.judges.calibration import Calibration
+from es2fast.judges.registry import make_judges
 from es2fast.modeling.load import check_weights, load_causal_lm, load_tokenizer
 from es2fast.probing.choose import FEWEST
 from es2fast.report.html import write_report
@@ -68,9 +70,14 @@ def evaluate_models(
         extra: more keys for the report, such as `train`.
 
     Raises:
-        UserError: unknown attack or judge; no attack that could be run.
+        UserError: unknown attack or judge; a calibration of another judge; no attack that could be
+            run.
     """
-    judge = make_judge(settings.judge)
+    judges = make_judges(settings.judge, folder.verdicts)
+    calibration = None
+    if settings.calibration is not None:
+        calibration = Calibration.load(settings.calibration)
+        check_calibration(calibration, judges[0])
     make_attacks(settings.attacks, steps=settings.attack_steps)  # mistakes before any model loads
     log = AnswerLog(folder.answers)
     base: ModelAnswers | None = None
@@ -78,16 +85,19 @@ def evaluate_models(
     warnings: list[str] = []
     for subject in subjects:
         others = [s for s in subjects if s.name != BASE] if subject.name == BASE else []
-        part = SubjectEvaluation(subject, prompts, settings, folder, log, judge, base, warnings)
+        part = SubjectEvaluation(subject, prompts, settings, folder, log, judges[0], base, warnings)
         outcomes[subject.name] = part.run(others)
         base = outcomes.get(BASE)
     SavedTeacher(folder.measured / TEACHER, "").remove()
+    attacks = judged_attacks(judges, outcomes, prompts.harmful, calibration)
     models = [
-        _model_result(name, found, base, prompts, judge, layers) for name, found in outcomes.items()
+        _model_result(name, found, base, attacks[name], layers) for name, found in outcomes.items()
     ]
+    warnings += [note for judge in judges for note in judge.notes()]
     raw = {
         "models": models,
-        "judge": judge.name,
+        "judge": ", ".join(judge.name for judge in judges),
+        "calibration": None if calibration is None else asdict(calibration),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "es2fast": version("es2fast"),
         "warnings": warnings,
@@ -113,21 +123,10 @@ def _model_result(
     name: str,
     found: ModelAnswers,
     base: ModelAnswers | None,
-    prompts: EvaluationPrompts,
-    judge: Judge,
+    attacks: dict[str, dict[str, Any]],
     layers: Sequence[int] | None,
 ) -> dict[str, Any]:
     """One entry of `models` in the report."""
-    attacks = {}
-    for label, part in found.attacks.items():
-        items = [
-            (prompt.text, answer.text, prompt.response)
-            for prompt, answers in zip(prompts.harmful, part.answers)
-            for answer in answers
-        ]
-        verdicts = iter(judge.verdicts(items))
-        grouped = [[next(verdicts) for _ in answers] for answers in part.answers]
-        attacks[label] = attack_result(prompts.harmful, part.answers, grouped, part.summary)
     result: dict[str, Any] = {
         "name": name,
         "harmless": harmless_result(found.harmless, found.references, found.measured.tokens),

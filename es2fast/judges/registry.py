@@ -1,28 +1,107 @@
-"""Judges by name: `evaluate.judge`."""
+"""Judges by name: `evaluate.judge`.
+
+| name                                  | judge                                              |
+|---------------------------------------|----------------------------------------------------|
+| rules, rules:LIST                     | phrases (`rules`), ours or a published list         |
+| rules+ppl:MODEL, rules:LIST+ppl:MODEL | and gibberish by perplexity (`perplexity`)          |
+| hf:MODEL, hf:MODEL:PRESET             | a judge model on this machine (`classifier`)        |
+| openai:URL#MODEL                      | an OpenAI-compatible server (`endpoint`)            |
+| any other                             | an entry point in the group `es2fast.judges`        |
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from importlib.metadata import entry_points
+from pathlib import Path
 
 from es2fast.errors import UserError
 from es2fast.judges.base import Judge
-from es2fast.judges.rules import RulesJudge
+from es2fast.judges.cached import CachedJudge
+from es2fast.judges.rules import OWN_LIST, RulesJudge
 
 GROUP = "es2fast.judges"
+FORMS = ("rules", "rules:LIST", "rules+ppl:MODEL", "hf:MODEL[:PRESET]", "openai:URL#MODEL")
 
 
 def make_judge(name: str) -> Judge:
-    """The judge of that name: the library's `rules`, or one of another package (an entry point in
+    """The judge of that name: one of the library's, or one of another package (an entry point in
     the group `es2fast.judges` whose value makes a `Judge` when called).
 
     Raises:
-        UserError: no such judge.
+        UserError: no such judge, list or preset.
     """
-    if name == "rules":
-        return RulesJudge()
+    rules = re.fullmatch(r"rules(?::([^+]*))?(?:\+ppl:(.+))?", name)
+    if rules:
+        return _rules(rules[1], rules[2])
+    kind, _, rest = name.partition(":")
+    if kind == "hf" and rest:
+        return _classifier(rest)
+    if kind == "openai" and rest:
+        from es2fast.judges.endpoint import EndpointJudge
+
+        url, _, model = rest.partition("#")
+        return EndpointJudge(url, model)
     points = entry_points(group=GROUP)
     for point in points:
         if point.name == name:
             return point.load()()
-    names = ", ".join(["rules", *sorted(point.name for point in points)])
+    names = ", ".join([*FORMS, *sorted(point.name for point in points)])
     raise UserError(f"evaluate.judge: no judge {name!r}; there are {names}")
+
+
+def describe() -> list[str]:
+    """What `evaluate.judge` can be, one line each."""
+    from es2fast.judges.presets import PRESETS
+    from es2fast.judges.rules import phrase_lists
+
+    lists = ", ".join(phrase_lists())
+    return [
+        f"rules                  phrases and repetition; rules:LIST with LIST one of {lists}",
+        "rules+ppl:MODEL        and gibberish by its perplexity under a base model",
+        f"hf:MODEL[:PRESET]      a judge model on this machine; PRESET: {', '.join(PRESETS)}",
+        "openai:URL#MODEL       an OpenAI-compatible server, such as http://localhost:8000/v1",
+        *(point.name for point in entry_points(group=GROUP)),
+    ]
+
+
+def make_judges(names: str | Sequence[str], verdicts: Path | None = None) -> list[Judge]:
+    """Several judges; the first decides.
+
+    Args:
+        names: one name, several with commas between them, or a list of names.
+        verdicts: file in which the verdicts of slow judges are kept; None: they are not.
+
+    Raises:
+        UserError: no such judge; none at all; one that is named twice.
+    """
+    split = names.split(",") if isinstance(names, str) else list(names)
+    wanted = [name.strip() for name in split if name.strip()]
+    if not wanted:
+        raise UserError("evaluate.judge: none given; rules is the default")
+    made = [make_judge(name) for name in wanted]
+    for judge in made:
+        if [other.name for other in made].count(judge.name) > 1:
+            raise UserError(f"evaluate.judge: {judge.name!r} is named twice; name each once")
+    if verdicts is None:
+        return made
+    return [CachedJudge(judge, verdicts) if judge.slow else judge for judge in made]
+
+
+def _rules(phrases: str | None, model: str | None) -> Judge:
+    if model is None:
+        return RulesJudge(phrases or OWN_LIST)
+    from es2fast.judges.perplexity import PerplexityCheck
+
+    return RulesJudge(phrases or OWN_LIST, PerplexityCheck(model))
+
+
+def _classifier(rest: str) -> Judge:
+    """`MODEL` or `MODEL:PRESET`; what follows the last colon is a preset unless it has a slash."""
+    from es2fast.judges.classifier import ClassifierJudge
+
+    model, colon, preset = rest.rpartition(":")
+    if colon and "/" not in preset and not Path(rest).exists():
+        return ClassifierJudge(model, preset)
+    return ClassifierJudge(rest)

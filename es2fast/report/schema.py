@@ -51,22 +51,47 @@ class HarmlessResult(_Part):
     perplexity: Magnitude | None = None  # of the reference responses
 
 
+class JudgeRates(_Part):
+    """How the same prompts ended for one of several judges."""
+
+    refused: Rate
+    partial: Rate
+    useful: Rate
+    gibberish: Rate
+
+
+class CorrectedRate(_Part):
+    """A rate without its judge's mistakes on answers that people labelled (Rogan and Gladen)."""
+
+    useful: Rate
+    interval: list[Rate] = Field(min_length=2, max_length=2)  # 95 %; with the calibration's own
+
+
 class AttackResult(_Part):
     """How the held-out harmful prompts ended under one attack; each prompt ends one way."""
 
-    refused: Rate
+    refused: Rate  # the partial ones among them
     useful: Rate
     gibberish: Rate
     n: int = Field(ge=1)
+    partial: Rate = 0.0  # refused, and gave something of substance all the same
     relative_push: Magnitude | None  # mean |ε| / ‖h‖ of the push; null where nothing is pushed
     answers_per_prompt: int = Field(1, ge=1)  # a prompt is useful when any of them is
     repetitive: Rate | None = None  # answers that look like gibberish, whatever their verdict
+    judges: dict[str, JudgeRates] | None = None  # where several judged; the first one decided
+    kappa: dict[str, float | None] | None = None  # "a | b": Cohen's κ of useful or not, answers
+    corrected: CorrectedRate | None = None  # the useful rate without the judge's mistakes
 
     @model_validator(mode="after")
     def _one_outcome_each(self) -> AttackResult:
         total = self.refused + self.useful + self.gibberish
         if total > 1 + SLACK:
             raise ValueError(f"refused + useful + gibberish is {total:.3f}, expected at most 1")
+        if self.partial > self.refused + SLACK:
+            raise ValueError(
+                f"partial is {self.partial:.3f}, more than refused, {self.refused:.3f}, which it "
+                "is part of"
+            )
         return self
 
 
@@ -105,7 +130,8 @@ class Report(_Part):
     version: Literal[2] = 2
     models: list[ModelResult] = Field(min_length=1)
     train: TrainSummary | None = None
-    judge: str = "rules"
+    judge: str = "rules"  # several: the first decides
+    calibration: dict[str, Any] | None = None  # of that judge, see es2fast.judges.calibration
     created: str | None = None  # ISO 8601, UTC
     es2fast: str | None = None  # version of the library
     warnings: list[str] = Field(default_factory=list)

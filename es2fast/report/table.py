@@ -102,6 +102,10 @@ def _attack_rows(report: Report, name: str) -> Iterator[TableRow]:
     yield _heading(f"attack {name}", parts)
     for outcome in ("refused", "useful", "gibberish"):
         yield _row(outcome, parts, lambda part, key=outcome: _rate(getattr(part, key), part.n))
+        if outcome == "refused" and any(part and part.partial for part in parts):
+            yield _row("of these partial", parts, lambda part: _rate(part.partial, part.n))
+    if any(part and part.corrected for part in parts):
+        yield _row("useful, corrected", parts, _corrected)
     if any(part and part.relative_push for part in parts):
         yield _row("push |ε|/‖h‖", parts, lambda part: _number(part.relative_push, ".2f"))
 
@@ -132,6 +136,14 @@ def _rate(rate: float | None, n: int) -> str:
 
 def _percent(rate: float | None) -> str:
     return NOT_MEASURED if rate is None else f"{100 * rate:.1f} %"
+
+
+def _corrected(part: Any) -> str:
+    found = part.corrected
+    if found is None:
+        return NOT_MEASURED
+    low, high = found.interval
+    return f"{100 * found.useful:.1f} % [{100 * low:.1f}–{100 * high:.1f}]"
 
 
 def _number(value: float | None, spec: str) -> str:

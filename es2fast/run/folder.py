@@ -30,6 +30,9 @@ class RunFolder:
         self.summary = self.path / "train.json"  # how the training went
         self.last_good = self.path / "last_good"  # weights of a run that a safeguard stopped
         self.answers = self.path / "answers.jsonl"  # every generated answer, as it came
+        self.verdicts = (
+            self.path / "verdicts.jsonl"
+        )  # what slow judges said, so that they need not again
         self.measured = self.path / "measured"  # per model, what evaluation needs of it later
         self.report = self.path / "report.json"
         self.page = self.path / "report.html"

@@ -14,7 +14,7 @@ from es2fast.config import Config
 from es2fast.data import Formatter, PairedSampler, PromptGroups, load_groups
 from es2fast.distributed.deepspeed_config import build_deepspeed
 from es2fast.distributed.runtime import resolve_device, resolve_dtype
-from es2fast.judges.registry import make_judge
+from es2fast.judges.registry import make_judges
 from es2fast.modeling.head import read_transform
 from es2fast.modeling.load import check_weights, load_model_config, load_tokenizer
 from es2fast.modeling.taps import check_layers
@@ -100,7 +100,7 @@ def make_plan(config: Config, *, world_size: int = 1) -> Plan:
     make_attacks(
         config.evaluate.attacks, steps=config.evaluate.attack_steps
     )  # not after the training
-    make_judge(config.evaluate.judge)
+    make_judges(config.evaluate.judge)
     device = resolve_device(config.train.device)
     dtype = resolve_dtype(config.model.dtype, device)
     model = load_model_config(config.model)

@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 import weakref
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from es2fast.errors import UserError
 from es2fast.evaluation.run import evaluate_models, saved_states
 from es2fast.evaluation.subject import EvaluationPrompts, Subject
 from es2fast.evaluation.teacher import SavedTeacher, token_batches, token_stats
+from es2fast.judges import registry
+from es2fast.judges.calibration import calibrate
+from es2fast.judges.rules import RulesJudge
 from es2fast.modeling.taps import blocks
 from es2fast.report.schema import BASE
 from es2fast.run.folder import RunFolder
@@ -241,3 +245,58 @@ def test_models_of_another_depth_are_not_set_against_the_base(parts: Parts, tmp_
     report = evaluate_models(subjects, prompts, CONFIG, RunFolder(tmp_path), layers=[1])
     assert report.model("short").harmless.kl_to_base is None
     assert "short: 2 blocks where the base model has 3" in report.warnings[0]
+
+
+def test_several_judges_and_a_calibration(parts: Parts, tmp_path: Path) -> None:
+    """The first judge decides, a slow one's verdicts are kept, and the rate is corrected."""
+    labelled = [("p", "first [step one].", None), ("p", "I cannot help.", None)] * 20
+    calibration = calibrate(RulesJudge(), labelled, [True, False] * 20)
+    calibration.save(tmp_path / "c.json")
+    parts[0].save_pretrained(tmp_path / "judge")
+    parts[1].tokenizer.save_pretrained(tmp_path / "judge")
+    other = f"hf:{tmp_path / 'judge'}:harmbench"
+    settings = EvaluateConfig(
+        max_new_tokens=4, attacks=["direct"], judge=["rules", "rules:gcg", other],
+        calibration=str(tmp_path / "c.json"),
+    )  # fmt: skip
+    folder = RunFolder(tmp_path / "run")
+    report = evaluate_models(pair(parts)[:1], parts[2], settings, folder)
+    attack = report.models[0].attacks["direct"]
+    assert report.judge == f"rules, rules:gcg, {other}" and report.calibration["n"] == 40
+    assert list(attack.judges) == ["rules", "rules:gcg", other]
+    for rates in attack.judges.values():
+        assert rates.refused + rates.useful + rates.gibberish == pytest.approx(1.0)
+    assert attack.judges["rules"].useful == attack.useful
+    assert len(attack.kappa) == 3
+    low, high = attack.corrected.interval
+    assert low <= attack.corrected.useful <= high
+    settings.judge = "rules:gcg"
+    with pytest.raises(UserError, match=r"evaluate\.calibration: it is of judge 'rules', and"):
+        evaluate_models(pair(parts)[:1], parts[2], settings, folder)
+
+
+def test_judging_anew_asks_a_slow_judge_nothing(parts: Parts, tmp_path: Path) -> None:
+    class Slow(RulesJudge):
+        """The rules, as slow as a model."""
+
+        asked = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.name, self.slow = "slow", True
+
+        def verdicts(self, items: Any) -> Any:
+            Slow.asked += len(items)
+            return super().verdicts(items)
+
+    settings = EvaluateConfig(max_new_tokens=4, attacks=["direct"], judge="slow")
+    folder = RunFolder(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        point = EntryPoint("slow", f"{__name__}:_slow", "es2fast.judges")
+        patch.setattr(registry, "entry_points", lambda group: [point])
+        patch.setitem(globals(), "_slow", Slow)
+        first = evaluate_models(pair(parts)[:1], parts[2], settings, folder)
+        asked = Slow.asked
+        again = evaluate_models(pair(parts)[:1], parts[2], settings, folder)
+    assert asked == Slow.asked == len(folder.verdicts.read_text().splitlines()) > 0
+    assert plain(first) == plain(again)

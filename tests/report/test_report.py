@@ -228,6 +228,20 @@ def test_outcomes_must_not_exceed_the_prompts(full):
         Report.parse(full)
 
 
+def test_partial_refusals_are_part_of_the_refusals_and_shown_when_there_are_any(full):
+    labels = [row.label for row in table.table_rows(Report.parse(full))]
+    assert "of these partial" not in labels and "useful, corrected" not in labels
+    scav = full["models"][0]["attacks"]["scav"]
+    assert scav["refused"] == 0.28 and Report.parse(full).models[0].attacks["scav"].partial == 0.0
+    scav |= {"partial": 0.2, "corrected": {"useful": 0.5, "interval": [0.4, 0.61]}}
+    rows = {row.label: row.cells for row in table.table_rows(Report.parse(full))}
+    assert rows["of these partial"][0].startswith("20.0 % [")
+    assert rows["useful, corrected"] == ("50.0 % [40.0–61.0]", "–")
+    scav["partial"] = 0.3
+    with pytest.raises(UserError, match=r"scav: partial is 0\.300, more than refused, 0\.280"):
+        Report.parse(full)
+
+
 def test_layers_are_numbers_and_some_model_is_there_once(full):
     with pytest.raises(UserError, match="'base' occurs twice"):
         Report.parse({**full, "models": [full["models"][0]] * 2})

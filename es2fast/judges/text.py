@@ -1,0 +1,23 @@
+"""Text as the judges compare it: case, whitespace, typographic apostrophes and the spaces that
+word-level tokenizers put around punctuation do not count."""
+
+from __future__ import annotations
+
+import re
+
+_APOSTROPHES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u02bc": "'", "`": "'"})
+
+
+def marks(text: str) -> list[str]:
+    """Lower-cased words and punctuation marks in order."""
+    return re.findall(r"[^\W_]+|[^\w\s]|_", text.translate(_APOSTROPHES).lower())
+
+
+def normalise(text: str) -> str:
+    """Lower-cased words and punctuation marks, each separated by one space."""
+    return " ".join(marks(text))
+
+
+def same_text(answer: str, reference: str) -> bool:
+    """True when a harmless prompt's answer equals its reference, up to normalisation."""
+    return normalise(answer) == normalise(reference)

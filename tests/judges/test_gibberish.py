@@ -1,0 +1,77 @@
+"""Loops with and without spaces, and the texts that only look a little like them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import es2fast
+from es2fast.judges.gibberish import compression_ratio, is_loop, looks_like_gibberish, loop_share
+
+PROSE = (
+    "The river rises in the hills, crosses two provinces and meets the sea after a long delta. "
+    "In spring the boats go up as far as the second bridge; in a dry summer they stay at the coast."
+)
+POEM = """Row, row, row the boat
+gently down the stream,
+merrily, merrily, merrily, merrily,
+until we reach the sea.
+Row, row, row the boat
+slowly past the mill,
+quietly, quietly, quietly, quietly,
+all the world is still."""
+LIST = "\n".join(f"{i}. **Part {i}**: put the {w} in place" for i, w in enumerate("abcdefgh", 1))
+RECORDS = json.dumps([{"name": f"n{i}", "size": i * 37, "open": bool(i % 2)} for i in range(12)])
+TABLE = "| a | b |\n|---|---|\n" + "\n".join(f"| row {i} | {i * 13} |" for i in range(9))
+CHINESE = (
+    "河流发源于山中，穿过两个省，在漫长的三角洲之后流入大海。"
+    "春天船只可以上行到第二座桥，干旱的夏天则停在海岸。"
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ThePromote" * 3,
+        "ThePromote" * 12,
+        "ThePromote" * 12 + "TheProm",
+        "The Promote," * 12,
+        "the four " * 30,
+        "ha" * 40,
+        "河流发源于山中" * 15,
+        PROSE[:80] + "ThePromote" * 12,
+        "ThePromoteThePromotingThePromoteTheThePromotedThePromoteTheThePromotingThePromotedThePromote",
+    ],
+)
+def test_loops(text: str) -> None:
+    assert is_loop(text) and looks_like_gibberish(text)
+
+
+@pytest.mark.parametrize("text", [PROSE, POEM, LIST, RECORDS, TABLE, CHINESE, "bye bye bye", "Yes"])
+def test_ordinary_texts(text: str) -> None:
+    assert not is_loop(text)
+    assert not looks_like_gibberish(text)
+
+
+def test_source_code_is_no_gibberish() -> None:
+    """Compression alone would call it so, and so would the share of words among all marks."""
+    files = sorted(Path(es2fast.__file__).parent.glob("judges/*.py"))
+    pieces = [f.read_text()[i : i + 800] for f in files for i in range(0, 3000, 800)]
+    pieces = [piece for piece in pieces if len(piece) > 400]
+    assert sum(compression_ratio(piece) < 0.5 for piece in pieces) > 5
+    assert not any(looks_like_gibberish(piece) for piece in pieces)
+
+
+def test_share_of_the_loop() -> None:
+    assert loop_share("abcabcabc") == 1.0
+    assert loop_share("xyzw" + "ab" * 4) == pytest.approx(8 / 12)
+    assert loop_share("abab") == 0.0  # two periods are no loop
+    assert loop_share("10000000") == 0.0  # nor are digits alone
+    assert loop_share("") == 0.0
+
+
+def test_compression_ratio() -> None:
+    assert compression_ratio("") == 1.0
+    assert compression_ratio("a" * 1000) < 0.05 < 0.5 < compression_ratio(PROSE)
