@@ -22,6 +22,7 @@ BUILT_IN = {
     "direct": "es2fast.attacks.direct:Direct",
     "scav": "es2fast.attacks.states.scav:Scav",
     "mean_difference": "es2fast.attacks.states.mean_difference:MeanDifference",
+    "replacement": "es2fast.attacks.states.replacement:Replacement",
 }
 
 
