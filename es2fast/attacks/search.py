@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from es2fast.attacks.base import Answer, Target
@@ -52,7 +53,7 @@ def choose(
     chosen: Parameters | None = None
     trials: list[Parameters] = []
     for parameters in target.progress(choices, f"{label}, choice", "trial"):
-        trial = target.trial(label, parameters, prompts, lambda p=parameters: attempt(p, prompts))
+        trial = target.trial(label, parameters, prompts, partial(attempt, parameters, prompts))
         push = size(trial.answers)
         trials.append(trial.parameters | {"useful": trial.useful, "relative_push": push})
         if best is None or (trial.useful, -push) > best:

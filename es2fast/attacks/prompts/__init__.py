@@ -1,0 +1,1 @@
+"""Attacks on the prompt: what stands before, around or after the request."""
