@@ -1,61 +1,44 @@
-"""An attacker's choice by trying: what works best on a few training prompts is taken.
+"""How an attacker chooses: it tries candidates on a few training prompts and keeps the best.
 
-Every choice is tried on the same prompts, and the trials stand in the report as the curve of the
-search. Most useful answers win; ties go to the smaller change of the states, then to the first.
+The best candidate is the one with the most useful answers; ties go to the smaller cost (for a push:
+how far it moves the states), then to the earlier candidate. Every trial goes through
+`Target.trial`, so the whole curve is known afterwards and a search that was interrupted goes on.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from es2fast.attacks.base import Answer, Target
+from es2fast.attacks.base import Answer, Target, Trial
 from es2fast.data import Prompt
 
-T = TypeVar("T")
-TRIALS = 16  # training prompts on which an attacker compares choices
-CANDIDATES = 8  # choices it tries at most
-
-Parameters = dict[str, Any]
+Parameters = Mapping[str, Any]  # JSON values
 
 
-def spread(items: Sequence[T], most: int = CANDIDATES, last: bool = True) -> list[T]:
-    """At most `most` evenly spread items; the last of all (`last`) or the first is among them
-    where the distances allow it."""
-    stride = max(1, math.ceil(len(items) / most))
-    return list(items[stride - 1 :: stride] if last else items[::stride])
-
-
-def choose(
+def trials_of(
     target: Target,
-    label: str,
-    choices: Sequence[Parameters],
-    attempt: Callable[[Parameters, Sequence[Prompt]], list[Answer]],
-    size: Callable[[Sequence[Answer]], float],
-) -> tuple[Parameters | None, list[Parameters]]:
-    """The best of several choices, and the trials that say so.
+    name: str,
+    candidates: Sequence[Parameters],
+    prompts: Sequence[Prompt],
+    answer: Callable[[Parameters], list[Answer]],
+) -> list[Trial]:
+    """One trial per candidate, in their order.
 
     Args:
-        target: the model under attack and its training prompts.
-        label: the attack's.
-        choices: parameters to try, in order.
-        attempt: one answer per prompt with one choice.
-        size: relative change of the states behind some answers; settles ties.
-
-    Returns:
-        the best parameters (None without choices); per choice its parameters, `useful` (0..1) and
-        `relative_push`.
+        name: the attack's label.
+        candidates: parameters to try; JSON values.
+        prompts: training prompts.
+        answer: one answer per prompt under these parameters; not called where a trial's answers
+            are known already.
     """
-    prompts = target.harmful[:TRIALS]
-    best: tuple[float, float] | None = None
-    chosen: Parameters | None = None
-    trials: list[Parameters] = []
-    for parameters in target.progress(choices, f"{label}, choice", "trial"):
-        trial = target.trial(label, parameters, prompts, partial(attempt, parameters, prompts))
-        push = size(trial.answers)
-        trials.append(trial.parameters | {"useful": trial.useful, "relative_push": push})
-        if best is None or (trial.useful, -push) > best:
-            best, chosen = (trial.useful, -push), parameters
-    return chosen, trials
+    bar = target.progress(candidates, f"{name}, choice", "trial")
+    return [
+        target.trial(name, one, prompts, lambda one=one: answer(one))  # type: ignore[misc]
+        for one in bar
+    ]
+
+
+def best(trials: Sequence[Trial], cost: Callable[[Trial], float] = lambda trial: 0.0) -> Trial:
+    """The trial with the most useful answers; ties: the smallest `cost`, then the first."""
+    return min(trials, key=lambda trial: (-trial.useful, cost(trial)))

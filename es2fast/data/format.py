@@ -68,12 +68,6 @@ class Formatter:
         """Distinct prompts that, alone or with their response, did not fit into max_length."""
         return len(self._cut)
 
-    @property
-    def tail_ids(self) -> tuple[int, ...]:
-        """Ids of what the template writes after the last user turn's text: the end of that turn and
-        the generation prompt."""
-        return tuple(self._tail)
-
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Ids of the prompt up to and including the generation prompt, at most `max_length`."""
         return self._fit(prompt, self._encode(self._render(prompt.messages)))
@@ -101,7 +95,7 @@ class Formatter:
         over = len(ids) - self.data.max_length
         if over <= 0:
             return ids
-        end = len(ids) - _common_suffix(ids, self._tail)
+        end = len(ids) - self.tail_length(ids)
         return ids[: max(0, end - over)] + ids[end:]
 
     def response_ids(self, prompt: Prompt, response: str) -> list[int]:
@@ -140,6 +134,10 @@ class Formatter:
                 ids[number, width - len(row) :] = torch.tensor(row, dtype=torch.int64)
                 mask[number, width - len(row) :] = 1
         return {"input_ids": ids, "attention_mask": mask}
+
+    def tail_length(self, ids: Sequence[int]) -> int:
+        """How many of a prompt's last ids the template wrote after the last user turn's content."""
+        return _common_suffix(ids, self._tail)
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """Text of one row of ids, special tokens left out."""
@@ -223,7 +221,7 @@ class Formatter:
             ids = self._encode(self._render(messages))
         if len(ids) <= limit:
             return ids
-        tail = _common_suffix(ids, self._tail)
+        tail = self.tail_length(ids)
         return ids[: max(0, limit - tail)] + ids[len(ids) - tail :]
 
     # Responses

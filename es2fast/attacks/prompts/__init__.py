@@ -1,1 +1,1 @@
-"""Attacks on the prompt: what stands before, around or after the request."""
+"""Attacks on what the model reads: text, and embeddings in place of text."""

@@ -13,7 +13,8 @@
 A defence that acts at the template's last token, as ES2 does, is not asked there in
 `no_generation`, `open_turn` and `raw`. Which variants there are is a property of the model's
 template: `prepare` keeps those that it can render and that differ from the ordinary rendering and
-from each other, on a training prompt. A held-out conversation that a variant cannot render goes without it.
+from each other, on a training prompt. A held-out conversation that a variant cannot render goes
+without it.
 
 Source: Jiang et al. 2024, "ChatBug" (arXiv 2406.12935) for mismatched formats; our own list.
 """
@@ -100,8 +101,8 @@ def tampered(formatter: Formatter, prompt: Prompt, variant: Variant) -> list[int
         text = "\n\n".join(turn["content"] for turn in turns)
         return list(formatter.tokenizer(text)["input_ids"])[:limit]
     if variant == "open_turn":
-        ids, tail = formatter.prompt_ids(prompt), list(formatter.tail_ids)
-        return ids[: len(ids) - len(tail)] if tail and ids[-len(tail) :] == tail else None
+        ids = formatter.prompt_ids(prompt)
+        return ids[: len(ids) - formatter.tail_length(ids)]
     try:
         if variant == "no_system":
             return formatter.message_ids(turns, system_prompt=False)

@@ -22,6 +22,7 @@ Source: the template-anchored safety of Leong et al. 2025 (TempPatch, arXiv 2502
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -31,13 +32,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from es2fast.attacks.base import STATES_BATCH, Answer, Attack, AttackSettings, Target
-from es2fast.attacks.search import choose, spread
+from es2fast.attacks.base import STATES_BATCH, Answer, Attack, AttackSettings, Target, Trial
+from es2fast.attacks.search import Parameters, best, trials_of
 from es2fast.attacks.states.pushes import Pushes, total_of
-from es2fast.data import Formatter, Prompt
+from es2fast.data import Prompt
 from es2fast.errors import UserError
 from es2fast.modeling.taps import backbone, blocks, hidden_of, hooks, position_ids, with_hidden
 
+CANDIDATES = 8  # blocks that are tried at most
 VALUE_NAMES = ("v_proj", "value_proj", "wv")
 
 
@@ -51,6 +53,7 @@ class ReplacementSettings(AttackSettings):
     source: Literal["mean", "nearest"] = Field(
         "mean", description="mean of the harmless training prompts, or the nearest of them"
     )
+    trial_prompts: int = Field(16, ge=1, description="training prompts per trial")
 
 
 class Replacement(Attack):
@@ -64,7 +67,7 @@ class Replacement(Attack):
         super().__init__(settings or self.Settings())
         self.at: list[int] = []  # blocks at which something is replaced
         self.sources: dict[int, Tensor] = {}  # block -> (n, m, H), n = 1 for the mean
-        self._trials: list[dict[str, Any]] = []
+        self._trials: list[Trial] = []
 
     def prepare(self, target: Target) -> None:
         """Collects the sources and picks the block at which most training prompts come out useful.
@@ -74,25 +77,23 @@ class Replacement(Attack):
         """
         points = self._points(target.model)
         upwards = self.settings.what == "values"
-        first = spread(sorted(points), last=not upwards)
-        needed = {i: point for i, point in points.items() if upwards or i in first}
-        self.fit(states_at(target, needed, self._width(target.formatter)))
+        stride = math.ceil(len(points) / CANDIDATES)
+        lowest = sorted(points)[0 if upwards else stride - 1 :: stride]
+        needed = [i for i in sorted(points) if upwards or i in lowest]
+        self.fit(states_at(target, {i: points[i] for i in needed}, self._width(target)))
+        prompts = target.harmful[: self.settings.trial_prompts]
 
-        def blocks_of(choice: Mapping[str, Any]) -> list[int]:
-            layer = choice["layer"]
-            return [i for i in sorted(needed) if i >= layer] if upwards else [layer]
+        def replace_from(parameters: Parameters) -> None:
+            layer = parameters["layer"]
+            self.at = [i for i in needed if i >= layer] if upwards else [layer]
 
-        def attempt(choice: dict[str, Any], prompts: Sequence[Prompt]) -> list[Answer]:
-            self.at = blocks_of(choice)
-            size = target.batch_size
-            parts = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-            return [one for part in parts for (one,) in self.answers(target, part)]
+        def answer(parameters: Parameters) -> list[Answer]:
+            replace_from(parameters)
+            return [one for (one,) in self.answers(target, prompts)]
 
-        choices = [{"layer": layer} for layer in first]
-        chosen, self._trials = choose(
-            target, self.label, choices, attempt, lambda answers: total_of(answers).relative_push
-        )
-        self.at = [] if chosen is None else blocks_of(chosen)
+        choices = [{"layer": layer} for layer in lowest]
+        self._trials = trials_of(target, self.label, choices, prompts, answer)
+        replace_from(best(self._trials, _change).parameters)
 
     def fit(self, states: Mapping[int, Tensor]) -> None:
         """Takes the sources from the harmless prompts' states, layer -> (n, m, H)."""
@@ -109,7 +110,11 @@ class Replacement(Attack):
         return [[Answer(text, info=info)] for text, info in zip(texts, infos)]
 
     def summary(self) -> dict[str, Any]:
-        return {"layers": self.at, "trials": self._trials}
+        curve = [
+            {**trial.parameters, "useful": trial.useful, "relative_push": _change(trial)}
+            for trial in self._trials
+        ]
+        return {"layers": self.at, "trials": curve}
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[Pushes]:
@@ -143,19 +148,26 @@ class Replacement(Attack):
 
         return hook
 
-    def _width(self, formatter: Formatter) -> int:
+    def _width(self, target: Target) -> int:
         if self.settings.positions == "last":
             return 1
-        if not formatter.tail_ids:
+        formatter = target.formatter
+        width = formatter.tail_length(formatter.prompt_ids(target.harmless[0]))
+        if width == 0:
             raise UserError(
                 "replacement.positions: 'template', but this chat template writes nothing after "
                 "the user's text; use positions: last"
             )
-        return len(formatter.tail_ids)
+        return width
 
     def _points(self, model: nn.Module) -> dict[int, nn.Module]:
         every = dict(enumerate(blocks(model)))
         return every if self.settings.what == "block" else value_projections(every)
+
+
+def _change(trial: Trial) -> float:
+    """Mean distance that a trial's states were moved, relative to their norm."""
+    return total_of(trial.answers).relative_push
 
 
 def value_projections(every: Mapping[int, nn.Module]) -> dict[int, nn.Module]:
