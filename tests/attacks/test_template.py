@@ -86,13 +86,17 @@ def test_a_template_without_generation_prompt_has_no_such_variant() -> None:
 def test_conversations_go_without_what_cannot_be_rendered() -> None:
     turns = [("user", "w1"), ("assistant", "w2"), ("user", "w3")]
     prompt = Prompt(tuple({"role": role, "content": text} for role, text in turns))
-    alternating = STRICT + (
-        "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    no_role_twice = (
+        "{% for m in messages %}{% if loop.previtem and loop.previtem['role'] == m['role'] %}"
         "{{ raise_exception('roles') }}{% endif %}{% endfor %}"
-    )
-    found = rendered(target_of(alternating), prompt)
+    ) + CHAT
+    assert "as_assistant" in rendered(target_of(no_role_twice))
+    found = rendered(target_of(no_role_twice), prompt)
+    assert "as_assistant" not in found
     assert found["raw"] == "<s> w1 w2 w3"
     assert found["open_turn"] == "<s> <user> w1 <end> <bot> w2 <end> tail <user> w3"
+    alone = rendered(target_of(no_role_twice), prompt, variants=["as_assistant"])
+    assert alone == {"ordinary": "<s> <user> w1 <end> <bot> w2 <end> tail <user> w3 <end> <bot>"}
 
 
 def test_long_prompts_stay_within_max_length() -> None:
