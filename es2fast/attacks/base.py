@@ -121,9 +121,16 @@ class Target:
         return self.generate_rows([self.formatter.prompt_ids(prompt) for prompt in prompts])
 
     def generate_rows(
-        self, rows: Sequence[Sequence[int]], *, repetition_penalty: float = 1.0
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        repetition_penalty: float = 1.0,
+        shown: Sequence[int] | None = None,
     ) -> list[str]:
-        """Greedy continuations of rows of token ids, `batch_size` rows at a time."""
+        """Greedy continuations of rows of token ids, `batch_size` rows at a time.
+
+        shown: per row, how many of its last ids are part of the text; default: none.
+        """
         found: list[str] = []
         for start in range(0, len(rows), self.batch_size):
             found += generate_rows(
@@ -133,6 +140,7 @@ class Target:
                 max_new_tokens=self.max_new_tokens,
                 device=self.device,
                 repetition_penalty=repetition_penalty,
+                shown=None if shown is None else shown[start : start + self.batch_size],
             )
         return found
 
@@ -194,6 +202,16 @@ class Attack(ABC):
     def label(self) -> str:
         """What the report calls it."""
         return self.settings.label or self.name
+
+    def coverage(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """What the report tells about how the attack fits the held-out prompts; JSON values.
+
+        Asked before `prepare` by whoever knows these prompts; no decision may follow from it.
+
+        Raises:
+            UserError: the attack has nothing for any of them.
+        """
+        return {}
 
     def prepare(self, target: Target) -> None:  # noqa: B027, an attack may have nothing to prepare
         """Everything that is done once per model, on training prompts."""

@@ -23,6 +23,12 @@ BUILT_IN = {
     "scav": "es2fast.attacks.states.scav:Scav",
     "mean_difference": "es2fast.attacks.states.mean_difference:MeanDifference",
     "repe": "es2fast.attacks.states.repe:RepE",
+    "replacement": "es2fast.attacks.states.replacement:Replacement",
+    "prefill": "es2fast.attacks.prompts.prefill:Prefill",
+    "template": "es2fast.attacks.prompts.template:Template",
+    "roleplay": "es2fast.attacks.prompts.roleplay:Roleplay",
+    "artifacts": "es2fast.attacks.prompts.artifacts:Artifacts",
+    "transcript": "es2fast.attacks.prompts.transcript:Transcript",
 }
 
 

@@ -72,6 +72,32 @@ class Formatter:
         """Ids of the prompt up to and including the generation prompt, at most `max_length`."""
         return self._fit(prompt, self._encode(self._render(prompt.messages)))
 
+    def message_ids(
+        self,
+        messages: Sequence[dict[str, str]],
+        *,
+        system_prompt: bool = True,
+        generation_prompt: bool = True,
+    ) -> list[int]:
+        """Ids of messages in any order of roles, as far as the template writes them.
+
+        Args:
+            messages: `{role, content}`; `prompt_ids` has those of an ordinary prompt.
+            system_prompt: put the configured system prompt first, as in an ordinary prompt.
+            generation_prompt: let the template open the assistant's turn.
+
+        What exceeds `max_length` is cut before the template's last part.
+
+        Raises:
+            UserError: the template refuses such messages.
+        """
+        ids = self._encode(self._render(messages, generation_prompt, system_prompt))
+        over = len(ids) - self.data.max_length
+        if over <= 0:
+            return ids
+        end = len(ids) - self.tail_length(ids)
+        return ids[: max(0, end - over)] + ids[end:]
+
     def response_ids(self, prompt: Prompt, response: str) -> list[int]:
         """Ids that follow `prompt_ids(prompt)` and end with the template's end-of-turn token.
 
@@ -109,6 +135,10 @@ class Formatter:
                 mask[number, width - len(row) :] = 1
         return {"input_ids": ids, "attention_mask": mask}
 
+    def tail_length(self, ids: Sequence[int]) -> int:
+        """How many of a prompt's last ids the template wrote after the last user turn's content."""
+        return _common_suffix(ids, self._tail)
+
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """Text of one row of ids, special tokens left out."""
         return self.tokenizer.decode(
@@ -117,10 +147,13 @@ class Formatter:
 
     # Rendering
 
-    def _render(self, messages: Sequence[dict[str, str]], generation: bool = True) -> str:
+    def _render(
+        self, messages: Sequence[dict[str, str]], generation: bool = True, system: bool = True
+    ) -> str:
         """The template's text; the system prompt put first, or folded into the first user turn."""
         try:
-            return self._render_raw(self._with_system(messages), generation)
+            turns = self._with_system(messages) if system else [dict(turn) for turn in messages]
+            return self._render_raw(turns, generation)
         except Exception as error:  # templates raise jinja2 errors, but also TypeError and others
             raise UserError(
                 f"chat template: cannot render {one_line(messages[-1]['content'], 40)!r} "
@@ -188,7 +221,7 @@ class Formatter:
             ids = self._encode(self._render(messages))
         if len(ids) <= limit:
             return ids
-        tail = _common_suffix(ids, self._tail)
+        tail = self.tail_length(ids)
         return ids[: max(0, limit - tail)] + ids[len(ids) - tail :]
 
     # Responses

@@ -165,6 +165,7 @@ class SubjectEvaluation:
 
     def _attacked(self, attack: Attack) -> AttackAnswers:
         """The answers under one attack, and what it tells about itself."""
+        coverage = attack.coverage(self._prompts.harmful)
         settings = self._scope(attack, HARMFUL).settings
         known = self._folder.measured / f"{self._subject.name}.{attack.label}.json"
         summary = _saved_summary(known, settings)
@@ -183,7 +184,7 @@ class SubjectEvaluation:
         if summary is None:
             prepare()
         answers = self._answers(attack, HARMFUL, self._prompts.harmful, prepare)
-        return AttackAnswers(answers, summary or {})
+        return AttackAnswers(answers, {**(summary or {}), **coverage})
 
     def _answers(
         self, attack: Attack, group: str, prompts: Sequence[Prompt], prepare: Callable[[], None]

@@ -45,12 +45,14 @@ def generate_rows(
     device: torch.device,
     synced: bool = False,
     repetition_penalty: float = 1.0,
+    shown: Sequence[int] | None = None,
 ) -> list[str]:
     """Greedy continuations of rows of token ids, whatever stands in them; see `generate`.
 
     Args:
         rows: one batch of ids, template and all; padded here, on the left.
         repetition_penalty: above 1, tokens that occurred before are less likely.
+        shown: per row, how many of its last ids are part of the text that is returned; default: 0.
     """
     batch = formatter.pad(rows)
     ids = batch["input_ids"].to(device)
@@ -67,4 +69,5 @@ def generate_rows(
         pad_token_id=formatter.pad_token_id,
         synced_gpus=synced,
     )
-    return [formatter.decode(row) for row in out[:, ids.shape[1] :]]
+    starts = [ids.shape[1] - count for count in shown or [0] * len(rows)]
+    return [formatter.decode(row[start:]) for row, start in zip(out, starts)]

@@ -12,7 +12,11 @@ from es2fast.errors import UserError
 
 
 def test_every_attack_has_its_name_and_takes_the_defaults_it_knows() -> None:
-    made = {name: make_attack(name, steps="prompt", nonsense=1) for name in BUILT_IN}
+    needed = {"artifacts": {"path": "file.json"}}
+    made = {
+        name: make_attack({"name": name, **needed.get(name, {})}, steps="prompt", nonsense=1)
+        for name in BUILT_IN
+    }
     assert all(attack.name == attack.label == name for name, attack in made.items())
     assert made["scav"].settings.steps == "prompt"
     assert make_attack({"name": "scav", "steps": "all"}, steps="prompt").settings.steps == "all"
