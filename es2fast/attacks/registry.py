@@ -12,7 +12,8 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from es2fast.attacks.base import Attack
 from es2fast.errors import UserError
@@ -22,6 +23,7 @@ BUILT_IN = {
     "direct": "es2fast.attacks.direct:Direct",
     "scav": "es2fast.attacks.states.scav:Scav",
     "mean_difference": "es2fast.attacks.states.mean_difference:MeanDifference",
+    "soft_prompt": "es2fast.attacks.prompts.soft_prompt:SoftPrompt",
 }
 
 
@@ -59,7 +61,8 @@ def make_attack(entry: str | dict[str, Any], **defaults: Any) -> Attack:
 
     Args:
         entry: its name, or a mapping of `name` and its settings.
-        defaults: settings that are used where the attack has them and the entry does not.
+        defaults: settings that are used where the attack has them, takes such a value (`steps` is
+            a word for some attacks and a number for others) and the entry does not say otherwise.
 
     Raises:
         UserError: unknown name; a setting it does not have, or out of range.
@@ -73,7 +76,7 @@ def make_attack(entry: str | dict[str, Any], **defaults: Any) -> Attack:
         )
     chosen = attack_class(name)
     known = chosen.Settings.model_fields
-    usable = {key: value for key, value in defaults.items() if key in known}
+    usable = {key: value for key, value in defaults.items() if _takes(known.get(key), value)}
     try:
         return chosen(chosen.Settings.model_validate(usable | given))
     except ValidationError as error:
@@ -84,6 +87,17 @@ def make_attack(entry: str | dict[str, Any], **defaults: Any) -> Attack:
         raise UserError(
             f"evaluate.attacks: {name}.{key}: {message}, found {first['input']!r}{hint}"
         ) from None
+
+
+def _takes(field: FieldInfo | None, value: Any) -> bool:
+    """Whether a setting exists and `value` is of its kind."""
+    if field is None or field.annotation is None:
+        return False
+    try:
+        TypeAdapter(field.annotation).validate_python(value)
+    except ValidationError:
+        return False
+    return True
 
 
 def make_attacks(entries: Sequence[str | dict[str, Any]], **defaults: Any) -> list[Attack]:

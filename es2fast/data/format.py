@@ -109,6 +109,10 @@ class Formatter:
                 mask[number, width - len(row) :] = 1
         return {"input_ids": ids, "attention_mask": mask}
 
+    def tail_length(self, ids: Sequence[int]) -> int:
+        """How many of a prompt's last ids the template wrote after the last user turn's content."""
+        return _common_suffix(ids, self._tail)
+
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """Text of one row of ids, special tokens left out."""
         return self.tokenizer.decode(
@@ -188,7 +192,7 @@ class Formatter:
             ids = self._encode(self._render(messages))
         if len(ids) <= limit:
             return ids
-        tail = _common_suffix(ids, self._tail)
+        tail = self.tail_length(ids)
         return ids[: max(0, limit - tail)] + ids[len(ids) - tail :]
 
     # Responses

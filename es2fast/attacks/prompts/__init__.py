@@ -1,0 +1,1 @@
+"""Attacks on what the model reads: text, and embeddings in place of text."""
