@@ -24,6 +24,7 @@ BUILT_IN = {
     "scav": "es2fast.attacks.states.scav:Scav",
     "mean_difference": "es2fast.attacks.states.mean_difference:MeanDifference",
     "soft_prompt": "es2fast.attacks.prompts.soft_prompt:SoftPrompt",
+    "latent_pgd": "es2fast.attacks.states.latent_pgd:LatentPgd",
 }
 
 
