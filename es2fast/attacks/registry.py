@@ -25,6 +25,7 @@ BUILT_IN = {
     "mean_difference": "es2fast.attacks.states.mean_difference:MeanDifference",
     "soft_prompt": "es2fast.attacks.prompts.soft_prompt:SoftPrompt",
     "latent_pgd": "es2fast.attacks.states.latent_pgd:LatentPgd",
+    "gcg": "es2fast.attacks.prompts.gcg:Gcg",
 }
 
 
