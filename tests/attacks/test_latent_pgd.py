@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from targets import TEXTS, failing_head, prompts, state_of, tiny_target
 
+from es2fast.attacks.base import Answer
 from es2fast.attacks.prompts.embeddings import frozen, layout, target_losses
 from es2fast.attacks.states.latent_pgd import LatentPgd, LatentPgdSettings, perturbed, spread
 from es2fast.errors import UserError
@@ -141,6 +144,27 @@ def test_a_curve_over_the_bounds_and_the_same_again(lora: bool) -> None:
     assert len(summary["trials"]) == 2 and summary["layers"] == [best["layer"]]
     epsilons = [answer.parameters["epsilon"] for answer in answers[0]]
     assert epsilons == [0.1, 0.3, 1.0] and len(answers) == 2
+
+
+def test_recorded_trials_lead_to_the_same_block() -> None:
+    kept: dict[str, list[Answer]] = {}
+
+    def record(name: str, parameters: Any, prompts: Any, answer: Any) -> list[Answer]:
+        key = repr(parameters)
+        fresh = key not in kept
+        made.append(fresh)
+        if fresh:
+            kept[key] = answer()
+        return kept[key]
+
+    summaries = []
+    for fresh in (True, False):
+        made: list[bool] = []
+        one = attack(layer=None, candidates=3, steps=2)
+        one.prepare(tiny_target(recorder=record))
+        summaries.append(one.summary())
+        assert made == 3 * [fresh]
+    assert summaries[0] == summaries[1]
 
 
 def test_hooks_and_flags_after_an_exception() -> None:
