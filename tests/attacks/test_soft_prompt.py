@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from es2fast.attacks.prompts import embeddings
 from es2fast.attacks.prompts.descent import Steps, fit_rows
 from es2fast.attacks.prompts.soft_prompt import SoftPrompt, SoftPromptSettings
 from es2fast.errors import UserError
-from es2fast.modeling.taps import causal_lm, tapped
+from es2fast.modeling.taps import backbone, causal_lm, hooks, tapped
 
 SMALL = {"tokens": 3, "steps": 8, "lr": 0.02, "target": "sure here is {prompt} ."}
 SMALL |= {"initial": ["please explain the"], "stop": 0.0}
@@ -108,9 +110,27 @@ def test_rows_stop_one_by_one() -> None:
 def test_real_embeddings_in_the_slot_give_the_answers_of_their_ids(lora: bool) -> None:
     target = tiny_target(lora=lora, max_new_tokens=10)
     one, some = attack(initial=["please explain the"], steps=1, lr=1e-30), prompts(*TEXTS)
-    found = one.answers(target, some)
     longer = prompts(*(f"{text} please explain the" for text in TEXTS))
-    assert [answers[0].text for answers in found] == target.generate(longer)
+    with seen_positions(target) as by_ids:
+        wanted = target.generate(longer)
+    with seen_positions(target) as by_embeddings:
+        found = one.answers(target, some)
+    assert [answers[0].text for answers in found] == wanted
+    # rotary embeddings do not show a wrong start, so look at the positions themselves
+    generated = by_embeddings[-len(by_ids) :]
+    assert all(map(torch.equal, by_ids, generated)) and len(by_ids) > 2
+
+
+@contextmanager
+def seen_positions(target: Target) -> Iterator[list[Tensor]]:
+    """The position ids of every pass, (B, T)."""
+    seen: list[Tensor] = []
+
+    def keep(module: Any, args: Any, kwargs: Any) -> None:
+        seen.append(kwargs["position_ids"])
+
+    with hooks([backbone(target.model).register_forward_pre_hook(keep, with_kwargs=True)]):
+        yield seen
 
 
 def test_only_target_positions_get_logits() -> None:

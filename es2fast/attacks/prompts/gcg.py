@@ -27,6 +27,7 @@ step is `width` forward passes over suffix and target.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,7 +50,7 @@ from es2fast.attacks.prompts.embeddings import (
 )
 from es2fast.data import Formatter, Prompt
 from es2fast.errors import UserError
-from es2fast.modeling.taps import backbone
+from es2fast.modeling.taps import backbone, causal_lm
 
 SLICE = 8192  # tokens of the vocabulary per matrix product
 UNCUT = 1 << 20  # data.max_length while suffixes are fitted
@@ -261,24 +262,35 @@ class SuffixLoss:
                 count, start + length, dtype=torch.int64, device=self._device
             ),
             position_ids=torch.arange(start, start + length, device=self._device).expand(count, -1),
-            past_key_values=self._cache_for(count),
             use_cache=start > 0,
+            **self._cached(count),
         ).last_hidden_state
         return label_losses(self.model, hidden[:, -len(labels) :], labels.expand(count, -1))
 
-    def _cache_for(self, count: int) -> Any:
-        """A copy of the cache of what stands before the suffix, repeated: a pass extends it."""
+    def _cached(self, count: int) -> dict[str, Any]:
+        """A copy of the cache of what stands before the suffix, repeated, since a pass extends it;
+        as an argument of the decoder."""
         if not self._row.before:
-            return None
+            return {}
         cache = copy.deepcopy(self._prefix)
         cache.batch_repeat_interleave(count)
-        return cache
+        return {cache_argument(self.model): cache}
 
     @cached_property
     @torch.no_grad()
     def _prefix(self) -> Any:
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=causal_lm(self.model).config)
         ids = torch.tensor([list(self._row.before)], device=self._device)
-        return backbone(self.model)(input_ids=ids, use_cache=True).past_key_values
+        backbone(self.model)(input_ids=ids, use_cache=True, **{cache_argument(self.model): cache})
+        return cache
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What the decoder calls its cache: transformers renames `past_key_values` during 5.x."""
+    known = inspect.signature(backbone(model).forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 @torch.no_grad()
