@@ -12,7 +12,8 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from es2fast.attacks.base import Attack
 from es2fast.errors import UserError
@@ -29,6 +30,9 @@ BUILT_IN = {
     "roleplay": "es2fast.attacks.prompts.roleplay:Roleplay",
     "artifacts": "es2fast.attacks.prompts.artifacts:Artifacts",
     "transcript": "es2fast.attacks.prompts.transcript:Transcript",
+    "soft_prompt": "es2fast.attacks.prompts.soft_prompt:SoftPrompt",
+    "latent_pgd": "es2fast.attacks.states.latent_pgd:LatentPgd",
+    "gcg": "es2fast.attacks.prompts.gcg:Gcg",
 }
 
 
@@ -66,7 +70,8 @@ def make_attack(entry: str | dict[str, Any], **defaults: Any) -> Attack:
 
     Args:
         entry: its name, or a mapping of `name` and its settings.
-        defaults: settings that are used where the attack has them and the entry does not.
+        defaults: settings that are used where the attack has them, takes such a value (`steps` is
+            a word for some attacks and a number for others) and the entry does not say otherwise.
 
     Raises:
         UserError: unknown name; a setting it does not have, or out of range.
@@ -80,7 +85,7 @@ def make_attack(entry: str | dict[str, Any], **defaults: Any) -> Attack:
         )
     chosen = attack_class(name)
     known = chosen.Settings.model_fields
-    usable = {key: value for key, value in defaults.items() if key in known}
+    usable = {key: value for key, value in defaults.items() if _takes(known.get(key), value)}
     try:
         return chosen(chosen.Settings.model_validate(usable | given))
     except ValidationError as error:
@@ -91,6 +96,17 @@ def make_attack(entry: str | dict[str, Any], **defaults: Any) -> Attack:
         raise UserError(
             f"evaluate.attacks: {key}: {message}, found {first['input']!r}{hint}"
         ) from None
+
+
+def _takes(field: FieldInfo | None, value: Any) -> bool:
+    """Whether a setting exists and `value` is of its kind."""
+    if field is None or field.annotation is None:
+        return False
+    try:
+        TypeAdapter(field.annotation).validate_python(value)
+    except ValidationError:
+        return False
+    return True
 
 
 def make_attacks(entries: Sequence[str | dict[str, Any]], **defaults: Any) -> list[Attack]:

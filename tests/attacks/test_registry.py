@@ -20,6 +20,7 @@ def test_every_attack_has_its_name_and_takes_the_defaults_it_knows() -> None:
     assert all(attack.name == attack.label == name for name, attack in made.items())
     assert made["scav"].settings.steps == "prompt"
     assert make_attack({"name": "scav", "steps": "all"}, steps="prompt").settings.steps == "all"
+    assert made["soft_prompt"].settings.steps == 500  # a number there: not the default's kind
 
 
 MISTAKES = [
