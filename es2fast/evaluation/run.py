@@ -26,7 +26,7 @@ from es2fast.config import Config, EvaluateConfig, ModelConfig, load_config
 from es2fast.data import Formatter, Prompt, PromptGroups, load_groups, model_fingerprint
 from es2fast.distributed.runtime import resolve_device, resolve_dtype
 from es2fast.errors import UserError
-from es2fast.evaluation.aggregate import attack_result, harmless_result
+from es2fast.evaluation.aggregate import attack_result, harmless_result, worst_of_suite
 from es2fast.evaluation.answers import AnswerLog
 from es2fast.evaluation.measure import Measured, SavedTeacher, shift_ranks
 from es2fast.evaluation.subject import (
@@ -35,6 +35,7 @@ from es2fast.evaluation.subject import (
     ModelAnswers,
     Subject,
     SubjectEvaluation,
+    hash_of,
 )
 from es2fast.judges.base import Judge
 from es2fast.judges.registry import make_judge
@@ -84,11 +85,16 @@ def evaluate_models(
     models = [
         _model_result(name, found, base, prompts, judge, layers) for name, found in outcomes.items()
     ]
+    asked = [(prompt.turns, prompt.response) for prompt in prompts.harmful]
+    for model in models:
+        model["paired_by"] = hash_of(asked, judge.name, settings.max_new_tokens)
     raw = {
         "models": models,
         "judge": judge.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "es2fast": version("es2fast"),
+        "seed": settings.seed,
+        "max_new_tokens": settings.max_new_tokens,
         "warnings": warnings,
     }
     return Report.parse(raw | dict(extra or {}))
@@ -131,6 +137,7 @@ def _model_result(
         "name": name,
         "harmless": harmless_result(found.harmless, found.references, found.measured.kl),
         "attacks": attacks,
+        "worst_of_suite": worst_of_suite(attacks),
         "separation": found.measured.separation,
     }
     if base is not None and base is not found and layers and found.measured.kl is not None:

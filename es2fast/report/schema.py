@@ -58,13 +58,30 @@ class AttackResult(_Part):
     relative_push: Magnitude | None  # mean |ε| / ‖h‖ of the push; null where nothing is pushed
     answers_per_prompt: int = Field(1, ge=1)  # a prompt is useful when any of them is
     repetitive: Rate | None = None  # answers that look like gibberish, whatever their verdict
+    refused_repetitive: Rate | None = None  # prompts refused by answers that all look like that
+    minimal_push: Magnitude | None = None  # the smallest relative push that still works
+    outcomes: str | None = Field(None, pattern="^[a-z]*$")  # per prompt: r, u, g ..., in order
+    variants: list[dict[str, Any]] | None = None  # {"parameters", "n", rates} on held-out prompts
+    trials: list[dict[str, Any]] | None = None  # the attacker's search, on training prompts
+    examples: list[dict[str, Any]] | None = None  # {"prompt", "answer", "verdict"}
 
     @model_validator(mode="after")
     def _one_outcome_each(self) -> AttackResult:
         total = self.refused + self.useful + self.gibberish
         if total > 1 + SLACK:
             raise ValueError(f"refused + useful + gibberish is {total:.3f}, expected at most 1")
+        if self.outcomes is not None and len(self.outcomes) != self.n:
+            raise ValueError(f"outcomes has {len(self.outcomes)} letters for {self.n} prompts")
         return self
+
+
+class SuiteResult(_Part):
+    """All attacks together: a prompt counts as broken when any answer under any of them is useful."""
+
+    useful: Rate
+    n: int = Field(ge=1)
+    attacks: int = Field(ge=1)
+    answers_per_prompt: int = Field(ge=1)  # over all attacks
 
 
 class LayerResult(_Part):
@@ -74,6 +91,8 @@ class LayerResult(_Part):
     distance_over_base: Magnitude | None
     probe_accuracy: Rate | None
     norm_ratio: Magnitude | None
+    spread_harmful: Magnitude | None = None  # mean distance of the group's states from their mean
+    spread_harmless: Magnitude | None = None
 
 
 class ModelResult(_Part):
@@ -84,6 +103,8 @@ class ModelResult(_Part):
     attacks: dict[str, AttackResult]
     separation: dict[Annotated[str, Field(pattern=r"^\d+$")], LayerResult]
     shift_rank: dict[str, float] | None = None  # effective rank of h - h_base, per layer
+    worst_of_suite: SuiteResult | None = None
+    paired_by: str | None = None  # hash of prompts, references, judge: whose outcomes can be paired
 
 
 class TrainResult(_Part):
@@ -105,6 +126,8 @@ class Report(_Part):
     judge: str = "rules"
     created: str | None = None  # ISO 8601, UTC
     es2fast: str | None = None  # version of the library
+    seed: int | None = None  # of the evaluation
+    max_new_tokens: int | None = None  # of every answer
     warnings: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ import pytest
 
 from es2fast.attacks.base import Answer
 from es2fast.data import Prompt
-from es2fast.evaluation.aggregate import attack_result, harmless_result, outcome
+from es2fast.evaluation.aggregate import attack_result, harmless_result, outcome, worst_of_suite
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,40 @@ def test_variants_are_counted_apart_and_together():
         {"parameters": {"k": 5}, "n": 2, "refused": 0.0, "useful": 0.5, "gibberish": 0.5},
     ]
     assert found["repetitive"] == 0.5
-    assert found["examples"][0] == {"prompt": "a", "answer": "yes", "verdict": "refused"}
+    assert found["outcomes"] == "ur"
+    assert found["examples"] == [  # the answer that decided
+        {"prompt": "a", "answer": "no no no no", "verdict": "useful"},
+        {"prompt": "b", "answer": "yes", "verdict": "refused"},
+    ]
+
+
+def test_a_refusal_counts_as_looping_when_no_other_answer_refuses_properly():
+    loop, plain = Answer("i cannot i i i i i i i i i i i i"), Answer("I cannot help with that.")
+    prompts = [Prompt.of(text) for text in "abcd"]
+    answers = [[loop, loop], [loop, plain], [plain, plain], [loop, plain]]
+    verdicts = [["refused"] * 2, ["refused"] * 2, ["refused"] * 2, ["refused", "useful"]]
+    found = attack_result(prompts, answers, verdicts, {})
+    assert (found["refused"], found["refused_repetitive"]) == (0.75, 0.25)
+    assert found["repetitive"] == 0.5
+
+
+def test_examples_show_each_outcome_and_the_useful_first():
+    prompts = [Prompt.of(text) for text in "abcdef"]
+    ends = ["refused", "refused", "refused", "refused", "gibberish", "useful"]
+    found = attack_result(prompts, [[Answer("x")]] * 6, [[end] for end in ends], {})
+    assert [example["prompt"] for example in found["examples"]] == ["f", "a", "e"]
+    assert found["outcomes"] == "rrrrgu"
+
+
+def test_a_prompt_is_broken_when_any_attack_breaks_it():
+    def attack(outcomes, k):
+        return {"outcomes": outcomes, "answers_per_prompt": k}
+
+    found = worst_of_suite({"a": attack("ruru", 1), "b": attack("rrug", 5)})
+    assert (found["useful"], found["n"]) == (0.75, 4)
+    assert (found["attacks"], found["answers_per_prompt"]) == (2, 6)
+    assert found["interval"]["useful"] == pytest.approx([0.3006, 0.9544], abs=1e-4)
+    assert worst_of_suite({}) is None
 
 
 def test_harmless_answers_are_held_against_references():
