@@ -76,7 +76,7 @@ class AttackResult(_Part):
 
 
 class SuiteResult(_Part):
-    """All attacks together: a prompt counts as broken when any answer under any of them is useful."""
+    """All attacks together: a prompt is broken when any answer under any of them is useful."""
 
     useful: Rate
     n: int = Field(ge=1)
