@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from es2fast.report.schema import AttackResult, ModelResult, Report
 from es2fast.report.stats import rate_interval
-from es2fast.report.suite import base_of, compared, shared_attacks, worst_attack
+from es2fast.report.suite import base_of, compared, is_base, shared_attacks, worst_attack
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,12 @@ def _card(report: Report, model: ModelResult) -> Card:
     lines = []
     if worst:
         name, attack = worst
+        which = f"the worst of {len(model.attacks)} attacks, {name}"
+        if not attack.useful:
+            which = f"each of {len(model.attacks)} attacks"
         headline = (
             _percent(attack.useful),
-            f"useful under the worst of {len(model.attacks)} attacks, {name} "
-            f"{_interval(attack.useful, attack.n)}, n = {attack.n}",
+            f"useful under {which} {_interval(attack.useful, attack.n)}, n = {attack.n}",
         )
     suite = model.worst_of_suite
     if suite:
@@ -134,7 +136,7 @@ def _card(report: Report, model: ModelResult) -> Card:
             f"of {harmless.n} harmless prompts refused",
         )
     )
-    if harmless.kl_to_base is not None:
+    if harmless.kl_to_base is not None and not is_base(model.name):
         lines.append((f"{harmless.kl_to_base:.4f}", "nats/token, KL to the base model"))
     return Card(model.name, headline, lines)
 

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from es2fast.report.curves import CurvePanel, curve_panels
-from es2fast.report.plots import MARKERS, STYLES, model_look, panel, shown_name
+from es2fast.report.plots import MARKERS, STYLES, legend_above, model_look, panel, shown_name
 from es2fast.report.schema import Report
 from es2fast.report.stats import rate_interval
 
@@ -45,5 +45,5 @@ def _panel(found: CurvePanel, names: list[str]) -> Figure:
         axes.set_xscale("log")
     axes.set_ylim(-0.03, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.legend(fontsize=8)
+    legend_above(figure)
     return figure

@@ -74,7 +74,7 @@ def separation_by_layer(report: Report) -> list[Figure]:
             _layer_lines(axes, report, layers, key)
         axes.axhline(1, color="#555555", linewidth=0.8, linestyle=":")
         axes.set_ylim(bottom=0, top=1.05 * max(1.0, axes.get_ylim()[1]))
-        _legend_above(figure)
+        legend_above(figure)
         figures.append(figure)
     return figures
 
@@ -104,13 +104,13 @@ def to_svg(figure: Figure, name: str) -> str:
     return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
 
 
-def _legend_above(figure: Figure) -> None:
+def legend_above(figure: Figure) -> None:
     """A legend above the panel, where it hides no data; each label once."""
     unique: dict[str, Any] = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
         unique = {**dict(zip(labels, handles)), **unique}
-    figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=3, fontsize=8)
+    figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=2, fontsize=8)
 
 
 def _constant(series: Mapping[str, Any]) -> bool:

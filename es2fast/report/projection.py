@@ -56,13 +56,22 @@ def projection(states: Mapping[str, Mapping[str, Any]]) -> list[Figure]:
 def _scale_note(axes: Axes, first: Axes) -> None:
     """How much wider these axes are than the first panel's, and that panel's frame."""
     (left, right), (low, high) = first.get_xlim(), first.get_ylim()
-    own, other = axes.get_xlim(), axes.get_ylim()
+    axes.add_patch(
+        Rectangle(
+            (left, low),
+            right - left,
+            high - low,
+            fill=False,
+            edgecolor="#555555",
+            linestyle="--",
+            linewidth=0.9,
+            label="frame of the first panel",
+        )
+    )
+    axes.autoscale_view()
+    own = axes.get_xlim()
     factor = (own[1] - own[0]) / (right - left)
     axes.set_title(f"{axes.get_title()}: {factor:.3g} times as wide", fontsize=11)
-    frame = Rectangle((left, low), right - left, high - low, fill=False, edgecolor="#555555",
-                      linestyle="--", linewidth=0.9, label="frame of the first panel")  # fmt: skip
-    axes.add_patch(frame)
-    axes.set(xlim=own, ylim=other)
 
 
 def _rows_of(value: Any) -> np.ndarray:

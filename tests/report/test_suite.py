@@ -42,7 +42,11 @@ def found_for(distance, norm, spread):
         model("tuned", {}, layers={"4": layer(distance, norm, spread)}),
         train={"steps": 1, "seconds": 1.0, "kl": 0.0, "lambda": 1.0, "layers": [4]},
     )
-    return " ".join(findings(raw))
+    return text_of(raw)
+
+
+def text_of(report):
+    return " ".join(f"{name}: {text}" for name, texts in findings(report) for text in texts)
 
 
 # McNemar
@@ -143,24 +147,24 @@ def test_stretching_is_told_from_a_shift_by_the_spread():
 
 def test_refusals_in_a_loop_are_named():
     def text(**more):
-        return " ".join(findings(report(model("tuned", {"a": attack("rrrr", **more)}))))
+        return text_of(report(model("tuned", {"a": attack("rrrr", **more)})))
 
-    assert "under a 100 % are refused, but 75 % by answers" in text(refused_repetitive=0.75)
-    assert "95 % of the answers go round in circles" in text(repetitive=0.95)
+    assert "are no text: 75 % under a (refused: 100 %);" in text(refused_repetitive=0.75)
+    assert "whatever their verdict: 95 % under a (refused: 100 %);" in text(repetitive=0.95)
     assert "round" not in text(refused_repetitive=0.05, repetitive=0.9)
 
 
 def test_the_worst_attack_is_named_with_the_base_models():
     base = model("base", {"a": attack("uuur"), "b": attack("rrrr")})
-    (text,) = findings(report(base, model("tuned", {"a": attack("rrrr"), "b": attack("uurr")})))
+    text = text_of(report(base, model("tuned", {"a": attack("rrrr"), "b": attack("uurr")})))
     assert text.startswith("tuned: the worst attack is b, with 50 % useful answers; on the base")
     assert "a gets 75 %" in text and "no clear difference from it (p = 1)" in text
-    (text,) = findings(report(model("tuned", {"a": attack("rrrr")})))
+    text = text_of(report(model("tuned", {"a": attack("rrrr")})))
     assert text == "tuned: none of 1 attacks got a useful answer."
 
 
 def test_a_shift_along_one_direction_is_named():
-    text = " ".join(findings(report(model("tuned", {}, shift_rank={"0": 1.07, "4": 7.0}))))
+    text = text_of(report(model("tuned", {}, shift_rank={"0": 1.07, "4": 7.0})))
     assert "effective rank 1.07 at block 0)" in text and "block 4" not in text
 
 
