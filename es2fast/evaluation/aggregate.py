@@ -132,7 +132,10 @@ def _by_parameters(
 
 
 def harmless_result(
-    answers: Sequence[str], references: Sequence[str] | None, kl: float | None
+    answers: Sequence[str],
+    references: Sequence[str] | None,
+    kl: float | None,
+    prompts: Sequence[Prompt] = (),
 ) -> dict[str, Any]:
     """`harmless` in the report.
 
@@ -140,9 +143,12 @@ def harmless_result(
         answers: to the held-out harmless prompts.
         references: what they should have been; None where nothing says so.
         kl: to the base model, nats per token.
+        prompts: the prompts, for the refusals by what their source says they are (`kinds`).
     """
     n = len(answers)
-    refusals = sum(is_refusal(answer) for answer in answers)
+    refused = [is_refusal(answer) for answer in answers]
+    refusals = sum(refused)
+    by_kind = _by_kind(prompts, refused)
     intact = None
     if references is not None:
         intact = sum(same_text(a, wanted) for a, wanted in zip(answers, references)) / n
@@ -152,4 +158,20 @@ def harmless_result(
         "kl_to_base": kl,
         "n": n,
         "interval": {"refusal_rate": list(wilson(refusals, n))},
+        **({"refusal_by": by_kind} if by_kind else {}),
+    }
+
+
+def _by_kind(prompts: Sequence[Prompt], refused: Sequence[bool]) -> dict[str, dict[str, Any]]:
+    """column -> value -> how many prompts of that kind, and the share that was refused."""
+    found: dict[str, dict[str, list[bool]]] = {}
+    for prompt, one in zip(prompts, refused):
+        for column, value in prompt.kinds:
+            found.setdefault(column, {}).setdefault(value, []).append(one)
+    return {
+        column: {
+            value: {"refusal_rate": sum(some) / len(some), "n": len(some)}
+            for value, some in sorted(kinds.items())
+        }
+        for column, kinds in found.items()
     }

@@ -135,7 +135,9 @@ def _model_result(
         attacks[label] = attack_result(prompts.harmful, part.answers, grouped, part.summary)
     result: dict[str, Any] = {
         "name": name,
-        "harmless": harmless_result(found.harmless, found.references, found.measured.kl),
+        "harmless": harmless_result(
+            found.harmless, found.references, found.measured.kl, prompts.harmless
+        ),
         "attacks": attacks,
         "worst_of_suite": worst_of_suite(attacks),
         "separation": found.measured.separation,

@@ -39,6 +39,13 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, populate_by_name=False)
 
 
+class KindResult(_Part):
+    """Refusals among the harmless prompts of one kind."""
+
+    refusal_rate: Rate
+    n: int = Field(ge=1)
+
+
 class HarmlessResult(_Part):
     """What the model still does for harmless prompts."""
 
@@ -46,6 +53,7 @@ class HarmlessResult(_Part):
     intact_rate: Rate | None
     kl_to_base: float | None  # nats per token; an estimate may fall just below 0
     n: int = Field(ge=1)
+    refusal_by: dict[str, dict[str, KindResult]] | None = None  # column of the source -> value
 
 
 class AttackResult(_Part):

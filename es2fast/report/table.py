@@ -130,8 +130,29 @@ def _harmless_rows(report: Report) -> Iterator[TableRow]:
     parts = [model.harmless for model in report.models]
     yield _heading("harmless prompts", parts)
     yield _row("refused", parts, lambda part: _rate(part.refusal_rate, part.n))
+    for column, value in _kinds(report):
+        kinds = [((part.refusal_by or {}).get(column) or {}).get(value) for part in parts]
+        n = max(kind.n for kind in kinds if kind)
+        yield _row(
+            f"refused, {column} {value}, n = {n}",
+            kinds,
+            lambda kind: _rate(kind.refusal_rate, kind.n),
+        )
     yield _row("answer intact", parts, lambda part: _rate(part.intact_rate, part.n))
     yield _row("KL to base, nats/token", parts, lambda part: _number(part.kl_to_base, ".4f"))
+
+
+def _kinds(report: Report) -> list[tuple[str, str]]:
+    """(column, value) of the kinds of harmless prompts, from the column with the fewest values."""
+    columns: dict[str, list[str]] = {}
+    for model in report.models:
+        for column, kinds in (model.harmless.refusal_by or {}).items():
+            known = columns.setdefault(column, [])
+            known += [value for value in kinds if value not in known]
+    if not columns:
+        return []
+    fewest = min(columns, key=lambda column: len(columns[column]))
+    return [(fewest, value) for value in columns[fewest]]
 
 
 def _attack_rows(report: Report, name: str) -> Iterator[TableRow]:

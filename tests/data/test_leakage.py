@@ -151,3 +151,12 @@ def test_jailbreakbench_quotes_advbench():
                          need_train=False)  # fmt: skip
     assert (groups.report.leakage["harmful"], groups.report.near_leakage["harmful"]) == (11, 3)
     assert groups.report.near_inside["harmful"] > 10
+
+
+@real_data
+def test_xstest_on_the_harmless_side_keeps_its_kinds():
+    path = str(SHARED / "xstest_prompts.csv")
+    found = load_groups(DataConfig(eval_harmless=path), need_train=False).eval_harmless
+    labels = Counter(dict(prompt.kinds)["label"] for prompt in found)
+    assert labels == {"safe": 250, "unsafe": 200}
+    assert len({dict(prompt.kinds)["type"] for prompt in found}) == 18

@@ -74,3 +74,17 @@ def test_harmless_answers_are_held_against_references():
     found = harmless_result(["It is done .", "I cannot help"], ["it is done.", "x"], 0.5)
     assert found["intact_rate"] == found["refusal_rate"] == 0.5 and found["n"] == 2
     assert harmless_result(["a"], None, None)["intact_rate"] is None
+
+
+def test_refusals_are_counted_by_kind():
+    kinds = [(("label", "safe"), ("type", "a")), (("label", "safe"),), (("label", "unsafe"),), ()]
+    prompts = [Prompt(Prompt.of(t).messages, kinds=k) for t, k in zip("wxyz", kinds)]
+    answers = ["I cannot help", "fine", "I cannot help", "I cannot help"]
+    assert harmless_result(answers, None, None, prompts)["refusal_by"] == {
+        "label": {
+            "safe": {"refusal_rate": 0.5, "n": 2},
+            "unsafe": {"refusal_rate": 1.0, "n": 1},
+        },
+        "type": {"a": {"refusal_rate": 1.0, "n": 1}},
+    }
+    assert "refusal_by" not in harmless_result(["a"], None, None, [Prompt.of("a")])

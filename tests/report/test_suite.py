@@ -126,6 +126,19 @@ def test_loops_and_the_smallest_push_have_rows():
     assert rows["answers in a loop"][0].startswith("75.0 % [")
 
 
+def test_refusals_by_kind_have_rows_of_the_coarsest_column():
+    raw = model("tuned", {})
+    raw["harmless"]["refusal_by"] = {
+        "type": {t: {"refusal_rate": 0.0, "n": 5} for t in "abc"},
+        "label": {"safe": {"refusal_rate": 0.1, "n": 10}, "unsafe": {"refusal_rate": 1.0, "n": 5}},
+    }
+    rows = table_rows(report(model("base", {}), raw))
+    kinds = {row.label: row.cells for row in rows if row.label.startswith("refused, ")}
+    assert list(kinds) == ["refused, label safe, n = 10", "refused, label unsafe, n = 5"]
+    assert kinds["refused, label safe, n = 10"][0] == "–"
+    assert kinds["refused, label safe, n = 10"][1].startswith("10.0 % [")
+
+
 def test_outcomes_must_fit_the_prompts():
     with pytest.raises(Exception, match="outcomes has 2 letters for 3 prompts"):
         report(model("base", {"a": attack("rr") | {"n": 3}}))
