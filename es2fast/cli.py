@@ -164,12 +164,20 @@ def compare(
     runs: Annotated[
         list[Path], typer.Argument(help="folders with a report.json", show_default=False)
     ],
+    html: Annotated[
+        Path | None, typer.Option("--html", help="also write a page to this file")
+    ] = None,
 ) -> None:
     """Print the reports of several runs or evaluations side by side."""
     from es2fast.report.compare import combined
+    from es2fast.report.html import write_page
     from es2fast.report.table import print_table
 
-    print_table(combined(runs))
+    report = combined(runs)
+    print_table(report)
+    if html is not None:
+        write_page(html, report)
+        print(f"page: {html}")
 
 
 @app.command("judges")

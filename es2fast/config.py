@@ -62,6 +62,13 @@ class DataConfig(_Section):
     )
     eval_harmful: Sources = Field(default_factory=list, description="held-out harmful prompts")
     eval_harmless: Sources = Field(default_factory=list, description="held-out harmless prompts")
+    near_duplicates: float | None = Field(
+        0.8,
+        gt=0,
+        le=1,
+        description="training prompts at least this similar to a held-out one are left out (words "
+        "in common, weighted by their rarity); null: only equal ones",
+    )
     system_prompt: str | None = Field(None, description="system message put before every prompt")
     chat_template: str | None = Field(
         None, description="a Jinja file to use in place of the tokenizer's own chat template"

@@ -2,7 +2,10 @@
 
 Prompts are compared after `normalise_prompt`, over all turns but system messages.
 - Duplicates inside a group are removed, the first stays.
-- Training prompts that also occur in evaluation are removed from training and counted.
+- Training prompts that also occur in evaluation are removed from training and counted, and so are
+  near duplicates of held-out prompts of their own side (`leakage`). Across the sides a small
+  difference is the point: "kill a process" is a contrast to "kill a person", not a leak.
+- Near duplicates inside a group are counted and stay.
 - A prompt that is both harmful and harmless, in training or evaluation, is an error: the loss would
   push it away from itself, and every rate measured on it would mean nothing.
 """
@@ -13,10 +16,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from es2fast.config import DataConfig, DataSource
+from es2fast.data.leakage import near_duplicates, repeats
 from es2fast.data.prompts import Prompt, read_source
 from es2fast.data.sources import one_line
 from es2fast.errors import UserError
 
+MOST_COUNTED = 10_000  # prompts; near duplicates inside a larger group are not counted
 GROUPS = ("harmful", "harmless", "eval_harmful", "eval_harmless")
 
 
@@ -54,6 +59,9 @@ class DataReport:
     kept: dict[str, int] = field(default_factory=dict)
     duplicates: dict[str, int] = field(default_factory=dict)
     leakage: dict[str, int] = field(default_factory=dict)
+    near_leakage: dict[str, int] = field(default_factory=dict)
+    near_example: dict[str, str] = field(default_factory=dict)  # the most similar pair removed
+    near_inside: dict[str, int] = field(default_factory=dict)  # resemble an earlier one; kept
 
     def lines(self) -> list[str]:
         """Text for the screen, one line per source and per group that is not empty."""
@@ -64,6 +72,13 @@ class DataReport:
                 removed.append(f"{self.duplicates[group]} duplicates removed")
             if self.leakage.get(group):
                 removed.append(f"{self.leakage[group]} removed that also occur in evaluation")
+            if self.near_leakage.get(group):
+                removed.append(
+                    f"{self.near_leakage[group]} removed that nearly occur in evaluation, "
+                    f"such as {self.near_example[group]}"
+                )
+            if self.near_inside.get(group):
+                removed.append(f"{self.near_inside[group]} nearly repeat an earlier one, kept")
             if self.kept.get(group) or removed:
                 notes = f" ({', '.join(removed)})" if removed else ""
                 out.append(f"{group}: {self.kept.get(group, 0)} prompts{notes}")
@@ -111,6 +126,9 @@ def load_groups(config: DataConfig, *, need_train: bool = True) -> PromptGroups:
         groups[name] = _without_duplicates(groups[name], name, report)
     _check_overlap(groups)
     _remove_leakage(groups, report)
+    if config.near_duplicates is not None:
+        _remove_near_leakage(groups, config.near_duplicates, report)
+        _count_inside(groups, config.near_duplicates, report)
     report.kept = {name: len(groups[name]) for name in GROUPS}
     return PromptGroups(**groups, report=report)
 
@@ -174,3 +192,34 @@ def _remove_leakage(groups: dict[str, list[Prompt]], report: DataReport) -> None
                 f"data.{name}: all {len(before)} prompts also occur in evaluation; "
                 f"give data.eval_{name} other prompts"
             )
+
+
+def _remove_near_leakage(
+    groups: dict[str, list[Prompt]], threshold: float, report: DataReport
+) -> None:
+    for name in ("harmful", "harmless"):
+        before, held_out = groups[name], groups[f"eval_{name}"]
+        keys = [[prompt.key for prompt in prompts] for prompts in (before, held_out)]
+        found = near_duplicates(keys[0], keys[1], threshold)
+        pairs = [(prompt, near) for prompt, near in zip(before, found) if near is not None]
+        groups[name] = [prompt for prompt, near in zip(before, found) if near is None]
+        report.near_leakage[name] = len(pairs)
+        if not pairs:
+            continue
+        prompt, near = max(pairs, key=lambda pair: pair[1].similarity)
+        report.near_example[name] = (
+            f"{one_line(prompt.text, 60)!r} beside {one_line(held_out[near.place].text, 60)!r}"
+        )
+        if not groups[name]:
+            raise UserError(
+                f"data.{name}: all {len(before)} prompts nearly occur in evaluation, such as "
+                f"{report.near_example[name]}; give data.eval_{name} other prompts, or set "
+                f"data.near_duplicates: null (now {threshold:g})"
+            )
+
+
+def _count_inside(groups: dict[str, list[Prompt]], threshold: float, report: DataReport) -> None:
+    for name in GROUPS:
+        if len(groups[name]) <= MOST_COUNTED:
+            found = repeats([prompt.key for prompt in groups[name]], threshold)
+            report.near_inside[name] = sum(near is not None for near in found)

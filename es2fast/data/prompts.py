@@ -7,13 +7,16 @@ with an `input` column (the Alpaca form) get that input appended.
 The reference answer comes from the column `response`, or else from whichever of `answer`,
 `output`, `completion` exists alone and holds only text; two of them leave it open, and none is
 used. The report names the columns that were chosen.
+
+Columns `label` and `type` of a source that is not read by its labels (XSTest has both) say what
+kind of prompt a row is; refusals of harmless prompts are counted by them.
 """
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from es2fast.config import DataSource
@@ -33,16 +36,22 @@ PROMPT_COLUMNS = (
 RESPONSE_COLUMN = "response"
 OTHER_RESPONSE_COLUMNS = ("answer", "output", "completion")
 LABEL_COLUMN = "label"
+KIND_COLUMNS = (LABEL_COLUMN, "type")
+MOST_KINDS = 40  # different values; a column with more names no kinds
 _HARMFUL_LABELS = frozenset({"harmful", "unsafe", "1", "1.0", "true"})
 _HARMLESS_LABELS = frozenset({"harmless", "safe", "0", "0.0", "false"})
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One query: `messages` ends with a user turn; no configured system prompt is in it yet."""
+    """One query: `messages` ends with a user turn; no configured system prompt is in it yet.
+
+    `kinds` is what the source says the prompt is; it does not make it another prompt.
+    """
 
     messages: tuple[dict[str, str], ...]
     response: str | None = None
+    kinds: tuple[tuple[str, str], ...] = field(default=(), compare=False)  # (column, value)
 
     @classmethod
     def of(cls, text: str, response: str | None = None) -> Prompt:
@@ -112,13 +121,15 @@ def read_source(source: DataSource, field: str, labelled: bool = False) -> Sourc
         )
     response = _response_column(table, column)
     label_of = _labels(table, where) if labelled else None
+    kinds = [] if labelled else _kind_columns(table)
     found = SourceRows([], [], len(table.rows), 0, column, response, {})
     for number, row in enumerate(table.rows):
         prompt = _prompt(row, column, response, f"{where} row {number + 1}")
         if prompt is None:
             found.blank += 1
             continue
-        found.prompts.append(prompt)
+        known = tuple((name, str(row[name]).strip()) for name in kinds if row.get(name) is not None)
+        found.prompts.append(replace(prompt, kinds=known) if known else prompt)
         if label_of is not None:
             label = label_of[number]
             found.harmful.append(label in _HARMFUL_LABELS)
@@ -129,7 +140,7 @@ def read_source(source: DataSource, field: str, labelled: bool = False) -> Sourc
 
 
 def _is_known(name: str) -> bool:
-    known = (*PROMPT_COLUMNS, RESPONSE_COLUMN, *OTHER_RESPONSE_COLUMNS, LABEL_COLUMN, "input")
+    known = (*PROMPT_COLUMNS, RESPONSE_COLUMN, *OTHER_RESPONSE_COLUMNS, *KIND_COLUMNS, "input")
     return name.lower() in known
 
 
@@ -163,6 +174,17 @@ def _response_column(table: Table, prompt_column: str) -> str | None:
     cells = [row.get(others[0]) for row in table.rows]
     readable = all(cell is None or isinstance(cell, str | list) for cell in cells)
     return others[0] if readable else None
+
+
+def _kind_columns(table: Table) -> list[str]:
+    """Columns that sort the rows into a few kinds."""
+    found = []
+    for name in KIND_COLUMNS:
+        cells = [row[name] for row in table.rows if row.get(name) is not None]
+        plain = all(isinstance(cell, str | int) for cell in cells)
+        if plain and 1 < len(set(map(str, cells))) <= MOST_KINDS:
+            found.append(name)
+    return found
 
 
 def _labels(table: Table, where: str) -> list[str]:

@@ -27,7 +27,7 @@ from es2fast.config import Config, EvaluateConfig, ModelConfig, load_config
 from es2fast.data import Formatter, Prompt, PromptGroups, load_groups, model_fingerprint
 from es2fast.distributed.runtime import resolve_device, resolve_dtype
 from es2fast.errors import UserError
-from es2fast.evaluation.aggregate import harmless_result
+from es2fast.evaluation.aggregate import harmless_result, worst_of_suite
 from es2fast.evaluation.answers import AnswerLog
 from es2fast.evaluation.judging import check_calibration, judged_attacks
 from es2fast.evaluation.measure import Measured, shift_ranks
@@ -37,6 +37,7 @@ from es2fast.evaluation.subject import (
     ModelAnswers,
     Subject,
     SubjectEvaluation,
+    hash_of,
 )
 from es2fast.evaluation.teacher import SavedTeacher
 from es2fast.judges.calibration import Calibration
@@ -91,15 +92,21 @@ def evaluate_models(
     SavedTeacher(folder.measured / TEACHER, "").remove()
     attacks = judged_attacks(judges, outcomes, prompts.harmful, calibration)
     models = [
-        _model_result(name, found, base, attacks[name], layers) for name, found in outcomes.items()
+        _model_result(name, found, base, attacks[name], prompts.harmless, layers)
+        for name, found in outcomes.items()
     ]
     warnings += [note for judge in judges for note in judge.notes()]
+    asked = [(prompt.turns, prompt.response) for prompt in prompts.harmful]
+    for model in models:
+        model["paired_by"] = hash_of(asked, judges[0].name, settings.max_new_tokens)
     raw = {
         "models": models,
         "judge": ", ".join(judge.name for judge in judges),
         "calibration": None if calibration is None else asdict(calibration),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "es2fast": version("es2fast"),
+        "seed": settings.seed,
+        "max_new_tokens": settings.max_new_tokens,
         "warnings": warnings,
     }
     return Report.parse(raw | dict(extra or {}))
@@ -124,13 +131,17 @@ def _model_result(
     found: ModelAnswers,
     base: ModelAnswers | None,
     attacks: dict[str, dict[str, Any]],
+    harmless: Sequence[Prompt],
     layers: Sequence[int] | None,
 ) -> dict[str, Any]:
     """One entry of `models` in the report."""
     result: dict[str, Any] = {
         "name": name,
-        "harmless": harmless_result(found.harmless, found.references, found.measured.tokens),
+        "harmless": harmless_result(
+            found.harmless, found.references, found.measured.tokens, harmless
+        ),
         "attacks": attacks,
+        "worst_of_suite": worst_of_suite(attacks),
         "separation": found.measured.separation,
     }
     if base is not None and base is not found and layers and found.measured.tokens.kl is not None:

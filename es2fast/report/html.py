@@ -1,9 +1,11 @@
 """Writes what a run measured: report.json for programs, report.html for people.
 
 report.html is one file that loads nothing: figures are inline SVG, style is in the page, and there
-is no script, so it can be mailed, archived and opened years later. Every figure has a caption that
-says how to read it and how to fool oneself with it. Both files are written beside their final name
-and moved into place, so a reader never meets half a report.
+is no script, so it can be mailed, archived and opened years later. It starts with what one decides
+by, the worst case of every model, then says in sentences what the numbers of this run mean, then
+shows the outcomes attack by attack, and last everything else. Every figure has a caption that says
+how to read it and how to fool oneself with it. Both files are written beside their final name and
+moved into place, so a reader never meets half a report.
 """
 
 from __future__ import annotations
@@ -18,6 +20,10 @@ from markupsafe import Markup
 
 from es2fast.config import Config
 from es2fast.report import plots
+from es2fast.report.bars import bar_groups, cards
+from es2fast.report.curve_plot import attack_curves
+from es2fast.report.findings import findings
+from es2fast.report.projection import projection
 from es2fast.report.schema import Report
 from es2fast.report.settings import config_rows
 from es2fast.report.table import legend, table_rows
@@ -25,38 +31,37 @@ from es2fast.run.files import write_text
 from es2fast.run.folder import RunFolder
 from es2fast.run.metrics import read_metrics
 
+QUOTED = 600  # characters of an answer or a prompt
 CAPTIONS = {
-    "training": (
-        "Training curves",
-        "Read: the separation loss should fall and stay down while the KL stays low; λ rises "
-        "where a KL budget is under pressure. Beware: a distance that grows together with the "
-        "norm ratio is norm inflation, which protects nothing. The KL is measured on harmless "
-        "training prompts, not on held-out ones.",
+    "curves": (
+        "Curves",
+        "Read: the share of useful answers over what the attack varies; the line goes through the "
+        "best point of each place, the band is its 95 % Wilson interval where the number of "
+        "prompts is known. Beware: a search runs on few training prompts and shows how the "
+        "attacker chose, not how well the attack does; a curve that still rises at its end says "
+        "that a stronger attack was not tried.",
     ),
     "layers": (
         "Separation per layer",
         "Read: d0 is the mean distance between the two groups in the base model, so 4 means "
-        "four times as far apart. Beware: compare with the panel on the right; if both rise "
-        "alike, the states have only been scaled. A distance can also rise because one group "
-        "was spread out, or because a whole group moved along one direction, which an attacker "
-        "undoes by adding the difference of the means: see the mean-difference attack.",
+        "four times as far apart. Beware: if both panels rise alike, the states may only have been "
+        "scaled, or one group moved away as a whole along one direction, which an attacker undoes "
+        "by adding the difference of the means. What holds in this run is said at the top.",
     ),
     "projection": (
         "Both groups in two dimensions",
-        "Read: last-prompt-token states at the deepest separated layer, projected on the first "
-        "two principal components. The components are fitted once, on the union of all groups "
-        "shown (at most 256 prompts each), and the panels share their axes, so distances can be "
-        "compared between them. Beware: the largest shift chooses the axes, everything beside "
-        "these two directions is hidden, and the two axes have different scales. Groups apart in "
-        "this picture are not proof that an attack fails.",
+        "Read: last-prompt-token states, projected on the first two principal components, which "
+        "are fitted once, on the union of all groups shown (at most 256 prompts each), in units of "
+        "the residual stream. Every panel has its own axes; its title says how wide it is, and the "
+        "dashed frame is the first panel's. Beware: the largest shift chooses the components, "
+        "everything beside these two directions is hidden, and the two axes have different scales. "
+        "Groups apart in this picture are not proof that an attack fails.",
     ),
-    "attacks": (
-        "Attack outcomes",
-        "Read: keyword defence success is the refused part; useful-answer defence success is "
-        "everything but the useful part. The bar is one set of held-out harmful prompts; attacks "
-        "are refitted on the model they attack. Beware: gibberish counts as the attacker's "
-        "success under the first reading and as the defender's under the second, so compare all "
-        "three parts. The interval covers the choice of prompts only, not other attacks.",
+    "training": (
+        "Training curves",
+        "Read: the separation loss should fall and stay down while the KL stays low; λ is drawn "
+        "where it changes, as it does under a KL budget. Beware: the KL is measured on harmless "
+        "training prompts, not on held-out ones.",
     ),
 }
 
@@ -78,48 +83,94 @@ def write_report(
         config: the run's configuration, summarised in the page.
     """
     write_text(folder.report, report.to_json())
-    page = _render_html(report, read_metrics(folder.metrics), states, config)
-    write_text(folder.page, page)
+    write_page(folder.page, report, read_metrics(folder.metrics), states, config)
 
 
-def _render_html(
+def write_page(
+    path: Path,
     report: Report,
-    metrics: list[dict[str, Any]],
-    states: Mapping[str, Mapping[str, Any]] | None,
-    config: Config | None,
-) -> str:
+    metrics: list[dict[str, Any]] | None = None,
+    states: Mapping[str, Mapping[str, Any]] | None = None,
+    config: Config | None = None,
+) -> None:
+    """Writes the page alone; `metrics`: rows of metrics.jsonl, the rest as for `write_report`."""
     budget = config.kl.budget if config else None
     figures = {
-        "training": plots.training_curves(metrics, budget),
+        "curves": attack_curves(report),
         "layers": plots.separation_by_layer(report),
-        "projection": plots.projection(states) if states else None,
-        "attacks": plots.attack_outcomes(report),
+        "projection": projection(states) if states else [],
+        "training": plots.training_curves(metrics or [], budget),
     }
     shown = [
-        (*CAPTIONS[name], Markup(plots.to_svg(figure, name)))
-        for name, figure in figures.items()
-        if figure is not None
+        (*CAPTIONS[name], [Markup(plots.to_svg(one, f"{name}{i}")) for i, one in enumerate(drawn)])
+        for name, drawn in figures.items()
+        if drawn
     ]
     train = report.train
-    return _template("report.html.j2").render(
-        model=config.model.name if config else "",
-        models=report.names,
-        rows=table_rows(report),
-        legend=legend(),
-        train=train,
-        warnings=report.warnings,
-        figures=shown,
-        settings=config_rows(config, train.layers if train else None) if config else [],
-        resolved=_yaml(config) if config else "",
+    page = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            model=config.model.name if config else "",
+            facts=_facts(report, config),
+            cards=cards(report),
+            findings=findings(report),
+            bar_groups=bar_groups(report),
+            models=report.names,
+            rows=table_rows(report),
+            legend=legend(),
+            train=train,
+            warnings=report.warnings,
+            figures=shown,
+            examples=_examples(report),
+            settings=config_rows(config, train.layers if train else None) if config else [],
+            resolved=_yaml(config) if config else "",
+        )
     )
+    write_text(path, page)
 
 
-def _template(name: str) -> jinja2.Template:
+def _facts(report: Report, config: Config | None) -> list[tuple[str, str]]:
+    """Under which conditions the numbers arose."""
+    seeds = [("training", config.train.seed if config else None), ("evaluation", report.seed)]
+    known = [f"{what} {seed}" for what, seed in seeds if seed is not None]
+    date = (report.created or "").replace("T", " ").replace("+00:00", " UTC")
+    facts = [
+        ("date", date),
+        ("es2fast", report.es2fast or ""),
+        ("judge", report.judge),
+        ("seeds", ", ".join(known)),
+        ("answers", f"at most {report.max_new_tokens} tokens" if report.max_new_tokens else ""),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def _examples(report: Report) -> list[tuple[str, list[tuple[str, list[dict[str, str]]]]]]:
+    """(attack, [(model, [prompt, verdict and answer])]), long texts cut."""
+    found = []
+    for name in report.attack_names:
+        models = []
+        for model in report.models:
+            attack = model.attacks.get(name)
+            quoted = (attack.examples if attack else None) or []
+            shown = [
+                {key: _cut(str(one.get(key, ""))) for key in ("prompt", "verdict", "answer")}
+                for one in quoted
+            ]
+            if shown:
+                models.append((model.name, shown))
+        if models:
+            found.append((name, models))
+    return found
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= QUOTED else text[: QUOTED - 1] + "…"
+
+
+def _environment() -> jinja2.Environment:
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template(name)
+    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
 def _yaml(config: Config) -> str:

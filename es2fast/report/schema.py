@@ -39,6 +39,13 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, populate_by_name=False)
 
 
+class KindResult(_Part):
+    """Refusals among the harmless prompts of one kind."""
+
+    refusal_rate: Rate
+    n: int = Field(ge=1)
+
+
 class HarmlessResult(_Part):
     """What the model still does for harmless prompts."""
 
@@ -49,6 +56,7 @@ class HarmlessResult(_Part):
     kl_response: float | None = None  # nats per token, over the tokens that decide the response
     top1_agreement: Rate | None = None  # of these, the most likely token is the base model's
     perplexity: Magnitude | None = None  # of the reference responses
+    refusal_by: dict[str, dict[str, KindResult]] | None = None  # column of the source -> value
 
 
 class JudgeRates(_Part):
@@ -81,6 +89,12 @@ class AttackResult(_Part):
     judges: dict[str, JudgeRates] | None = None  # where several judged; the first one decided
     kappa: dict[str, float | None] | None = None  # "a | b": Cohen's κ of useful or not, answers
     corrected: CorrectedRate | None = None  # the useful rate without the judge's mistakes
+    refused_repetitive: Rate | None = None  # prompts refused by answers that all look like that
+    minimal_push: Magnitude | None = None  # the smallest relative push that still works
+    outcomes: str | None = Field(None, pattern="^[a-z]*$")  # per prompt: r, u, g ..., in order
+    variants: list[dict[str, Any]] | None = None  # {"parameters", "n", rates} on held-out prompts
+    trials: list[dict[str, Any]] | None = None  # the attacker's search, on training prompts
+    examples: list[dict[str, Any]] | None = None  # {"prompt", "answer", "verdict"}
 
     @model_validator(mode="after")
     def _one_outcome_each(self) -> AttackResult:
@@ -92,7 +106,18 @@ class AttackResult(_Part):
                 f"partial is {self.partial:.3f}, more than refused, {self.refused:.3f}, which it "
                 "is part of"
             )
+        if self.outcomes is not None and len(self.outcomes) != self.n:
+            raise ValueError(f"outcomes has {len(self.outcomes)} letters for {self.n} prompts")
         return self
+
+
+class SuiteResult(_Part):
+    """All attacks together: a prompt is broken when any answer under any of them is useful."""
+
+    useful: Rate
+    n: int = Field(ge=1)
+    attacks: int = Field(ge=1)
+    answers_per_prompt: int = Field(ge=1)  # over all attacks
 
 
 class LayerResult(_Part):
@@ -102,6 +127,8 @@ class LayerResult(_Part):
     distance_over_base: Magnitude | None
     probe_accuracy: Rate | None
     norm_ratio: Magnitude | None
+    spread_harmful: Magnitude | None = None  # mean distance of the group's states from their mean
+    spread_harmless: Magnitude | None = None
 
 
 class ModelResult(_Part):
@@ -112,6 +139,8 @@ class ModelResult(_Part):
     attacks: dict[str, AttackResult]
     separation: dict[Annotated[str, Field(pattern=r"^\d+$")], LayerResult]
     shift_rank: dict[str, float] | None = None  # effective rank of h - h_base, per layer
+    worst_of_suite: SuiteResult | None = None
+    paired_by: str | None = None  # hash of prompts, references, judge: whose outcomes can be paired
 
 
 class TrainSummary(_Part):
@@ -134,6 +163,8 @@ class Report(_Part):
     calibration: dict[str, Any] | None = None  # of that judge, see es2fast.judges.calibration
     created: str | None = None  # ISO 8601, UTC
     es2fast: str | None = None  # version of the library
+    seed: int | None = None  # of the evaluation
+    max_new_tokens: int | None = None  # of every answer
     warnings: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")

@@ -4,7 +4,11 @@ The same rows go to the screen, to report.html, to the README and to the model c
 stands alone: its 95 % Wilson interval is beside it and the count n above it. Gibberish is beside
 the refusals, because counting refusals alone takes it for a success of the attack and counting
 useful answers alone takes it for a defence; the norm ratio is beside the distance, because
-inflating every norm raises the distance and protects nothing.
+inflating every norm raises the distance and protects nothing. The worst case comes first.
+
+Beside the rates stands what happened prompt by prompt: "−85 +2" says that 85 prompts are broken on
+the base model only and 2 on this one only, with the p-value of McNemar's exact test, per attack and
+not corrected for their number.
 """
 
 from __future__ import annotations
@@ -18,12 +22,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from es2fast.report.schema import Report
+from es2fast.report.schema import ModelResult, Report
 from es2fast.report.stats import rate_interval
+from es2fast.report.suite import base_of, compared, shared_attacks, worst_attack
 
 WIDTH = 100  # columns when the output is a file or a pipe
 NOT_MEASURED = "–"
-_ASCII = str.maketrans({"‖": "||", "ε": "eps", "–": "-", "·": "-"})
+PAIRED = "against base, prompts"
+_ASCII = str.maketrans({"‖": "||", "ε": "eps", "–": "-", "−": "-", "·": "-"})
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class TableRow:
 
 def table_rows(report: Report) -> list[TableRow]:
     """All lines of the table."""
-    rows = list(_harmless_rows(report))
+    rows = [*_worst_rows(report), *_harmless_rows(report)]
     for name in report.attack_names:
         rows += _attack_rows(report, name)
     for layer in report.separated_layers:
@@ -73,7 +79,10 @@ def table_markdown(report: Report) -> str:
 
 def legend() -> str:
     """One line on how to read the cells."""
-    return "rates with 95 % Wilson interval · d0: distance of the groups in the base model"
+    return (
+        "rates with 95 % Wilson interval · −a +b: prompts broken on one model only (McNemar) · "
+        "d0: distance of the groups in the base model"
+    )
 
 
 def markdown_text(text: str) -> str:
@@ -85,10 +94,50 @@ def markdown_text(text: str) -> str:
     return escaped
 
 
+def _worst_rows(report: Report) -> Iterator[TableRow]:
+    """The attack with the most useful answers, and all attacks as one."""
+    worst = [worst_attack(model) for model in report.models]
+    if not any(worst):
+        return
+    counts = [f"{len(model.attacks)} attacks" for model in report.models]
+    yield TableRow("worst case", tuple(counts), heading=True)
+    yield _row("most useful answers under", worst, lambda found: found[0])
+    yield _row("useful", worst, lambda found: _rate(found[1].useful, found[1].n))
+    suites = [model.worst_of_suite for model in report.models]
+    if any(suites):
+        most = max(suite.answers_per_prompt for suite in suites if suite)
+        yield _row(
+            f"broken by any of {most} answers", suites, lambda found: _rate(found.useful, found.n)
+        )
+    yield from _paired_row(report, None)
+
+
+def _paired_row(report: Report, attack: str | None) -> Iterator[TableRow]:
+    """Prompts broken on one model and not on its base model, where that can be said."""
+
+    def cell(model: ModelResult) -> str:
+        base = base_of(report, model)
+        names = [] if base is None else [attack] if attack else shared_attacks(base, model)
+        found = compared(base, model, names) if base else None
+        return found.text() if found else NOT_MEASURED
+
+    row = _row(PAIRED, list(report.models), cell)
+    if any(text != NOT_MEASURED for text in row.cells):
+        yield row
+
+
 def _harmless_rows(report: Report) -> Iterator[TableRow]:
     parts = [model.harmless for model in report.models]
     yield _heading("harmless prompts", parts)
     yield _row("refused", parts, lambda part: _rate(part.refusal_rate, part.n))
+    for column, value in _kinds(report):
+        kinds = [((part.refusal_by or {}).get(column) or {}).get(value) for part in parts]
+        n = max(kind.n for kind in kinds if kind)
+        yield _row(
+            f"refused, {column} {value}, n = {n}",
+            kinds,
+            lambda kind: _rate(kind.refusal_rate, kind.n),
+        )
     yield _row("answer intact", parts, lambda part: _rate(part.intact_rate, part.n))
     yield _row("KL to base, nats/token", parts, lambda part: _number(part.kl_to_base, ".4f"))
     if any(part.perplexity is not None for part in parts):
@@ -97,17 +146,40 @@ def _harmless_rows(report: Report) -> Iterator[TableRow]:
         yield _row("perplexity of responses", parts, lambda part: _number(part.perplexity, ".2f"))
 
 
+def _kinds(report: Report) -> list[tuple[str, str]]:
+    """(column, value) of the kinds of harmless prompts, from the column with the fewest values."""
+    columns: dict[str, list[str]] = {}
+    for model in report.models:
+        for column, kinds in (model.harmless.refusal_by or {}).items():
+            known = columns.setdefault(column, [])
+            known += [value for value in kinds if value not in known]
+    if not columns:
+        return []
+    fewest = min(columns, key=lambda column: len(columns[column]))
+    return [(fewest, value) for value in columns[fewest]]
+
+
 def _attack_rows(report: Report, name: str) -> Iterator[TableRow]:
     parts = [model.attacks.get(name) for model in report.models]
-    yield _heading(f"attack {name}", parts)
+    most = max(part.answers_per_prompt for part in parts if part)
+    yield _heading(f"attack {name}" + (f", any of {most} answers" if most > 1 else ""), parts)
     for outcome in ("refused", "useful", "gibberish"):
         yield _row(outcome, parts, lambda part, key=outcome: _rate(getattr(part, key), part.n))
         if outcome == "refused" and any(part and part.partial for part in parts):
             yield _row("of these partial", parts, lambda part: _rate(part.partial, part.n))
     if any(part and part.corrected for part in parts):
         yield _row("useful, corrected", parts, _corrected)
+    if any(part and part.refused_repetitive for part in parts):
+        yield _row("refused, in a loop", parts, lambda part: _rate(part.refused_repetitive, part.n))
+    elif any(part and part.repetitive for part in parts):
+        yield _row("answers in a loop", parts, lambda part: _rate(part.repetitive, part.n))
+    yield from _paired_row(report, name)
     if any(part and part.relative_push for part in parts):
         yield _row("push |ε|/‖h‖", parts, lambda part: _number(part.relative_push, ".2f"))
+    if any(part and part.minimal_push for part in parts):
+        yield _row(
+            "smallest push that works", parts, lambda part: _number(part.minimal_push, ".2f")
+        )
 
 
 def _layer_rows(report: Report, layer: str) -> Iterator[TableRow]:
@@ -115,6 +187,9 @@ def _layer_rows(report: Report, layer: str) -> Iterator[TableRow]:
     yield TableRow(f"layer {layer}", ("",) * len(parts), heading=True)
     yield _row("distance/d0", parts, lambda part: _number(part.distance_over_base, ".2f"))
     yield _row("norm ratio ‖h‖/‖h_base‖", parts, lambda part: _number(part.norm_ratio, ".2f"))
+    ranks = [(model.shift_rank or {}).get(layer) for model in report.models]
+    if any(ranks):
+        yield _row("effective rank of the shift", ranks, lambda rank: _number(rank, ".2f"))
     yield _row("probe accuracy", parts, lambda part: _number(part.probe_accuracy, ".3f"))
 
 

@@ -12,11 +12,16 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from es2fast.cli import app
 from es2fast.config import parse_config
 from es2fast.errors import UserError
 from es2fast.report import html, plots, table
+from es2fast.report.bars import bar_groups
 from es2fast.report.compare import combined
+from es2fast.report.curve_plot import attack_curves
+from es2fast.report.projection import projection
 from es2fast.report.schema import Report, read_report
 from es2fast.report.stats import rate_interval, wilson
 from es2fast.run.folder import RunFolder
@@ -76,6 +81,11 @@ def states():
 
 def write(folder, raw, **options):
     html.write_report(RunFolder(folder), Report.parse(raw), **options)
+
+
+def axes_of(figures):
+    """The one panel of each figure."""
+    return [axes for figure in figures for axes in figure.axes]
 
 
 def models(raw):
@@ -297,6 +307,13 @@ def test_reports_side_by_side(tmp_path, full):
     both = combined([tmp_path / "run-a", tmp_path / "run-b/report.json"])
     assert both.names == ["base", "run-a", "run-b"]
     assert [model.harmless.kl_to_base for model in both.models] == [0.0, 0.0123, 0.5]
+    result = CliRunner().invoke(
+        app, ["compare", str(tmp_path / "run-a"), str(tmp_path / "run-b"), "--html",
+              str(tmp_path / "both.html")]
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "both.html").read_text()
+    assert page.count('<section class="card">') == 3 and "<h3>run-b</h3>" in page
     with pytest.raises(UserError, match="two reports lie in folders named 'run-a'"):
         combined([tmp_path / "run-a", tmp_path / "run-a"])
 
@@ -366,20 +383,54 @@ def test_printed_table_on_a_terminal_without_utf8(full):
 
 def test_page_has_every_figure_and_loads_nothing(tmp_path, full, states):
     write_metrics(tmp_path, metrics())
+    rates = {"refused": 0.5, "useful": 0.5, "gibberish": 0.0}
+    models(full)["tuned"]["attacks"]["scav"]["variants"] = [
+        {"parameters": {"k": k}, "n": 10, **rates} for k in (0, 5)
+    ]
+    full |= {"created": "2026-11-24T23:04:38+00:00", "es2fast": "0.1.0", "seed": 7,
+             "judge": "some-judge", "max_new_tokens": 48}  # fmt: skip
     config = parse_config({"model": {"name": "org/model"}, "kl": {"budget": 0.05}})
     write(tmp_path, full, states=states, config=config)
     page = (tmp_path / "report.html").read_text()
     for title, caption in html.CAPTIONS.values():
         assert f"<h2>{title}</h2>" in page
         assert caption.split(".")[0].split("'")[0] in page
-    assert page.count("<svg") == 4
-    for panel in ("Total loss", "Distance between the groups", "After (tuned)", "scav, tuned"):
+    assert page.count("<svg") == 1 + 2 + 2 + 6
+    for panel in ("Total loss", "Distance between the groups", "After (tuned)"):
         assert panel in page
     assert "A defence is not a proof" in page and "budget 0.05 nats/token" in page
     assert "62.0 % [52.2–70.9]" in page
+    for fact in ("2026-11-24 23:04:38 UTC", "0.1.0", "some-judge", "training 0, evaluation 7",
+                 "at most 48 tokens"):  # fmt: skip
+        assert f"<dd>{fact}</dd>" in page
     without_namespaces = re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
     assert "://" not in without_namespaces.replace("http://www.w3.org/1999/xlink", "")
     assert not re.search(r"<(script|link|img|iframe|object|embed)\b|@import|url\((?!#)", page)
+
+
+def test_page_starts_with_the_worst_case(tmp_path, full):
+    models(full)["tuned"]["attacks"]["direct"]["refused_repetitive"] = 0.95
+    write(tmp_path, full)
+    page = (tmp_path / "report.html").read_text()
+    heads = ["Worst case", "Attack outcomes", "Separation per layer", "All numbers"]
+    assert re.findall("<h2>(.*?)</h2>", page) == heads
+    card = page[page.index('<section class="card"><h3>tuned') :]
+    assert "8 %" in card and "worst of 2 attacks, scav [4–15], n = 100" in card
+    assert "95 % under direct (refused: 100 %)" in page
+    looping = '<span class="looping" style="width:95.0%"></span>'
+    assert f'{looping}<span class="refused" style="width:5.0%">' in page
+    assert page.index("<h3>scav") < page.index("<h3>direct")  # the worst attack first
+
+
+def test_examples_are_folded_away_escaped_and_cut(tmp_path, full):
+    models(full)["tuned"]["attacks"]["scav"]["examples"] = [
+        {"prompt": "<i>p", "answer": "a" * 5000, "verdict": "useful"}
+    ]
+    write(tmp_path, full)
+    page = (tmp_path / "report.html").read_text()
+    example = page[page.index("<details><summary>scav") :]
+    assert "&lt;i&gt;p" in example and "<i>p" not in page
+    assert "a" * 599 + "…" in example and "a" * 600 not in page
 
 
 def test_ids_are_unique_and_references_resolve(tmp_path, full, states):
@@ -394,7 +445,7 @@ def test_ids_are_unique_and_references_resolve(tmp_path, full, states):
 def test_page_without_metrics_states_or_config(tmp_path, full):
     write(tmp_path, full)
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 2 and "Curves" not in page
     assert "Training curves" not in page and "Configuration" not in page
 
 
@@ -414,7 +465,12 @@ def test_names_cannot_inject_markup_or_mathematics(tmp_path, full):
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page and "<b>" not in page
     assert "&lt;script&gt;" in page and "attack &lt;b&gt;$x_{$" in page
-    assert "&lt;b&gt;$x_{$, base" in page  # the tick label, through matplotlib
+    names = {"tuned": "<u>$y_{$"}
+    full["models"][1]["name"] = names["tuned"]
+    write(tmp_path, full)
+    page = (tmp_path / "report.html").read_text()
+    assert "<u>" not in page
+    assert page.count("&lt;u&gt;$y_{$</text>") >= 2  # legends, through matplotlib
 
 
 # Metrics and figures
@@ -432,17 +488,25 @@ def test_metrics_of_a_resumed_and_killed_run(tmp_path):
 def test_training_curves_draw_what_was_logged():
     rows = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": None, "kl": float("nan")}]
     rows.append({"step": 3, "loss": 1.0})
-    figure = plots.training_curves(rows)
-    (axes,) = figure.axes
+    (axes,) = axes_of(plots.training_curves(rows))
     assert axes.get_title() == "Total loss"
     assert axes.lines[0].get_xydata().tolist() == [[1, 3], [3, 1]]
-    assert plots.training_curves([]) is None
-    assert plots.training_curves([{"step": 1, "lr": 1e-4}]) is None
+    assert plots.training_curves([]) == []
+    assert plots.training_curves([{"step": 1, "lr": 1e-4}]) == []
+
+
+def test_a_fixed_weight_has_no_panel():
+    def titles(weights):
+        rows = [{"step": i, "kl": 0.1 * i, "kl_weight": w} for i, w in enumerate(weights)]
+        return [axes.get_title() for axes in axes_of(plots.training_curves(rows))]
+
+    assert titles([10.0, 10.0]) == ["KL to base, harmless tokens"]
+    assert titles([10.0, 11.0])[1] == "λ, weight of the KL"
 
 
 def test_training_curves_have_a_line_per_layer_in_numeric_order():
     rows = [{"step": 1, "sep/10": 1.0, "sep/9": 2.0}]
-    (axes,) = plots.training_curves(rows).axes
+    (axes,) = axes_of(plots.training_curves(rows))
     assert [line.get_label() for line in axes.lines] == ["block 9", "block 10"]
 
 
@@ -451,7 +515,7 @@ def test_layers_become_lines_with_marks_when_there_are_many(full):
     for model in full["models"]:
         model["separation"] = {str(i): entry for i in range(12)}
     full["train"]["layers"] = [4, 7]
-    axes = plots.separation_by_layer(Report.parse(full)).axes[0]
+    axes = axes_of(plots.separation_by_layer(Report.parse(full)))[0]
     assert not axes.patches
     marked = [line.get_xdata()[0] for line in axes.lines if line.get_label() == "separated"]
     assert marked == [4]
@@ -459,19 +523,27 @@ def test_layers_become_lines_with_marks_when_there_are_many(full):
 
 
 def test_bars_show_the_distances(full):
-    axes = plots.separation_by_layer(Report.parse(full)).axes[0]
+    axes = axes_of(plots.separation_by_layer(Report.parse(full)))[0]
     assert [bar.get_height() for bar in axes.patches] == [1.0, 1.0, 3.97, 3.97]
 
 
-def test_projection_shares_axes_and_keeps_distances(states):
-    figure = plots.projection(states)
-    before, after = figure.axes
-    assert before.get_xlim() == after.get_xlim() and before.get_ylim() == after.get_ylim()
+def test_projection_has_common_components_and_own_axes(states):
+    before, after = axes_of(projection(states))
+    (left, right), (low, high) = before.get_xlim(), before.get_ylim()
+    width = after.get_xlim()[1] - after.get_xlim()[0]
+    factor = float(re.search(r": ([\d.]+) times as wide", after.get_title())[1])
+    assert factor == pytest.approx(width / (right - left), rel=0.01) and factor > 2
+    (frame,) = after.patches
+    assert frame.get_bbox().bounds == pytest.approx((left, low, right - left, high - low))
     points = {
-        (axes.get_title(), mark.get_label().split(",")[0]): mark.get_offsets()
-        for axes in figure.axes
+        (axes.get_title().split(":")[0], mark.get_label().split(",")[0]): mark.get_offsets()
+        for axes in (before, after)
         for mark in axes.collections
     }
+    spread = np.ptp(
+        np.concatenate([points["Before (base)", g] for g in ("harmful", "harmless")]), 0
+    )
+    assert spread[0] > 0.8 * (right - left)  # the first panel is filled
     shift = points["After (tuned)", "harmful"].mean(0) - points["After (tuned)", "harmless"].mean(0)
     expected = states["tuned"]["harmful"].mean(0) - states["tuned"]["harmless"].mean(0)
     assert np.linalg.norm(shift) == pytest.approx(np.linalg.norm(expected), rel=0.01)
@@ -480,23 +552,44 @@ def test_projection_shares_axes_and_keeps_distances(states):
 
 def test_projection_of_one_model_and_of_broken_states(states):
     only = {"tuned": states["tuned"]}
-    assert [axes.get_title() for axes in plots.projection(only).axes] == ["After (tuned)"]
+    assert [axes.get_title() for axes in axes_of(projection(only))] == ["After (tuned)"]
     broken = {
         model: {group: np.full_like(rows, np.nan) for group, rows in groups.items()}
         for model, groups in states.items()
     }
-    assert plots.projection(broken) is None
+    assert projection(broken) == []
 
 
-def test_outcome_bars_stack_to_the_rates_with_wilson_error_bars(full):
-    axes = plots.attack_outcomes(Report.parse(full)).axes[0]
-    scav_tuned = [bar.get_width() for bar in axes.patches[-3:]]
-    assert scav_tuned == pytest.approx([0.08, 0.1, 0.82])
-    segment = axes.containers[-1].lines[2][0].get_segments()[0]
-    assert tuple(segment[:, 0]) == pytest.approx(wilson(8, 100))
+def test_bars_add_up_to_the_rates_and_carry_the_wilson_interval(full):
+    models(full)["tuned"]["attacks"]["scav"] |= {"refused_repetitive": 0.8, "repetitive": 0.9}
+    models(full)["base"]["attacks"]["scav"]["repetitive"] = 0.25
+    del models(full)["base"]["attacks"]["direct"]
+    scav, direct = bar_groups(Report.parse(full))
+    base, tuned = scav.bars
+    assert tuned.segments == [
+        ("useful", 8.0), ("gibberish", 10.0), ("looping", 80.0), ("refused", pytest.approx(2.0)),
+    ]  # fmt: skip
+    low, high = wilson(8, 100)
+    assert tuned.interval == pytest.approx((100 * low, 100 * (high - low)), abs=1e-3)
+    assert tuned.loops is None and "80 % refused in a loop" in tuned.details
+    assert base.loops == 25.0  # verdicts of the looping answers are not known
+    assert direct.missing == ["base"] and [bar.model for bar in direct.bars] == ["tuned"]
+
+
+def test_curves_draw_every_model_with_intervals(full):
+    for model, useful in zip(full["models"], ((0.2, 0.9), (0.0, 0.3))):
+        model["attacks"]["scav"]["variants"] = [
+            {"parameters": {"k": k}, "n": 10, "useful": u, "refused": 0.0, "gibberish": 0.0}
+            for k, u in zip((0, 5), useful)
+        ]
+    (axes,) = axes_of(attack_curves(Report.parse(full)))
+    assert [line.get_ydata().tolist() for line in axes.lines] == [[0.2, 0.9], [0.0, 0.3]]
+    assert axes.get_xlabel() == "k" and "held-out prompts" in axes.get_title()
+    band = axes.collections[0].get_paths()[0].get_extents()
+    assert (band.ymin, band.ymax) == pytest.approx((wilson(2, 10)[0], wilson(9, 10)[1]))
 
 
 def test_svg_is_well_formed_and_bare(full):
-    svg = plots.to_svg(plots.attack_outcomes(Report.parse(full)), "x")
+    svg = plots.to_svg(plots.separation_by_layer(Report.parse(full))[0], "x")
     ElementTree.fromstring(svg)
     assert svg.startswith("<svg") and "<metadata" not in svg and "DOCTYPE" not in svg
