@@ -22,6 +22,10 @@ BUILT_IN = {
     "direct": "es2fast.attacks.direct:Direct",
     "scav": "es2fast.attacks.states.scav:Scav",
     "mean_difference": "es2fast.attacks.states.mean_difference:MeanDifference",
+    "ablation": "es2fast.attacks.states.ablation:Ablation",
+    "ablation_weights": "es2fast.attacks.weights.ablation:AblationWeights",
+    "finetune": "es2fast.attacks.weights.finetune:Finetune",
+    "splice": "es2fast.attacks.weights.splice:Splice",
 }
 
 

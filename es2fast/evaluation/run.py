@@ -77,7 +77,10 @@ def evaluate_models(
     warnings: list[str] = []
     for subject in subjects:
         others = [s for s in subjects if s.name != BASE] if subject.name == BASE else []
-        part = SubjectEvaluation(subject, prompts, settings, folder, log, judge, base, warnings)
+        before = next((s for s in subjects if s.name == BASE and s is not subject), None)
+        part = SubjectEvaluation(
+            subject, prompts, settings, folder, log, judge, base, warnings, before
+        )
         outcomes[subject.name] = part.run(others)
         base = outcomes.get(BASE)
     SavedTeacher(folder.measured / TEACHER, "").remove()
