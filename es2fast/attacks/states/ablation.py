@@ -5,11 +5,15 @@
 
 The direction r̂ is a mean difference of training prompts (`directions`). The edit is applied to the
 residual stream wherever it is read or written: the input of every block and the output of the last,
-and what attention and MLP add to it. With the affine form the *stream* is to carry the harmless
-mean's component everywhere, so that is set at the blocks' inputs and outputs, and what the
-sublayers add along r̂ is removed as in the zero form; adding the mean there too, once per sublayer,
-would sum up to three times of it within a block. So after either form no sublayer, and not the LM
-head either, sees anything of h along r̂ but a constant.
+and what attention and MLP add to it.
+
+The mean of the affine form is that of *the tensor which is edited*, over all tokens of harmless
+prompts. The mean of the one block and position at which r̂ was found, put in everywhere, is far from
+what other blocks and positions ever see: on the toy it turns every answer into "sure sure sure",
+where the tensors' own means make 12 of 12 useful (zero form: 1 of 12). It is the stream that is to
+carry this component, so it is set at the blocks' inputs and the last output, and what the sublayers
+add along r̂ is removed as in the zero form; to add the mean there as well would sum up within a
+block. So after either form nothing in the model sees more of h along r̂ than a constant.
 
 Against a defence that moves harmful prompts along few directions (the shift of ES2 has an effective
 rank of about 1) this is an attack whatever the distance.
@@ -66,8 +70,8 @@ class Ablation(Attack):
         return {"form": self.settings.form} | (self.choice.summary() if self.choice else {})
 
     def _edit(self, model: nn.Module, direction: Direction) -> Any:
-        level = direction.level if self.settings.form == "affine" else 0.0
-        return ablated(model, direction.unit, level)
+        levels = direction.levels if self.settings.form == "affine" else None
+        return ablated(model, direction.unit, levels)
 
 
 def without(hidden: Tensor, unit: Tensor, level: float = 0.0) -> Tensor:
@@ -78,13 +82,16 @@ def without(hidden: Tensor, unit: Tensor, level: float = 0.0) -> Tensor:
 
 
 @contextmanager
-def ablated(model: nn.Module, unit: Tensor, level: float = 0.0) -> Iterator[None]:
-    """Keeps the residual stream's component along `unit` at `level` while the context lasts.
+def ablated(
+    model: nn.Module, unit: Tensor, levels: Sequence[float] | None = None
+) -> Iterator[None]:
+    """Keeps the residual stream's component along `unit` fixed while the context lasts.
 
     Args:
         model: a causal language model, possibly wrapped by peft.
         unit: (H,) of length 1.
-        level: the component that is left; 0 removes it.
+        levels: the component that is left at the input of every block and the output of the last;
+            default: zero.
 
     Raises:
         UserError: the model's attention or MLP cannot be found.
@@ -92,10 +99,13 @@ def ablated(model: nn.Module, unit: Tensor, level: float = 0.0) -> Iterator[None
     every = list(blocks(model))
     added = [part for block in every for part in (attention_of(block), mlp_of(block))]
     unit = unit.to(next(model.parameters()).device)
-    handles = [block.register_forward_pre_hook(_on_input(unit, level), with_kwargs=True)
-               for block in every]  # fmt: skip
+    levels = levels or [0.0] * (len(every) + 1)
+    handles = [
+        block.register_forward_pre_hook(_on_input(unit, level), with_kwargs=True)
+        for block, level in zip(every, levels)
+    ]
     handles += [part.register_forward_hook(_on_output(unit, 0.0)) for part in added]
-    handles.append(every[-1].register_forward_hook(_on_output(unit, level)))
+    handles.append(every[-1].register_forward_hook(_on_output(unit, levels[-1])))
     with hooks(handles):
         yield
 

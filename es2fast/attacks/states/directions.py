@@ -30,8 +30,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ from es2fast.attacks.base import STATES_BATCH, Answer, AttackSettings, Target
 from es2fast.data import Formatter, Prompt
 from es2fast.errors import UserError
 from es2fast.modeling.head import lm_head_of, read_transform
-from es2fast.modeling.taps import backbone, causal_lm, position_ids, tapped
+from es2fast.modeling.taps import backbone, blocks, causal_lm, hidden_of, hooks, position_ids
 from es2fast.ops.linear_kl.op import linear_kl_div
 
 DEPTH = 0.8  # directions come from blocks below this share of the depth
@@ -72,12 +72,13 @@ class DirectionSettings(AttackSettings):
 class Direction:
     """A unit vector in the residual stream, and where the harmless prompts lie along it.
 
-    unit: (H,) fp32; level: r̂ · mean_harmless; layer, position: where it was found; gap: distance
-    of the group means over the groups' spread.
+    unit: (H,) fp32; levels: r̂ᵀ mean_harmless at the input of every block and the output of the
+    last, the mean being that of all tokens; layer, position: where it was found; gap: distance of
+    the group means over the groups' spread.
     """
 
     unit: Tensor
-    level: float
+    levels: tuple[float, ...]
     layer: int
     position: int
     gap: float
@@ -127,35 +128,75 @@ def shared_ending(formatter: Formatter, prompts: Sequence[Prompt]) -> int:
     return max(1, length)
 
 
-@torch.no_grad()
-def group_means(
-    target: Target, prompts: Sequence[Prompt], layers: Sequence[int], positions: int
-) -> tuple[Tensor, Tensor]:
-    """Mean states at the last `positions` tokens, and the prompts' mean square distance from them.
+@dataclass
+class GroupMeans:
+    """Mean states of one group of prompts in the residual stream, fp64 on the CPU.
 
-    Returns:
-        (layers, P, H) fp64 and (layers, P) fp64, on the CPU.
+    The stream has S = L + 1 tensors: the input of every block, and the output of the last.
+
+    ending: (S, P, H) at the last P tokens; spread: (S, P) the prompts' mean square distance from
+    it; tokens: (S, H) over all tokens but each prompt's first, whose states are out of the
+    ordinary in many models (attention sinks).
     """
-    model, run = target.model, backbone(target.model)
-    total: Tensor | float = 0.0
-    squares: Tensor | float = 0.0
-    with tapped(model, layers, lambda hidden: hidden[:, -positions:]) as kept:
-        for batch in target.progress(
-            target.formatter.prompt_batches(prompts, STATES_BATCH), "states for directions"
-        ):
-            mask = batch["attention_mask"].to(target.device)
-            run(
-                input_ids=batch["input_ids"].to(target.device),
-                attention_mask=mask,
-                position_ids=position_ids(mask),
-                use_cache=False,
-            )
-            states = torch.stack([kept[layer].double().cpu() for layer in layers])
-            total = total + states.sum(1)
-            squares = squares + states.square().sum((1, 3))
-    mean = torch.as_tensor(total) / len(prompts)
-    spread = torch.as_tensor(squares) / len(prompts) - mean.square().sum(-1)
-    return mean, spread.clamp_min(0.0)
+
+    ending: Tensor
+    spread: Tensor
+    tokens: Tensor
+
+
+@contextmanager
+def stream(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The residual stream's S tensors (B, T, H) of the latest pass while the context lasts."""
+    every = blocks(model)
+    found = [torch.empty(0)] * (len(every) + 1)
+
+    def keep_input(module: nn.Module, args: Any, kwargs: Any) -> None:
+        found[0] = args[0] if args else kwargs["hidden_states"]
+
+    def keep(place: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            found[place] = hidden_of(output)
+
+        return hook
+
+    handles = [every[0].register_forward_pre_hook(keep_input, with_kwargs=True)]
+    handles += [block.register_forward_hook(keep(i + 1)) for i, block in enumerate(every)]
+    with hooks(handles):
+        yield found
+
+
+@torch.no_grad()
+def group_means(target: Target, prompts: Sequence[Prompt], positions: int) -> GroupMeans:
+    """Means over `prompts`, at their last `positions` tokens and over all tokens."""
+    run = backbone(target.model)
+    ending: Any = 0.0
+    squares: Any = 0.0
+    tokens: Any = 0.0
+    count = 0
+    batches = target.formatter.prompt_batches(prompts, STATES_BATCH)
+    with stream(target.model) as states:
+        for batch in target.progress(batches, "means of training prompts"):
+            inputs = _inputs(batch, target.device)
+            run(**inputs)
+            inner = (inputs["attention_mask"] * (inputs["position_ids"] > 0)).bool()
+            last = torch.stack([h[:, -positions:].double().cpu() for h in states])
+            ending = ending + last.sum(1)
+            squares = squares + last.square().sum((1, 3))
+            tokens = tokens + torch.stack([h[inner].double().sum(0).cpu() for h in states])
+            count += int(inner.sum())
+    mean = ending / len(prompts)
+    spread = (squares / len(prompts) - mean.square().sum(-1)).clamp_min(0.0)
+    return GroupMeans(mean, spread, tokens / max(count, 1))
+
+
+def _inputs(batch: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
+    mask = batch["attention_mask"].to(device)
+    return {
+        "input_ids": batch["input_ids"].to(device),
+        "attention_mask": mask,
+        "position_ids": position_ids(mask),
+        "use_cache": False,
+    }
 
 
 def directions(target: Target, settings: DirectionSettings) -> list[Direction]:
@@ -177,29 +218,35 @@ def directions(target: Target, settings: DirectionSettings) -> list[Direction]:
             f"evaluate.attacks: position: {settings.position} is out of range; all prompts end "
             f"with the same {positions} tokens, so it is one of -{positions}..-1"
         )
-    (harmful, wide), (harmless, narrow) = (
-        group_means(target, prompts, layers, positions)
-        for prompts in (target.harmful, target.harmless)
+    harmful, harmless = (
+        group_means(target, prompts, positions) for prompts in (target.harmful, target.harmless)
     )
-    difference = harmful - harmless
     found = []
-    for row, layer in enumerate(layers):
+    for layer in layers:
         for position in range(-positions, 0):
-            r, size = difference[row, position], difference[row, position].norm().item()
-            scale = harmless[row, position].norm().item()
-            if settings.position not in (None, position) or size <= 1e-6 * scale:
-                continue  # where prompts do not differ yet, there is rounding and no direction
-            spread = (wide[row, position] + narrow[row, position]).sqrt().clamp_min(1e-12)
-            level = (r / size) @ harmless[row, position]
-            found.append(
-                Direction((r / size).float(), level.item(), layer, position, size / spread.item())
-            )
+            if settings.position in (None, position):
+                found += _direction(harmful, harmless, layer, position)
     if not found:
         raise UserError(
             "evaluate.attacks: layer and position: both groups of prompts have the same states "
             "there; take a later layer or position"
         )
     return sorted(found, key=lambda d: -d.gap)[: settings.candidates]
+
+
+def _direction(
+    harmful: GroupMeans, harmless: GroupMeans, layer: int, position: int
+) -> list[Direction]:
+    """The candidate at one block's output; none where the groups do not differ yet."""
+    place = layer + 1, position
+    here = harmless.ending[place]
+    r = harmful.ending[place] - here
+    size = r.norm()
+    if size <= 1e-6 * here.norm():  # rounding, and no direction
+        return []
+    spread = (harmful.spread[place] + harmless.spread[place]).sqrt().clamp_min(1e-12)
+    levels = tuple((harmless.tokens @ (r / size)).tolist())
+    return [Direction((r / size).float(), levels, layer, position, (size / spread).item())]
 
 
 # --- scores ---------------------------------------------------------------------------------------
@@ -211,13 +258,7 @@ def final_states(target: Target, prompts: Sequence[Prompt]) -> Tensor:
     run, device = backbone(target.model), target.device
     parts = []
     for batch in target.formatter.prompt_batches(prompts, STATES_BATCH):
-        mask = batch["attention_mask"].to(device)
-        out = run(
-            input_ids=batch["input_ids"].to(device),
-            attention_mask=mask,
-            position_ids=position_ids(mask),
-            use_cache=False,
-        )
+        out = run(**_inputs(batch, device))
         parts.append(out.last_hidden_state[:, -1])
     return torch.cat(parts)
 
