@@ -63,7 +63,8 @@ def make_attack(entry: str | dict[str, Any], **defaults: Any) -> Attack:
 
     Args:
         entry: its name, or a mapping of `name` and its settings.
-        defaults: settings that are used where the attack has them and the entry does not.
+        defaults: settings that are used where the attack has them, with a default of the same
+            type, and the entry does not give them.
 
     Raises:
         UserError: unknown name; a setting it does not have, or out of range.
@@ -77,7 +78,11 @@ def make_attack(entry: str | dict[str, Any], **defaults: Any) -> Attack:
         )
     chosen = attack_class(name)
     known = chosen.Settings.model_fields
-    usable = {key: value for key, value in defaults.items() if key in known}
+    usable = {
+        key: value
+        for key, value in defaults.items()
+        if key in known and type(known[key].default) is type(value)
+    }
     try:
         return chosen(chosen.Settings.model_validate(usable | given))
     except ValidationError as error:
