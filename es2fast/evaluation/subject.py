@@ -126,7 +126,8 @@ class SubjectEvaluation:
                 try:
                     attacks[attack.label] = self._attacked(attack)
                 except UserError as error:
-                    if len(made) == 1:
+                    itself = attack.needs_base and self._subject.name == BASE
+                    if len(made) == 1 and not itself:
                         raise
                     self._warnings.append(f"{self._subject.name}, {attack.label}: {error}")
                     tqdm.write(f"warning: {self._warnings[-1]}")

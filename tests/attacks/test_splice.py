@@ -122,15 +122,18 @@ def test_what_cannot_be_spliced_is_said(kind: Any, settings: dict[str, Any], wor
         Splice(SpliceSettings(**settings)).prepare(pair(model, bases.get(kind)))
 
 
-def test_evaluation_brings_the_base_and_warns_where_there_is_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize("others", [["direct"], []])
+def test_evaluation_brings_the_base_and_warns_where_there_is_none(
+    others: list[str | dict[str, Any]], tmp_path: Path
+) -> None:
     base = tiny_model("llama")
     tuned, formatter = changed(base, [2]), small_target().formatter
     prompts = EvaluationPrompts(HARMFUL[:4], HARMLESS[:4], HARMFUL[4:], HARMLESS[4:])
-    config = EvaluateConfig(attacks=["direct", "splice"], max_new_tokens=3)
+    config = EvaluateConfig(attacks=[*others, "splice"], max_new_tokens=3)
     subjects = [Subject.of(BASE, base, formatter), Subject.of("tuned", tuned, formatter)]
     report = evaluate_models(subjects, prompts, config, RunFolder(tmp_path))
-    assert set(report.model(BASE).attacks) == {"direct"}
-    assert set(report.model("tuned").attacks) == {"direct", "splice"}
+    assert list(report.model(BASE).attacks) == others
+    assert list(report.model("tuned").attacks) == [*others, "splice"]
     assert len(report.warnings) == 1 and "base, splice" in report.warnings[0]
 
 
