@@ -75,7 +75,8 @@ class Target:
     model: a causal language model in eval mode on its device; formatter: its chat format; harmful,
     harmless: training prompts of the two groups; judge: how the attacker tells success;
     max_new_tokens, batch_size: of every answer; seed: of whatever an attack draws; recorder: keeps
-    the answers of trials; title: the model's name on progress bars, None for no bars.
+    the answers of trials; title: the model's name on progress bars, None for no bars; load_base:
+    loads the base model this one was tuned from, None where there is none.
     """
 
     model: nn.Module
@@ -88,6 +89,7 @@ class Target:
     seed: int = 0
     recorder: Recorder | None = None
     title: str | None = None
+    load_base: Callable[[], nn.Module] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -194,6 +196,7 @@ class Attack(ABC):
 
     name: ClassVar[str]
     Settings: ClassVar[type[AttackSettings]] = AttackSettings
+    needs_base: ClassVar[bool] = False  # its answers depend on `Target.load_base`'s model, too
 
     def __init__(self, settings: AttackSettings):
         self.settings = settings
@@ -212,6 +215,10 @@ class Attack(ABC):
             UserError: the attack has nothing for any of them.
         """
         return {}
+
+    def inputs(self) -> str:
+        """A hash of what files the settings name hold; "" without files. Raises UserError."""
+        return ""
 
     def prepare(self, target: Target) -> None:  # noqa: B027, an attack may have nothing to prepare
         """Everything that is done once per model, on training prompts."""

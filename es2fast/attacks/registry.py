@@ -33,6 +33,10 @@ BUILT_IN = {
     "soft_prompt": "es2fast.attacks.prompts.soft_prompt:SoftPrompt",
     "latent_pgd": "es2fast.attacks.states.latent_pgd:LatentPgd",
     "gcg": "es2fast.attacks.prompts.gcg:Gcg",
+    "ablation": "es2fast.attacks.states.ablation:Ablation",
+    "ablation_weights": "es2fast.attacks.weights.ablation:AblationWeights",
+    "finetune": "es2fast.attacks.weights.finetune:Finetune",
+    "splice": "es2fast.attacks.weights.splice:Splice",
 }
 
 

@@ -86,7 +86,10 @@ def evaluate_models(
     warnings: list[str] = []
     for subject in subjects:
         others = [s for s in subjects if s.name != BASE] if subject.name == BASE else []
-        part = SubjectEvaluation(subject, prompts, settings, folder, log, judges[0], base, warnings)
+        before = next((s for s in subjects if s.name == BASE and s is not subject), None)
+        part = SubjectEvaluation(
+            subject, prompts, settings, folder, log, judges[0], base, warnings, before
+        )
         outcomes[subject.name] = part.run(others)
         base = outcomes.get(BASE)
     SavedTeacher(folder.measured / TEACHER, "").remove()

@@ -106,10 +106,12 @@ class SubjectEvaluation:
         judge: Judge,
         base: ModelAnswers | None,
         warnings: list[str],
+        base_subject: Subject | None = None,
     ):
         self._subject, self._prompts, self._settings = subject, prompts, settings
         self._folder, self._log, self._judge = folder, log, judge
         self._base, self._warnings = base, warnings
+        self._base_subject = base_subject
         self._target: Target | None = None
 
     def run(self, others: Sequence[Subject]) -> ModelAnswers:
@@ -125,7 +127,8 @@ class SubjectEvaluation:
                 try:
                     attacks[attack.label] = self._attacked(attack)
                 except UserError as error:
-                    if len(made) == 1:
+                    itself = attack.needs_base and self._subject.name == BASE
+                    if len(made) == 1 and not itself:
                         raise
                     self._warnings.append(f"{self._subject.name}, {attack.label}: {error}")
                     tqdm.write(f"warning: {self._warnings[-1]}")
@@ -146,6 +149,7 @@ class SubjectEvaluation:
                 batch_size=settings.batch_size,
                 seed=settings.seed,
                 title=self._subject.name,
+                load_base=None if self._base_subject is None else self._base_subject.load,
             )
             self._was_training = self._target.model.training
             self._target.model.eval()
@@ -238,12 +242,14 @@ class SubjectEvaluation:
             prompt.turns for prompt in (*self._prompts.fit_harmful, *self._prompts.fit_harmless)
         ]  # fmt: skip
         chosen = attack.settings.model_dump(mode="json", exclude={"label"})
+        base = self._base_subject.key if attack.needs_base and self._base_subject else ""
+        more = [part for part in (base, attack.inputs()) if part]
         return Scope(
             model=self._subject.name,
             fingerprint=self._subject.key,
             group=group,
             attack=attack.label,
-            settings=hash_of(attack.name, chosen, settings.max_new_tokens, fitted),
+            settings=hash_of(attack.name, chosen, settings.max_new_tokens, fitted, *more),
             seed=settings.seed,
         )
 
