@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -172,28 +173,40 @@ class SubjectEvaluation:
         coverage = attack.coverage(self._prompts.harmful)
         settings = self._scope(attack, HARMFUL).settings
         known = self._folder.measured / f"{self._subject.name}.{attack.label}.json"
-        summary = _saved_summary(known, settings)
+        record = _saved_record(known, settings)
         prepared = False
 
+        def spend(seconds: float) -> None:
+            record["seconds"] = record.get("seconds", 0.0) + seconds
+            write_text(known, json.dumps({"settings": settings, **record}, indent=1) + "\n")
+
         def prepare() -> None:
-            nonlocal prepared, summary
+            nonlocal prepared
             if prepared:
                 return
-            self.target.recorder = self._recorder(attack)
-            attack.prepare(self.target)
-            prepared, summary = True, attack.summary()
-            record = {"settings": settings, "summary": summary}
-            write_text(known, json.dumps(record, indent=1) + "\n")
+            target = self.target  # loading it is not the attack's cost
+            target.recorder = self._recorder(attack)
+            started = time.perf_counter()
+            attack.prepare(target)
+            prepared, record["summary"] = True, attack.summary()
+            spend(time.perf_counter() - started)
 
-        if summary is None:
+        if "summary" not in record:
             prepare()
-        answers = self._answers(attack, HARMFUL, self._prompts.harmful, prepare)
-        return AttackAnswers(answers, {**(summary or {}), **coverage})
+        answers = self._answers(attack, HARMFUL, self._prompts.harmful, prepare, spend)
+        told = {**record["summary"], **coverage, "seconds": record["seconds"]}
+        return AttackAnswers(answers, told)
 
     def _answers(
-        self, attack: Attack, group: str, prompts: Sequence[Prompt], prepare: Callable[[], None]
+        self,
+        attack: Attack,
+        group: str,
+        prompts: Sequence[Prompt],
+        prepare: Callable[[], None],
+        spend: Callable[[float], None] = lambda seconds: None,
     ) -> list[list[Answer]]:
-        """From the log, and where it lacks any, from the model; `prepare` is called before."""
+        """From the log, and where it lacks any, from the model; `prepare` is called before, `spend`
+        after each batch with the seconds it took."""
         scope = self._scope(attack, group)
         keys = [scope.key(prompt) for prompt in prompts]
         found = [self._log.get(key) for key in keys]
@@ -207,9 +220,12 @@ class SubjectEvaluation:
         with bar:
             for start in starts:  # whole batches: what shares a batch is the same on a resume
                 batch = prompts[start : start + size]
-                made = attack.answers(self.target, batch)
+                target, started = self.target, time.perf_counter()
+                made = attack.answers(target, batch)
+                spend(time.perf_counter() - started)
                 for prompt, key, answers in zip(batch, keys[start:], made):
-                    self._log.put(scope, key, prompt, answers)
+                    if self._log.get(key) is None:
+                        self._log.put(scope, key, prompt, answers)
                 found[start : start + size] = made
                 bar.update(len(batch))
         return [answers for answers in found if answers is not None]
@@ -324,13 +340,15 @@ class SubjectEvaluation:
         ]
 
 
-def _saved_summary(path: Path, settings: str) -> dict[str, Any] | None:
-    """What an attack with these settings told about itself, when it was prepared before."""
+def _saved_record(path: Path, settings: str) -> dict[str, Any]:
+    """`summary` and `seconds` of an attack with these settings that was prepared before."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return record["summary"] if record.get("settings") == settings else None
+        return {}
+    if record.pop("settings", None) != settings:
+        return {}
+    return record
 
 
 def hash_of(*parts: Any) -> str:

@@ -85,6 +85,7 @@ class AttackResult(_Part):
     partial: Rate = 0.0  # refused, and gave something of substance all the same
     relative_push: Magnitude | None  # mean |ε| / ‖h‖ of the push; null where nothing is pushed
     answers_per_prompt: int = Field(1, ge=1)  # a prompt is useful when any of them is
+    seconds: Magnitude | None = None  # to prepare it and to get the answers, on this machine
     repetitive: Rate | None = None  # answers that look like gibberish, whatever their verdict
     judges: dict[str, JudgeRates] | None = None  # where several judged; the first one decided
     kappa: dict[str, float | None] | None = None  # "a | b": Cohen's κ of useful or not, answers
