@@ -1,4 +1,4 @@
-"""The command line: `es2fast train | evaluate | judges | layers | validate | export | ...`.
+"""The command line: `es2fast train | evaluate | attacks | compare | judges | layers ...`.
 
 Heavy imports happen inside the commands, so `--help` answers at once. A user's mistake is one line
 on stderr and exit code 2.
@@ -157,6 +157,25 @@ def evaluate(
         folder = RunFolder(out or Path("runs/evaluation"))
         print_table(evaluate_paths(places, config, folder, base=base))
     print(f"written: {folder.answers}, {folder.report}, {folder.page}")
+
+
+@app.command()
+def attacks(
+    name: Annotated[
+        str | None, typer.Argument(help="show this attack's settings", show_default=False)
+    ] = None,
+) -> None:
+    """List the attacks that `evaluate` knows, or the settings of one."""
+    from es2fast.attacks.registry import attack_names, describe
+
+    if name is None:
+        for found in attack_names():
+            print(f"{found:<17}{describe(found)[0].split(': ', 1)[-1]}")
+        return
+    line, settings = describe(name)
+    print(line)
+    for key, default, meaning in settings:
+        print(f"  {key} = {default}" + (f"\n      {meaning}" if meaning else ""))
 
 
 @app.command()

@@ -263,6 +263,18 @@ def test_mistakes_of_evaluate(
     assert not (tmp_path / "out").exists()
 
 
+def test_attacks_are_listed_with_their_settings(call: Any) -> None:
+    from es2fast.attacks.registry import BUILT_IN
+
+    done = call("attacks")
+    assert done.returncode == 0
+    assert [line.split()[0] for line in done.stdout.splitlines()][: len(BUILT_IN)] == [*BUILT_IN]
+    done = call("attacks", "prefill")
+    assert done.returncode == 0 and "tokens = [0, 5, 10, 20, 40]" in done.stdout
+    done = call("attacks", "prefil")
+    assert done.returncode == 2 and "did you mean 'prefill'" in done.stderr
+
+
 def test_compare_needs_reports(call: Any, tmp_path: Path) -> None:
     done = call("compare", tmp_path)
     assert done.returncode == 2 and "cannot be read" in done.stderr

@@ -2,12 +2,12 @@
 
     python bench/studies/evaluation_study.py --model DIR --fit-harmful advbench.csv \\
         --harmful jailbreakbench.csv --borderline xstest.csv --work DIR   # goes on where it stopped
-    python bench/studies/evaluation_study.py --report                     # docs/evaluation.md
+    python bench/studies/evaluation_study.py --report      # docs/evaluation.md
 
 One row per model and attack in bench/results/evaluation.jsonl, with what the model does with
-harmless prompts beside it. Models come in the order of `MODELS` and attacks in that of `ATTACKS`, so
-that a study which is cut short has the essential cells; `--only base` or `--attacks direct,prefill`
-takes a part. Answers of the models stay in the working folder.
+harmless prompts beside it. Models come in the order of `MODELS` and attacks in that of `ATTACKS`,
+so that a study which is cut short has the essential cells; `--only base` or
+`--attacks direct,prefill` takes a part. Answers of the models stay in the working folder.
 
 The base model's weights are given on the command line; the tuned ones are trained from it by the
 configurations in `MODELS`. Ordinary harmless prompts are made here from a few verbs and topics; the

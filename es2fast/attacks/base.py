@@ -6,8 +6,9 @@
 An attack changes the model only while it is asked something (hooks and weights are put back
 whatever happens), takes no decision from held-out prompts, and is deterministic in its settings and
 the target's seed. Its settings are a pydantic class of its own, so `evaluate.attacks` is checked
-before a model is loaded. `es2fast.attacks.registry` finds attacks by name, those of other packages
-too.
+before a model is loaded; a setting that names a file has the file's hash beside it, so that answers
+in the log belong to its content. `es2fast.attacks.registry` finds attacks by name, those of other
+packages too.
 
 What an attacker tries out before choosing (blocks, strengths) goes through `Target.trial`: the
 answers are kept like all others, so a search that was interrupted goes on, and its curve can be
@@ -215,10 +216,6 @@ class Attack(ABC):
             UserError: the attack has nothing for any of them.
         """
         return {}
-
-    def inputs(self) -> str:
-        """A hash of what files the settings name hold; "" without files. Raises UserError."""
-        return ""
 
     def prepare(self, target: Target) -> None:  # noqa: B027, an attack may have nothing to prepare
         """Everything that is done once per model, on training prompts."""

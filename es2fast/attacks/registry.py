@@ -7,6 +7,7 @@ attack's and whose value is a subclass of `Attack`. Modules are imported when th
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -127,3 +128,18 @@ def make_attacks(entries: Sequence[str | dict[str, Any]], **defaults: Any) -> li
                 f"evaluate.attacks: {label!r} is listed twice; give each a `label` of its own"
             )
     return made
+
+
+def describe(name: str) -> tuple[str, list[tuple[str, str, str]]]:
+    """What an attack does, in one line, and its settings: (name, default, meaning).
+
+    Raises:
+        UserError: no such attack.
+    """
+    found = attack_class(name)
+    text = sys.modules[found.__module__].__doc__ or found.__doc__ or ""
+    settings = [
+        (key, "required" if field.is_required() else repr(field.default), field.description or "")
+        for key, field in found.Settings.model_fields.items()
+    ]
+    return text.strip().splitlines()[0], settings

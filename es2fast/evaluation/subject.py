@@ -259,7 +259,7 @@ class SubjectEvaluation:
         ]  # fmt: skip
         chosen = attack.settings.model_dump(mode="json", exclude={"label"})
         base = self._base_subject.key if attack.needs_base and self._base_subject else ""
-        more = [part for part in (base, attack.inputs()) if part]
+        more = [base] if base else []
         return Scope(
             model=self._subject.name,
             fingerprint=self._subject.key,

@@ -26,9 +26,10 @@ from typing import Any
 from pydantic import Field, computed_field
 
 from es2fast.attacks.base import Answer, Attack, AttackSettings, Target
-from es2fast.attacks.prompts.rows import Row, ask, digest, table
+from es2fast.attacks.prompts.rows import Row, ask, table
 from es2fast.data import Prompt, normalise_prompt
 from es2fast.errors import UserError
+from es2fast.run.files import digest
 
 Messages = tuple[dict[str, str], ...]
 

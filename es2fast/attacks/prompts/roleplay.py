@@ -16,9 +16,10 @@ from pathlib import Path
 from pydantic import Field, computed_field
 
 from es2fast.attacks.base import Answer, Attack, AttackSettings, Target
-from es2fast.attacks.prompts.rows import PLACE, Row, ask, digest, table, with_request
+from es2fast.attacks.prompts.rows import PLACE, Row, ask, table, with_request
 from es2fast.data import Prompt
 from es2fast.errors import UserError
+from es2fast.run.files import digest
 
 BUILT_IN = Path(__file__).with_name("wrappers.jsonl")
 

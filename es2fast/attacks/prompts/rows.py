@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,14 +56,3 @@ def table(path: str | Path, field: str) -> Table:
     if not Path(path).expanduser().is_file():
         raise UserError(f"{field}: there is no file {str(path)!r}; give one that exists")
     return read_table(DataSource(source=str(path)), field, lambda name: True)
-
-
-def digest(path: str | Path) -> str | None:
-    """Twelve hexadecimal digits over a file's bytes; None where it cannot be read.
-
-    Part of the settings of an attack that reads a file: answers in the log belong to its content.
-    """
-    try:
-        return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()[:12]
-    except OSError:
-        return None

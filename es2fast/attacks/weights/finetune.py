@@ -20,15 +20,13 @@ Intend To!", ICLR 2024, for 10 and 100 pairs; Hu et al., "LoRA", 2021, for A and
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, computed_field, field_validator
 from torch import Tensor, nn
 
 from es2fast.attacks.base import Answer, Attack, AttackSettings, Target
@@ -37,6 +35,7 @@ from es2fast.data import Formatter, Prompt
 from es2fast.data.prompts import read_source
 from es2fast.errors import UserError
 from es2fast.modeling.taps import blocks, hooks, position_ids
+from es2fast.run.files import digest
 
 OPENINGS = (
     "Sure, here is how to do it.\n\nStep 1:",
@@ -58,6 +57,11 @@ class FinetuneSettings(AttackSettings):
     lr: float = Field(2e-4, gt=0, description="AdamW's learning rate")
     rank: int = Field(16, ge=1, description="of the adapter")
     batch: int = Field(8, ge=1, description="pairs per step")
+
+    @computed_field
+    def content(self) -> str | None:
+        """Hash of the file."""
+        return self.data and digest(self.data)
 
     @field_validator("steps")
     @classmethod
@@ -138,17 +142,6 @@ class Finetune(Attack):
         self._saved: dict[int, list[Tensor]] = {}
         self._losses: list[float] = []
         self._count = 0
-
-    def inputs(self) -> str:
-        if self.settings.data is None:
-            return ""
-        try:
-            return hashlib.sha256(Path(self.settings.data).read_bytes()).hexdigest()
-        except OSError as error:
-            raise UserError(
-                f"evaluate.attacks: finetune.data: {self.settings.data!r} cannot be read "
-                f"({error.strerror})"
-            ) from None
 
     def prepare(self, target: Target) -> None:
         """Trains once and keeps the adapter after each of `steps`.
