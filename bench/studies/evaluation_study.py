@@ -143,7 +143,10 @@ def trained(arguments: argparse.Namespace, name: str) -> Path:
 
 def study(arguments: argparse.Namespace) -> None:
     """Trains and evaluates what has no row yet, model by model and attack by attack."""
-    rows = Rows(arguments.out, conditions("cpu") | {"command": " ".join(sys.argv)})
+    rows = Rows(
+        arguments.out,
+        conditions("cpu") | {"command": f"python bench/studies/{Path(__file__).name}"},
+    )
     wanted = arguments.attacks.split(",") if arguments.attacks else None
     for name in arguments.only.split(",") if arguments.only else (BASE, *MODELS):
         places = [] if name == BASE else [str(trained(arguments, name))]
