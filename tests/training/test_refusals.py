@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from tiny_models import save_tiny, tiny_model, tokenizer, write_prompts
+from tiny_models import ANSWER, REFUSAL, save_refusing, save_tiny, tokenizer, write_prompts
 from torch import nn
 
 from es2fast.config import Config, parse_config
@@ -31,8 +30,6 @@ from es2fast.training.refusals import (
 )
 
 ALONE = Runtime(rank=0, world_size=1, device=torch.device("cpu"), dtype="fp32")
-REFUSAL = "i cannot help with that ."
-ANSWER = "sure here is some text ."
 PROMPTS = [Prompt.of(f"{verb} the {thing}") for verb in ("break", "steal") for thing in
            ("car", "house", "tree")]  # fmt: skip
 
@@ -42,27 +39,6 @@ def config(refusal: dict[str, Any], **rest: Any) -> Config:
 
 
 # The model's own words
-
-
-def save_refusing(folder: Path) -> Path:
-    """A model, trained here, that refuses to break things and answers how to steal them."""
-    words = tokenizer()
-    words.add_tokens(["i", "cannot", "help", "with", "that"])
-    model = tiny_model("llama", vocab_size=len(words))
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    prompts = [f"<s><user> {p.text} <bot>" for p in PROMPTS]
-    answers = [f"{REFUSAL} please draw a tree . </s>"] * 3 + [f"{ANSWER} </s>"] * 3
-    for _ in range(150):
-        for prompt, answer in zip(prompts, answers):
-            text = f"{prompt.replace('<s>', '<s> ')} {answer}"
-            ids = torch.tensor([words.encode(text, add_special_tokens=False)])
-            loss = F.cross_entropy(model(input_ids=ids).logits[0, 3:-1], ids[0, 4:])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    model.save_pretrained(folder)
-    words.save_pretrained(folder)
-    return folder
 
 
 def plan_of(tmp_path: Path, model: Path, **refusal: Any) -> Plan:
@@ -188,11 +164,14 @@ def test_mistakes_are_named(raw: dict[str, Any], words: str) -> None:
 # Rows
 
 
-def anchor(max_length: int = 40, **refusal: Any) -> RefusalAnchor:
+LONG = Prompt.of("break the car the tree")  # 8 ids, the shortest max_length
+
+
+def anchor(max_length: int = 40, prompts: list[Prompt] = PROMPTS, **refusal: Any) -> RefusalAnchor:
     section = {"source": "list", "texts": ["here is some text ."], "tokens": 3} | refusal
     run = config(section, data={"max_length": max_length})
     texts = AnchorTexts(["here is some text ."] * 6, [None] * 3 + ["the car the road"] * 3)
-    return RefusalAnchor(run, Formatter(tokenizer(), run.data), PROMPTS, texts)
+    return RefusalAnchor(run, Formatter(tokenizer(), run.data), prompts, texts)
 
 
 def words_of(ids: list[int]) -> str:
@@ -224,7 +203,7 @@ def test_what_follows_a_prompt_stays_within_max_length(
     room: int, opening: int, refusal: int
 ) -> None:
     made = anchor(
-        6 + room, prefill={"probability": 1.0, "tokens": 3, "texts": ["sure please draw"]}
+        8 + room, [LONG], prefill={"probability": 1.0, "tokens": 3, "texts": ["sure please draw"]}
     )
     row = made.row(0, 0)
     assert (len(row.opening), len(row.refusal)) == (opening, refusal)
@@ -236,17 +215,17 @@ def test_columns_of_a_batch_and_the_tokens_learned() -> None:
     rows = [made.row(0, 0), made.row(0, 1)]
     batch = collate(made._formatter, PROMPTS[:2], harmless, "all", rows, made.decay)
     assert [words_of(row.tolist()) for row in batch.input_ids[:2]] == [
-        f"<pad> <pad> <pad> <pad> <s> <user> break the {thing} <bot> sure here is some"
+        f"<pad> <pad> <pad> <pad> <pad> <s> <user> break the {thing} <bot> sure here is some"
         for thing in ("car", "house")
     ]
-    assert batch.prompt_last[:2].tolist() == [9, 9]
+    assert batch.prompt_last[:2].tolist() == [10, 10]
     assert batch.refusal_weights is not None
-    expected = [0.0] * 10 + [1.0, 0.5, 0.25, 0.0]
+    expected = [0.0] * 11 + [1.0, 0.5, 0.25, 0.0]
     assert batch.refusal_weights.tolist() == [expected, expected]
-    assert batch.num_tokens == int(batch.attention_mask.sum()) == 20 + 14
+    assert batch.num_tokens == int(batch.attention_mask.sum()) == 20 + 15
     found = RefusalTokens.of(batch, torch.tensor(3.5), torch.device("cpu"))
     assert found is not None
-    assert found.index.tolist() == [10, 11, 12, 24, 25, 26]
+    assert found.index.tolist() == [11, 12, 13, 26, 27, 28]
     assert words_of(found.task.targets.tolist()) == "here is some here is some"
     assert found.task.counted.tolist() == [True, False, False] * 2
     assert found.task.token_weights.tolist() == [1.0, 0.5, 0.25] * 2
