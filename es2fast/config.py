@@ -112,6 +112,9 @@ class RobustConfig(_Section):
 
 
 class SeparationConfig(_Section):
+    weight: float = Field(
+        1.0, ge=0, description="of the separation in the loss; 0: the refusal anchor alone"
+    )
     loss: Literal["hinge", "l2", "log", "softplus", "squared", "centroid", "fisher", "cosine"] = (
         Field(
             "hinge", description="hinge stops at margin x d0; l2 is the paper's unbounded distance"
@@ -167,6 +170,67 @@ class SeparationConfig(_Section):
                 f"norm_band={list(band)} does not hold 1, where the base model is; give "
                 "[low, high] with 0 <= low < 1 < high"
             )
+        return self
+
+
+class PrefillConfig(_Section):
+    """Refusals that are also learned after the beginning of a compliant answer."""
+
+    probability: float = Field(
+        0.0, ge=0, le=1, description="share of the harmful rows that get an opening; 0: none"
+    )
+    tokens: int = Field(
+        8, ge=1, description="longest opening; a row's length is drawn from 1 to this"
+    )
+    texts: list[str] = Field(
+        ["Sure, here is how to do that. First,"],
+        description="compliant openings, one drawn per row and step",
+    )
+    own_answers: bool = Field(
+        True,
+        description="with source=auto, a prompt that the base model answers gets the beginning of "
+        "that answer in place of a text",
+    )
+
+
+class RefusalConfig(_Section):
+    """The refusal anchor: what the displaced states of harmful prompts mean to the blocks above."""
+
+    weight: float = Field(
+        0.0,
+        ge=0,
+        description="of the cross-entropy towards a refusal after every harmful prompt; 0: no "
+        "anchor, and harmful rows end at the deepest separated block",
+    )
+    source: Literal["auto", "column", "list"] = Field(
+        "auto",
+        description="auto: the base model's own refusals, written once; column: the harmful "
+        "source's response column; list: `texts`",
+    )
+    texts: list[str] = Field(
+        default_factory=list, description="refusals for source=list, one drawn per row"
+    )
+    tokens: int = Field(24, ge=1, description="tokens of the refusal that are learned")
+    decay: float = Field(
+        0.9, gt=0, le=1, description="weight of a token relative to that of the one before it"
+    )
+    prefill: PrefillConfig = Field(default_factory=PrefillConfig)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RefusalConfig:
+        texts = {"texts": self.texts, "prefill.texts": self.prefill.texts}
+        for name, given in texts.items():
+            if any(not text.strip() for text in given):
+                raise ValueError(f"{name} holds a blank text; remove it")
+        if self.source == "list" and not self.texts:
+            raise ValueError("texts is empty with source=list; give at least one refusal")
+        if self.source != "list" and self.texts:
+            raise ValueError(
+                f"texts is given with source={self.source!r}, which does not read it; use "
+                "source=list"
+            )
+        if self.prefill.probability and not self.prefill.texts:
+            raise ValueError("prefill.texts is empty; give at least one opening or probability=0")
         return self
 
 
@@ -292,6 +356,7 @@ class Config(_Section):
     )
     layer_choice: LayersConfig = Field(default_factory=LayersConfig)
     separation: SeparationConfig = Field(default_factory=SeparationConfig)
+    refusal: RefusalConfig = Field(default_factory=RefusalConfig)
     kl: KLConfig = Field(default_factory=KLConfig)
     safeguards: SafeguardsConfig = Field(default_factory=SafeguardsConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -314,6 +379,16 @@ class Config(_Section):
                     f"separation.weights: {len(weights)} weights for {len(self.layers)} layers; "
                     "give one per layer"
                 )
+        if not self.separation.weight and not self.refusal.weight:
+            raise ValueError(
+                "separation.weight: 0 without a refusal anchor trains nothing; set refusal.weight "
+                "or separation.weight above 0"
+            )
+        if self.train.early_stop and not self.separation.weight:
+            raise ValueError(
+                "train.early_stop: separation.weight=0 has no target to reach; set "
+                "train.early_stop=false"
+            )
         if self.train.teacher == "adapters_off" and self.train.trainable != "lora":
             raise ValueError(
                 f"train.teacher: adapters_off needs train.trainable=lora, which is "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -86,6 +87,36 @@ def save_tiny(folder: Path, family: str = "llama", **overrides: Any) -> Path:
     """Model and tokenizer in a folder."""
     tiny_model(family, **overrides).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
+    return folder
+
+
+REFUSAL = "I cannot help with that ."
+ANSWER = "sure here is some text ."
+
+
+def save_refusing(folder: Path) -> Path:
+    """A model, trained here for some seconds, that refuses to break things (and goes on after the
+    refusal) and answers how to steal them; and its tokenizer."""
+    words = tokenizer()
+    words.add_tokens(["I", "cannot", "help", "with", "that"])
+    model: Any = tiny_model("llama", vocab_size=len(words))
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    answers = {"break": f"{REFUSAL} please draw a tree .", "steal": ANSWER}
+    batches = [
+        [f"<s> <user> {verb} the {thing} <bot> {answer} </s>" for thing in OBJECTS]
+        for verb, answer in answers.items()
+    ]
+    for _ in range(100):
+        for texts in batches:
+            ids = torch.tensor([words.encode(text, add_special_tokens=False) for text in texts])
+            logits = model(input_ids=ids).logits
+            what_follows_bot = ids[:, 6:]
+            loss = F.cross_entropy(logits[:, 5:-1].flatten(0, 1), what_follows_bot.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
     return folder
 
 

@@ -5,7 +5,7 @@ harmless groups and checks them against each other, `format` applies the chat te
 pads, `sampling` says which rows a step sees, `cache` keeps answers written by the base model.
 """
 
-from es2fast.data.batches import MicroBatch, collate
+from es2fast.data.batches import MicroBatch, Refusal, collate
 from es2fast.data.cache import ResponseCache, cache_folder, model_fingerprint
 from es2fast.data.format import Formatter
 from es2fast.data.groups import DataReport, PromptGroups, SourceReport, load_groups
@@ -19,6 +19,7 @@ __all__ = [
     "PairedSampler",
     "Prompt",
     "PromptGroups",
+    "Refusal",
     "ResponseCache",
     "SourceReport",
     "cache_folder",

@@ -2,13 +2,15 @@
 
 Legend: n harmful rows, m harmless rows, T columns. Every row is padded on the left and ends in
 column T - 1, so that one forward serves both terms: the separation reads `prompt_last`, the KL
-reads the harmless rows n..n+m-1 where `kl_weights` is 1.
+reads the harmless rows n..n+m-1 where `kl_weights` is 1. With a refusal anchor a harmful row goes
+on behind its prompt, with an opening (or none) and a refusal; `refusal_weights` says at which
+columns the next token is one of the refusal's that is learned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +23,14 @@ from es2fast.errors import UserError
 POSITIONS = ("all", "response", "last")
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Ids that follow a harmful prompt: a compliant opening, not learned, and a refusal."""
+
+    opening: list[int] = field(default_factory=list)
+    refusal: list[int] = field(default_factory=list)
+
+
 @dataclass
 class MicroBatch:
     """What one rank computes on in one forward."""
@@ -31,6 +41,7 @@ class MicroBatch:
     kl_weights: Tensor  # (m, T) float32, 1 where next-token distributions are compared
     num_harmful: int  # n
     num_tokens: int  # non-padding tokens of all rows
+    refusal_weights: Tensor | None = None  # (n, T) float32, of the prediction made at a column
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same batch with its tensors on `device`."""
@@ -40,6 +51,9 @@ class MicroBatch:
             attention_mask=self.attention_mask.to(device),
             prompt_last=self.prompt_last.to(device),
             kl_weights=self.kl_weights.to(device),
+            refusal_weights=None
+            if self.refusal_weights is None
+            else self.refusal_weights.to(device),
         )
 
 
@@ -48,6 +62,8 @@ def collate(
     harmful: Sequence[Prompt],
     harmless: Sequence[Prompt],
     positions: str,
+    refusals: Sequence[Refusal] | None = None,
+    decay: float = 1.0,
 ) -> MicroBatch:
     """Builds a micro-batch: harmful rows are prompts, harmless rows prompt + response.
 
@@ -59,15 +75,22 @@ def collate(
             those that predict a response token, that is the last prompt token up to the one before
             the last response token; `last`: the last prompt token. A row without room for any
             response keeps its last prompt token under `response`, so no row has weight 0.
+        refusals: what follows each harmful prompt; None: nothing does.
+        decay: a refusal's tokens are learned with the weights 1, decay, decay^2, ...
 
     Raises:
         UserError: an empty group, a missing response, or unknown `positions`.
+        ValueError: another number of refusals than of harmful prompts.
     """
     if positions not in POSITIONS:
         raise UserError(f"kl.positions: {positions!r} is unknown; use {', '.join(POSITIONS)}")
     if not harmful or not harmless:
         raise UserError("micro-batch: needs at least one harmful and one harmless prompt")
-    pairs = [(formatter.prompt_ids(prompt), list[int]()) for prompt in harmful]
+    follow = [Refusal()] * len(harmful) if refusals is None else refusals
+    pairs = [
+        (formatter.prompt_ids(prompt), [*after.opening, *after.refusal])
+        for prompt, after in zip(harmful, follow, strict=True)
+    ]
     for prompt in harmless:
         if prompt.response is None:
             raise UserError(
@@ -86,7 +109,17 @@ def collate(
         kl_weights=_kl_weights(padded["attention_mask"][n:], prompt_last[n:], positions),
         num_harmful=n,
         num_tokens=int(padded["attention_mask"].sum()),
+        refusal_weights=None if refusals is None else _refusal_weights(refusals, width, decay),
     )
+
+
+def _refusal_weights(refusals: Sequence[Refusal], width: int, decay: float) -> Tensor:
+    """(n, T) float32: rows end with their refusal, whose tokens are predicted one column before."""
+    weights = torch.zeros(len(refusals), width)
+    for row, after in zip(weights, refusals):
+        count = len(after.refusal)
+        row[width - 1 - count : width - 1] = decay ** torch.arange(count)
+    return weights
 
 
 def _kl_weights(mask: Tensor, prompt_last: Tensor, positions: str) -> Tensor:

@@ -117,6 +117,14 @@ class Formatter:
             self._cut.add(prompt.turns)
         return ids, answer[:room]
 
+    def opening_ids(self, prompt: Prompt, text: str, tokens: int) -> list[int]:
+        """The first `tokens` ids, or all, of an answer that begins with `text` and goes on: as
+        `response_ids`, without the end of turn."""
+        ids = self.response_ids(prompt, text)
+        while ids and ids[-1] in self.stop_token_ids:
+            ids.pop()
+        return ids[:tokens]
+
     def prompt_batches(self, prompts: Sequence[Prompt], batch_size: int) -> list[dict[str, Tensor]]:
         """Left-padded `input_ids` and `attention_mask`, (B, T) int64, in the order given."""
         rows = [self.prompt_ids(prompt) for prompt in prompts]

@@ -5,7 +5,9 @@ Legend: N tokens, H hidden size, V vocabulary.
 Under ZeRO-3 the LM head's weight exists only while its module runs, so the loss has to be computed
 inside that module's forward: ZeRO's own hooks then gather and release it at the right moments.
 `FusedHead` therefore replaces the *instance's* forward. Called with hidden states alone it still
-returns logits; called with a `KLTask` it returns the KL divergence instead. A teacher with a head
+returns logits; called with a `KLTask` it returns the KL divergence instead, and with a `CETask`
+beside it (the refusal anchor) both losses of one call, as one tensor, so that ZeRO sees the module
+run once per pass. A teacher with a head
 of its own lends its weight by a nested call (`teacher_head(Borrow(...))`), so that both weights are
 gathered at once without reading a parameter outside its module.
 
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 from es2fast.errors import UserError
 from es2fast.modeling.taps import backbone, causal_lm
+from es2fast.ops.linear_ce import linear_cross_entropy
 from es2fast.ops.linear_kl.op import linear_kl_div
 
 _SOFTCAP_KEYS = ("final_logit_softcapping", "logits_soft_cap")
@@ -94,6 +97,20 @@ class KLTask:
 
 
 @dataclass(frozen=True)
+class CETask:
+    """A cross-entropy that `FusedHead` computes beside the KL, in the same call.
+
+    targets: (M,) int64, the next tokens of the last M hidden states.
+    token_weights: (M,) fp32.
+    counted: (M,) bool, where a target that is the likeliest token counts as a hit.
+    """
+
+    targets: Tensor
+    token_weights: Tensor
+    counted: Tensor
+
+
+@dataclass(frozen=True)
 class _Borrow:
     """Runs `use(weight, bias)` inside the lending module's forward; nothing is returned."""
 
@@ -117,9 +134,30 @@ class FusedHead:
         self._transform = transform
         self._teacher_head = teacher_head
 
-    def __call__(self, hidden: Tensor, task: KLTask | None = None) -> Tensor:
+    def __call__(
+        self, hidden: Tensor, task: KLTask | None = None, refusal: CETask | None = None
+    ) -> Tensor:
+        """Logits (..., V) of hidden (..., H); with a task for hidden (N, H) its KL, (); with both
+        for hidden (N + M, H), KL rows first: (3,) KL, cross-entropy and number of hits."""
         if task is None:
             return self._logits(hidden)
+        if refusal is None:
+            return self._divergence(hidden, task)
+        count = task.token_weights.shape[0]
+        kl = self._divergence(hidden[:count], task)
+        loss, hits = linear_cross_entropy(
+            hidden[count:],
+            self._module.weight,
+            refusal.targets,
+            refusal.token_weights,
+            bias=getattr(self._module, "bias", None),
+            logit_scale=self._transform.logit_scale,
+            softcap=self._transform.softcap,
+        )
+        return torch.stack([kl, loss, (hits & refusal.counted).sum().to(loss.dtype)])
+
+    def _divergence(self, hidden: Tensor, task: KLTask) -> Tensor:
+        """The KL, with the teacher's own head where it has one."""
         if self._teacher_head is None:
             return self._kl(hidden, task, None, None)
         out: list[Tensor] = []
@@ -251,6 +289,7 @@ def check_parity(error: float, dtype: torch.dtype, config: Any) -> None:
 
 
 __all__ = [
+    "CETask",
     "FusedHead",
     "HeadTransform",
     "KLTask",

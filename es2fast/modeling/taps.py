@@ -188,6 +188,8 @@ class SeparationTaps:
     must still be there, and armed alike, when activation checkpointing recomputes a block during
     backward; so they stay armed until the next pass says otherwise.
 
+    A pass that keeps its harmful rows (`arm(..., keep=True)`, for the refusal anchor) cuts nothing.
+
     In the normed space the deepest state is read inside the block above it, which therefore still
     sees all rows: rows end one block later, which costs the harmful rows one block more.
 
@@ -205,6 +207,7 @@ class SeparationTaps:
         self._select: Callable[[Tensor], Tensor] | None = None
         self._rows = 0
         self._num_harmful = 0
+        self._keep_all = False
         every, points = blocks(model), tap_points(model, layers, space)
         self._handles = [every[i].register_forward_hook(self._attack(i)) for i in layers]
         self._handles += [p.register_forward_hook(self._keep(i)) for i, p in zip(layers, points)]
@@ -213,7 +216,14 @@ class SeparationTaps:
             for block in every[layers[-1] + (1 if space == "residual" else 2) :]
         ]
 
-    def arm(self, positions: Tensor, num_harmful: int, push: Push | None = None) -> None:
+    def arm(
+        self,
+        positions: Tensor,
+        num_harmful: int,
+        push: Push | None = None,
+        *,
+        keep: bool = False,
+    ) -> None:
         """Before the student's pass.
 
         Afterwards `states` holds the tapped states, layer -> (B, H), and `outputs` what the blocks
@@ -222,9 +232,11 @@ class SeparationTaps:
         Args:
             positions: (B,) of the tapped states, harmful rows first.
             num_harmful: n.
-            push: added to the harmful rows' block outputs at these positions, as an attack would:
-                what is tapped there and everything above sees the pushed stream. It carries no
-                gradient, the pushed state has that of the state.
+            push: added to the harmful rows' block outputs at these positions, and at those after
+                them (an answer's, which an attack pushes while it is decoded): what is tapped there
+                and everything above sees the pushed stream. It carries no gradient, the pushed
+                state has that of the state.
+            keep: let the harmful rows run to the end.
         """
         self.states = {}
         self.outputs = {}
@@ -233,6 +245,7 @@ class SeparationTaps:
         self._select = at_positions(positions)
         self._rows = positions.shape[0]
         self._num_harmful = num_harmful
+        self._keep_all = keep
 
     def disarm(self) -> None:
         """Before any other pass through the same blocks."""
@@ -248,16 +261,17 @@ class SeparationTaps:
             if self._select is None:
                 return None
             hidden = hidden_of(output)
-            self.outputs[layer] = states = self._select(hidden).detach()
+            self.outputs[layer] = self._select(hidden).detach()
             if self._push is None:
                 return None
             with torch.no_grad():
                 added = torch.zeros_like(hidden)
-                rows = torch.arange(self._num_harmful, device=hidden.device)
-                harmful = states[: self._num_harmful].float()
                 assert self._positions is not None
-                columns = self._positions[: self._num_harmful].to(hidden.device)
-                added[rows, columns] = self._push(layer, harmful).to(hidden.dtype)
+                first = self._positions[: self._num_harmful, None].to(hidden.device)
+                column = torch.arange(hidden.shape[1], device=hidden.device)
+                rows, columns = (column >= first).nonzero(as_tuple=True)
+                pushed = self._push(layer, hidden[rows, columns].float())
+                added[rows, columns] = pushed.to(hidden.dtype)
             return with_hidden(output, hidden + added)
 
         return hook
@@ -270,7 +284,7 @@ class SeparationTaps:
         return hook
 
     def _cut(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if self._select is None:
+        if self._select is None or self._keep_all:
             return None
         return self._harmless(args), self._harmless(kwargs)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from es2fast.config import Config, SeparationConfig
+from es2fast.config import Config, RefusalConfig, SeparationConfig
 
 
 def _options(separation: SeparationConfig) -> str:
     """The settings of the separation that are not at their defaults."""
     words = []
+    if separation.weight != 1.0:
+        words.append(f"weight {separation.weight:g}")
     if separation.space != "residual":
         words.append(f"{separation.space} states")
     if separation.norm_band is not None:
@@ -21,6 +23,22 @@ def _options(separation: SeparationConfig) -> str:
         robust = separation.robust
         words.append(f"{robust.attack} simulated in {robust.probability:g} of the steps")
     return "".join(f", {word}" for word in words)
+
+
+def _anchor(refusal: RefusalConfig) -> str:
+    """The refusal anchor in words."""
+    if not refusal.weight:
+        return "none"
+    words = f"weight {refusal.weight:g}, {refusal.tokens} tokens with decay {refusal.decay:g}, "
+    words += {"auto": "own refusals", "column": "response column", "list": "given texts"}[
+        refusal.source
+    ]
+    deep = refusal.prefill
+    if deep.probability:
+        words += (
+            f", {deep.probability:g} of the rows after up to {deep.tokens} tokens of an opening"
+        )
+    return words
 
 
 def config_rows(config: Config, layers: Sequence[int] | None = None) -> list[tuple[str, str]]:
@@ -49,6 +67,7 @@ def config_rows(config: Config, layers: Sequence[int] | None = None) -> list[tup
             separation.loss + margin + _options(separation),
         ),
         ("layer weights", _words(config.separation.weights or "1 each")),
+        ("refusal anchor", _anchor(config.refusal)),
         ("KL", f"{kl.direction}, temperature {kl.temperature:g}, {kl.positions} tokens; {weight}"),
         ("trainable", train.trainable + (lora if train.trainable == "lora" else "")),
         ("teacher", train.teacher),

@@ -43,9 +43,12 @@ class MetricsWriter:
     def tick(self, row: dict[str, Any]) -> None:
         """Moves the bar by one step."""
         if self._main:
-            self._bar.set_postfix_str(
-                f"loss {row['loss']:.3g} sep {row['sep']:.3g} kl {row['kl']:.2g}", refresh=False
-            )
+            words = f"loss {row['loss']:.3g} sep {row['sep']:.3g} kl {row['kl']:.2g}"
+            if "refusal" in row:
+                words += f" refusal {row['refusal']:.2g}"
+            if "refusal_top1" in row:
+                words += f" ({row['refusal_top1']:.0%} first tokens)"
+            self._bar.set_postfix_str(words, refresh=False)
             self._bar.update()
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 Read top to bottom, `train` is the whole run. One optimizer step = `gradient_accumulation`
 micro-batches, each one engine forward and one backward; one small all-reduce before it (the number
-of harmless tokens of the step) and one after it (the metrics). What the safeguards decide they
+of tokens of the step) and one after it (the metrics). What the safeguards decide they
 decide from these, so every rank does the same.
 """
 
@@ -30,11 +30,20 @@ from es2fast.training.budget import DualAscent, meet_budget
 from es2fast.training.engine import build_engine
 from es2fast.training.plan import Plan
 from es2fast.training.prepare import Prepared, prepare
+from es2fast.training.refusals import (
+    AnchorTexts,
+    RefusalAnchor,
+    RefusalTokens,
+    refusal_counts,
+    refusal_metrics,
+)
 from es2fast.training.robust import SimulatedAttack
 from es2fast.training.safeguards import CollapseMonitor, EarlyStop
 from es2fast.training.weights import GoodWeights, TrainableWeights
 
 MEASURED = 8  # optimizer steps' batches on which the KL of the final weights is measured
+COUNTS = ("kl_tokens", "tokens", "rows", "refusal_weights", "refusals")  # of a step, all ranks
+SUMS = ("kl_sum", "refusal_sum", "refusal_hits")  # of the objective's metrics; the rest are means
 
 
 @dataclass
@@ -76,7 +85,7 @@ def train(plan: Plan, runtime: Runtime) -> TrainResult:
             the last sane weights.
     """
     config, folder = plan.config, plan.folder
-    prepared, harmless = prepare(plan, runtime)
+    prepared, harmless, texts = prepare(plan, runtime)
     gc.collect()  # the base model of the preparation is gone before two models are loaded
     if runtime.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -84,7 +93,7 @@ def train(plan: Plan, runtime: Runtime) -> TrainResult:
         prepared.save(folder)
         print(f"layers {prepared.layers}: {prepared.reason}", flush=True)
     engine = build_engine(plan, prepared, runtime)
-    feed = Feed(plan, harmless, runtime.rank)
+    feed = Feed(plan, harmless, runtime.rank, texts)
     writer = MetricsWriter(folder, config, main=runtime.is_main, steps=config.train.steps)
     try:
         result, good = _loop(config, engine, prepared, feed, writer, runtime)
@@ -138,21 +147,30 @@ class Feed:
         plan: the run, with its harmful prompts.
         harmless: all harmless training prompts, with their responses.
         rank: whose.
+        texts: the refusal anchor's, if there is one.
     """
 
-    def __init__(self, plan: Plan, harmless: list[Prompt], rank: int):
+    def __init__(
+        self, plan: Plan, harmless: list[Prompt], rank: int, texts: AnchorTexts | None = None
+    ):
         self._formatter, self._positions = plan.formatter, plan.config.kl.positions
         self._harmful, self._harmless = plan.groups.harmful, harmless
         self._sampler = plan.sampler(rank)
+        self._anchor: RefusalAnchor | None = None
+        if texts is not None:
+            self._anchor = RefusalAnchor(plan.config, plan.formatter, self._harmful, texts)
 
     def __call__(self, step: int) -> list[MicroBatch]:
         """The micro-batches of optimizer step `step`, from 0."""
+        anchor = self._anchor
         return [
             collate(
                 self._formatter,
                 [self._harmful[i] for i in a],
                 [self._harmless[i] for i in b],
                 self._positions,
+                None if anchor is None else [anchor.row(step, i) for i in a],
+                1.0 if anchor is None else anchor.decay,
             )
             for a, b in self._sampler.indices(step)
         ]
@@ -232,13 +250,14 @@ def train_step(
         observe: gets the block outputs (layer -> (n + m, H)) and n of each clean micro-batch.
 
     Returns:
-        the same numbers on every rank: sums over ranks and micro-batches, `kl_sum`, `kl_tokens`,
-        `tokens`, `rows`; means of the objective's other metrics; `grad_norm` before clipping.
+        the same numbers on every rank: sums over ranks and micro-batches, `kl_sum`, with an anchor
+        `refusal_sum` and `refusal_hits`, and COUNTS; means of the objective's other metrics;
+        `grad_norm` before clipping.
     """
     counts = _counts(batches, runtime)
     metrics: dict[str, Tensor] = {}
     for batch in batches:
-        loss, found = _forward(engine, batch, kl_weight, counts[0], len(batches), runtime, push)
+        loss, found = _forward(engine, batch, kl_weight, counts, len(batches), runtime, push)
         engine.backward(loss)
         engine.step()
         if push is None and observe is not None:
@@ -246,16 +265,20 @@ def train_step(
         for key, value in found.items():
             metrics[key] = metrics.get(key, 0.0) + value.float()
     norm = engine.get_global_grad_norm()
-    shared = {key: value / len(batches) for key, value in metrics.items() if key != "kl_sum"}
+    shared = {key: value / len(batches) for key, value in metrics.items() if key not in SUMS}
     shared["grad_norm"] = torch.as_tensor(norm or 0.0, device=runtime.device).float()
-    sums = torch.stack([metrics["kl_sum"], *(v / runtime.world_size for v in shared.values())])
-    values = torch.cat([runtime.sum(sums), counts]).tolist()
-    return dict(zip(["kl_sum", *shared, "kl_tokens", "tokens", "rows"], values))
+    summed = {key: metrics[key] for key in SUMS if key in metrics}
+    sums = [*summed.values(), *(value / runtime.world_size for value in shared.values())]
+    values = torch.cat([runtime.sum(torch.stack(sums)), counts]).tolist()
+    return dict(zip([*summed, *shared, *COUNTS], values))
 
 
 def _counts(batches: list[MicroBatch], runtime: Runtime) -> Tensor:
-    """(3,) over ranks and micro-batches: KL tokens, tokens, rows."""
-    own = [(float(b.kl_weights.sum()), b.num_tokens, len(b.input_ids)) for b in batches]
+    """COUNTS over ranks and micro-batches."""
+    own = [
+        (float(b.kl_weights.sum()), b.num_tokens, len(b.input_ids), *refusal_counts(b))
+        for b in batches
+    ]
     return runtime.sum(torch.tensor(own, device=runtime.device).sum(0))
 
 
@@ -263,15 +286,17 @@ def _forward(
     engine: Any,
     batch: MicroBatch,
     kl_weight: float,
-    kl_tokens: Tensor,
+    counts: Tensor,
     accumulation: int,
     runtime: Runtime,
     push: Push | None = None,
+    anchored: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The objective on one micro-batch."""
+    """The objective on one micro-batch; without the refusals that it holds if not `anchored`."""
     device = runtime.device
     index = batch.kl_weights.flatten().nonzero().squeeze(1)
     weights = batch.kl_weights.flatten()[index]
+    refusal = RefusalTokens.of(batch, counts[3], device) if anchored else None
     batch = batch.to(device)
     return engine(
         input_ids=batch.input_ids,
@@ -281,9 +306,10 @@ def _forward(
         kl_weights=weights.to(device),
         num_harmful=batch.num_harmful,
         kl_weight=kl_weight,
-        kl_tokens=kl_tokens,
+        kl_tokens=counts[0],
         accumulation=accumulation,
         push=push,
+        refusal=refusal,
     )
 
 
@@ -299,7 +325,7 @@ def measure_kl(engine: Any, steps: list[list[MicroBatch]], runtime: Runtime) -> 
     for batches in steps:
         counts = _counts(batches, runtime)
         for batch in batches:
-            _, found = _forward(engine, batch, 0.0, counts[0], len(batches), runtime)
+            _, found = _forward(engine, batch, 0.0, counts, len(batches), runtime, anchored=False)
             total[0] += found["kl_sum"]
         total[1] += counts[0] / runtime.world_size
     engine.train()
@@ -315,13 +341,19 @@ def _row(
     engine: Any,
     seconds: float,
 ) -> dict[str, Any]:
+    config = engine.module.config
     kl = sums["kl_sum"] / sums["kl_tokens"]
+    refusal = refusal_metrics(sums)
     row: dict[str, Any] = {
         "step": step,
-        "loss": sums["sep"] + kl_weight * kl + sums.get("norm_band", 0.0),
+        "loss": config.separation.weight * sums["sep"]
+        + kl_weight * kl
+        + config.refusal.weight * refusal.get("refusal", 0.0)
+        + sums.get("norm_band", 0.0),
         "sep": sums["sep"],
         "kl": kl,
         "kl_weight": kl_weight,
+        **refusal,
     }
     for layer in prepared.layers:
         row[f"sep/{layer}"] = sums[f"sep/{layer}"]

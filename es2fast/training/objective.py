@@ -1,16 +1,20 @@
 """The ES2 objective: one forward pass of one module gives every loss and every metric.
 
-    L = sum_l alpha_l Sep_l(A, B) + lambda KL(base || tuned | harmless tokens)  [+ norm band]
+    L = sigma sum_l alpha_l Sep_l(A, B) + lambda KL(base || tuned | harmless tokens)
+        [+ rho CE(tuned -> refusal | harmful tokens)] [+ norm band]
 
 Legend: n harmful rows (A), m harmless rows (B), T tokens, H hidden size, D data-parallel ranks.
 
 Both groups run as one batch. The states at the last prompt token are tapped at the chosen blocks;
 after the deepest of them the harmful rows are dropped, so the blocks above, the final norm and the
-LM head see harmless rows alone. DeepSpeed receives this module and sees exactly one forward per
-backward. Pairs are global: `pairwise_separation` gathers all ranks' embeddings (without gradient
-for the others') and gives a rank the full gradient for its own rows, times D here because DeepSpeed
-averages over ranks. The KL is divided by the number of harmless tokens of the whole optimizer step,
-not of the rank.
+LM head see harmless rows alone: the paper's separation. With a refusal anchor (rho > 0) they carry
+a refusal behind the prompt and run to the end, and the LM head takes the harmless tokens of the KL
+and the harmful ones of the cross-entropy in one call.
+
+DeepSpeed receives this module and sees exactly one forward per backward. Pairs are global:
+`pairwise_separation` gathers all ranks' embeddings (without gradient for the others') and gives a
+rank the full gradient for its own rows, times D here because DeepSpeed averages over ranks. KL and
+cross-entropy are divided by the weights of all their tokens in the optimizer step, not in the rank.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from es2fast.modeling.teacher import freeze, teacher_hidden
 from es2fast.ops.separation.op import pairwise_separation
 from es2fast.ops.separation.whitening import Whitening
 from es2fast.training.bank import EmbeddingBank
+from es2fast.training.refusals import RefusalTokens
 
 
 class ES2Objective(nn.Module):
@@ -96,6 +101,7 @@ class ES2Objective(nn.Module):
         kl_tokens: float,
         accumulation: int = 1,
         push: Push | None = None,
+        refusal: RefusalTokens | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One micro-batch.
 
@@ -109,12 +115,14 @@ class ES2Objective(nn.Module):
             kl_tokens: sum of all kl_weights of the optimizer step, over ranks and micro-batches.
             accumulation: micro-batches per optimizer step.
             push: a simulated attack on the harmful states, see `SeparationTaps.arm`.
+            refusal: what the anchor learns; None: harmful rows end early.
 
         Returns:
             the loss to call backward on (scaled so that DeepSpeed's averages come out right), and
             detached fp32 metrics: `kl_sum` (this rank's), `sep`, `sep/l`, `distance/l`, `norm/l`
             (of all ranks' rows); with a norm band `norm_band` and `norm_out/l`, the share of this
-            rank's states outside it.
+            rank's states outside it; with an anchor `refusal_sum` (nats, weighted) and
+            `refusal_hits`, first tokens that are the likeliest, both of this rank.
         """
         rows = input_ids.shape[0]
         inputs = _backbone_inputs(input_ids, attention_mask)
@@ -124,13 +132,25 @@ class ES2Objective(nn.Module):
         }
         self.taps.disarm()
         target = teacher_hidden(self.student, self.teacher, harmless_inputs)
-        self.taps.arm(prompt_last, num_harmful, push)
+        self.taps.arm(prompt_last, num_harmful, push, keep=refusal is not None)
         final = backbone(self.student)(**inputs).last_hidden_state
         sep, metrics = self._separation(self.taps.states, num_harmful)
         if self.training and push is None:
             self._remember(self.taps.states, num_harmful)
-        kl_sum = self._kl(final[num_harmful - rows :], target, kl_index, kl_weights)
-        loss = self.world * (sep + kl_weight * accumulation / kl_tokens * kl_sum)
+        kl_task = self._kl_task(target, kl_index, kl_weights)
+        hidden = final[num_harmful - rows :].flatten(0, 1)[kl_index]
+        if refusal is None:
+            kl_sum = self.lm_head(hidden, kl_task)
+        else:
+            hidden = torch.cat([hidden, final[:num_harmful].flatten(0, 1)[refusal.index]])
+            kl_sum, ce_sum, hits = self.lm_head(hidden, kl_task, refusal.task).unbind()
+        weight = self.config.separation.weight
+        part = sep if weight == 1.0 else weight * sep if weight else 0.0
+        loss = self.world * (part + kl_weight * accumulation / kl_tokens * kl_sum)
+        if refusal is not None:
+            rho = self.config.refusal.weight * accumulation / refusal.total.clamp_min(1.0)
+            loss = loss + self.world * rho * ce_sum
+            metrics |= {"refusal_sum": ce_sum.detach(), "refusal_hits": hits.detach()}
         if self.config.separation.norm_band is not None:
             band, outside = self._norm_band(self.taps.states)
             loss = loss + band  # a mean over equally many rows of each rank: DeepSpeed's average
@@ -150,16 +170,15 @@ class ES2Objective(nn.Module):
             metrics[f"norm_out/{layer}"] = (excess.detach() > 0).float().mean()
         return total, metrics
 
-    def _kl(self, hidden: Tensor, target: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """Weighted sum of token KLs in nats; hidden, target (m, T, H), index and weights (N,)."""
-        task = heads.KLTask(
+    def _kl_task(self, target: Tensor, index: Tensor, weights: Tensor) -> heads.KLTask:
+        """Of the harmless tokens that count: target (m, T, H), index and weights (N,)."""
+        return heads.KLTask(
             target.flatten(0, 1)[index],
             weights,
             self.config.kl.direction,
             self.config.kl.temperature,
             self.config.kl.beta,
         )
-        return self.lm_head(hidden.flatten(0, 1)[index], task)
 
     def _separation(
         self, states: dict[int, Tensor], num_harmful: int

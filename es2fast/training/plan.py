@@ -21,6 +21,7 @@ from es2fast.modeling.taps import check_layers
 from es2fast.modeling.teacher import resolve_teacher
 from es2fast.run.folder import RunFolder
 from es2fast.run.metrics import check_trackers
+from es2fast.training.refusals import anchor_line, check_refusals
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Plan:
             f"{', '.join(transform.keys) or 'none'}",
             f"layers: {config.layers}; trainable: {train.trainable}; "
             f"teacher: {resolve_teacher(train)}",
+            anchor_line(config, self.groups.harmful),
             f"run: {self.world_size} ranks on {self.device} in {self.dtype}, "
             f"ZeRO stage {self.zero_stage}; {train.micro_batch_size} pairs x "
             f"{train.gradient_accumulation} micro-batches x {self.world_size} ranks = "
@@ -109,6 +111,7 @@ def make_plan(config: Config, *, world_size: int = 1) -> Plan:
     if config.layers != "auto":
         check_layers(config.layers, model.get_text_config().num_hidden_layers)
     groups = load_groups(config.data)
+    check_refusals(config, groups.harmful)
     formatter = Formatter(load_tokenizer(config.model), config.data)
     plan = Plan(
         config=config,

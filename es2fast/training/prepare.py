@@ -1,10 +1,11 @@
 """What is measured once on the base model before training.
 
 Under the same ZeRO stage as the training itself, so a model that only fits partitioned can be
-prepared too: the missing responses to harmless prompts (greedy, cached on disk), the last-prompt-
-token states after every block in `separation.space`, from them the layers (`layers: auto`), the
-base distances d0 and the base norms; and the check that the fused head makes the model's own
-logits. States are gathered on rank 0, which decides and measures alone; the others are told.
+prepared too: the missing responses to harmless prompts and, for a refusal anchor in the model's own
+words, its answers to harmful ones (greedy, cached on disk); the last-prompt-token states after
+every block in `separation.space`, from them the layers (`layers: auto`), the base distances d0 and
+the base norms; and the check that the fused head makes the model's own logits. States are gathered
+on rank 0, which decides and measures alone; the others are told.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from es2fast.probing.probes import LayerProbe, mean_distance
 from es2fast.run.files import write_text
 from es2fast.run.folder import RunFolder
 from es2fast.training.plan import Plan
-from es2fast.training.responses import fill_responses
+from es2fast.training.refusals import ANSWER_TOKENS, AnchorTexts, anchor_texts, wants_answers
+from es2fast.training.responses import base_answers, fill_responses
 
 
 @dataclass
@@ -82,13 +84,13 @@ class BaseModel(nn.Module):
         return heads.parity_error(self.model, heads.read_transform(self.model.config), **inputs)
 
 
-def prepare(plan: Plan, runtime: Runtime) -> tuple[Prepared, list[Prompt]]:
-    """Runs the base model over the data; returns the measurements and the harmless prompts with
-    every response filled in.
+def prepare(plan: Plan, runtime: Runtime) -> tuple[Prepared, list[Prompt], AnchorTexts | None]:
+    """Runs the base model over the data; returns the measurements, the harmless prompts with every
+    response filled in, and what the refusal anchor says, if there is one.
 
     Raises:
         UserError: a layer the model does not have; a head that the fused loss does not reproduce;
-            groups too small to probe, or with equal states.
+            groups too small to probe, or with equal states; a base model that refuses nothing.
     """
     config, formatter, groups = plan.config, plan.formatter, plan.groups
     model, run, release = _load(plan, runtime)
@@ -98,9 +100,21 @@ def prepare(plan: Plan, runtime: Runtime) -> tuple[Prepared, list[Prompt]]:
     if config.layers != "auto":
         check_layers(config.layers, len(blocks(model)))
     harmless = fill_responses(plan, model, runtime)
+    texts = own_refusals(plan, model, runtime)
     prepared = measure(plan, model, lambda **inputs: run("states", **inputs), runtime)
     release()
-    return prepared, harmless
+    return prepared, harmless, texts
+
+
+def own_refusals(plan: Plan, model: nn.Module, runtime: Runtime) -> AnchorTexts | None:
+    """The refusal anchor's texts, for which `model`, the base model, answers the harmful prompts
+    where the configuration asks for it; call on every rank."""
+    config, harmful = plan.config, plan.groups.harmful
+    if not wants_answers(config):
+        return anchor_texts(config, harmful)
+    tokens = max(config.refusal.tokens, ANSWER_TOKENS)
+    answers = base_answers(plan, model, runtime, harmful, tokens, "answers to harmful prompts")
+    return anchor_texts(config, harmful, answers)
 
 
 def _load(plan: Plan, runtime: Runtime) -> tuple[nn.Module, Any, Callable[[], None]]:

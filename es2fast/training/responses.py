@@ -1,12 +1,14 @@
-"""The base model's greedy answers to the harmless prompts that come without a response.
+"""The base model's greedy answers: to the harmless prompts that come without a response, and, for
+a refusal anchor of its own words, to the harmful ones.
 
-It answers each prompt once; answers are cached on disk by model, template and prompt.
+It answers each prompt once; answers are cached on disk by model, template, lengths and prompt.
 Under ZeRO-3 all ranks generate in lockstep (`synced_gpus`), each its share of the batches.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from torch import nn
 from tqdm import tqdm
@@ -20,11 +22,42 @@ from es2fast.training.plan import Plan
 def fill_responses(plan: Plan, model: nn.Module, runtime: Runtime) -> list[Prompt]:
     """The harmless prompts in order, each with a response: its own, a cached one, or one written
     now by `model`, the base model in eval mode; call on every rank."""
-    config, formatter, prompts = plan.config, plan.formatter, plan.groups.harmless
-    if all(prompt.response is not None for prompt in prompts):
-        return prompts
+    prompts = plan.groups.harmless
+    bare = [prompt for prompt in prompts if prompt.response is None]
+    tokens = plan.config.data.max_response_tokens
+    answers = iter(base_answers(plan, model, runtime, bare, tokens, "harmless responses"))
+    return [
+        prompt
+        if prompt.response is not None
+        else dataclasses.replace(prompt, response=next(answers))
+        for prompt in prompts
+    ]
+
+
+def base_answers(
+    plan: Plan,
+    model: nn.Module,
+    runtime: Runtime,
+    prompts: Sequence[Prompt],
+    tokens: int,
+    title: str,
+) -> list[str]:
+    """What the base model answers to each prompt, from the cache or written now.
+
+    Args:
+        plan: the run.
+        model: the base model in eval mode; call on every rank.
+        runtime: the ranks that share the work.
+        prompts: answered in this order; responses that they bring are not looked at.
+        tokens: length at which an answer is cut.
+        title: of the progress bar.
+    """
+    if not prompts:
+        return []
+    config, formatter = plan.config, plan.formatter
+    prompts = [dataclasses.replace(prompt, response=None) for prompt in prompts]
     cache = ResponseCache(
-        config.data,
+        config.data.model_copy(update={"max_response_tokens": tokens}),
         fingerprint=model_fingerprint(config.model.name, config.model.revision),
         template_hash=formatter.template_hash,
     )
@@ -33,13 +66,13 @@ def fill_responses(plan: Plan, model: nn.Module, runtime: Runtime) -> list[Promp
     chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
     written: dict[str, str] = {}
     rounds = range(0, len(chunks), world)
-    for first in tqdm(rounds, "harmless responses", disable=not (runtime.is_main and chunks)):
+    for first in tqdm(rounds, title, disable=not (runtime.is_main and chunks)):
         chunk = chunks[(first + runtime.rank) % len(chunks)]
         answers = generate(
             model,
             formatter,
             chunk,
-            max_new_tokens=config.data.max_response_tokens,
+            max_new_tokens=tokens,
             device=runtime.device,
             synced=plan.zero_stage == 3 and world > 1,
         )
@@ -50,9 +83,4 @@ def fill_responses(plan: Plan, model: nn.Module, runtime: Runtime) -> list[Promp
                     cache.put(prompt, answer)
     known = runtime.from_main({cache.key(p): cache.get(p) for p in prompts})
     answers_by_key = {**known, **written}
-    return [
-        prompt
-        if prompt.response is not None
-        else dataclasses.replace(prompt, response=answers_by_key[cache.key(prompt)])
-        for prompt in prompts
-    ]
+    return [answers_by_key[cache.key(prompt)] for prompt in prompts]

@@ -13,10 +13,12 @@ from typing import Any
 from es2fast.config import Config
 
 AT_REST = 0.01  # of d0: what is left of a bounded loss when its target counts as met
+REFUSED = 0.99  # share of the refusals' first tokens that are predicted
 
 
 class EarlyStop:
-    """A bounded loss is (almost) at rest on every layer for five steps in a row."""
+    """A bounded loss is (almost) at rest on every layer for five steps in a row, and a refusal
+    anchor's first tokens are the likeliest."""
 
     def __init__(self, enabled: bool):
         self._enabled = enabled
@@ -24,6 +26,7 @@ class EarlyStop:
 
     def reached(self, row: dict[str, Any], layers: Sequence[int]) -> bool:
         met = all(row[f"sep/{layer}"] <= AT_REST for layer in layers)
+        met = met and row.get("refusal_top1", 1.0) >= REFUSED
         self._met = self._met + 1 if met else 0
         return self._enabled and self._met >= 5
 

@@ -53,7 +53,7 @@ def run_family(family: str, folder: Path) -> dict[str, Any]:
     runtime = runtimes.start(config)
     plan = make_plan(config)
     groups, formatter, sampler = plan.groups, plan.formatter, plan.sampler(0)
-    prepared, harmless = prepare(plan, runtime)
+    prepared, harmless, _ = prepare(plan, runtime)
     engine = build_engine(plan, prepared, runtime)
     steps = []
     for step in range(3):

@@ -56,6 +56,22 @@ def group_loss(a: list[Tensor], b: list[Tensor], loss: str, **options: Any) -> T
     return torch.stack([pair_value(x, y, loss, **options) for x in a for y in b]).mean()
 
 
+def refusal_loss(
+    student: Any, prompt: list[int], opening: list[int], refusal: list[int], decay: float
+) -> tuple[Tensor, float, bool]:
+    """(weighted sum of the refusal's cross-entropies, sum of weights, the first is the likeliest)
+    of one prompt."""
+    ids = [*prompt, *opening, *refusal]
+    logits = student(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    total, weights = torch.zeros((), dtype=torch.float64), 0.0
+    start = len(prompt) + len(opening)
+    for i, token in enumerate(refusal):
+        before = logits[start + i - 1]
+        total = total + decay**i * (before.exp().sum().log() - before[token])
+        weights += decay**i
+    return total, weights, int(logits[start - 1].argmax()) == refusal[0]
+
+
 def es2_loss(
     student: Any,
     teacher: Any,
@@ -74,6 +90,7 @@ def es2_loss(
     norm0: float = 1.0,
     band: tuple[float, float] | None = None,
     band_weight: float = 0.0,
+    weight: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(separation, KL in nats per token, what backward is called on) of one global micro-batch.
 
@@ -106,4 +123,4 @@ def es2_loss(
         p, q = (t, s) if direction == "forward" else (s, t)
         terms.append((p.exp() * (p - q)).sum(-1))
     kl = torch.cat(terms).mean()
-    return separation, kl, separation + penalty + extra + kl_weight * kl
+    return separation, kl, weight * (separation + extra) + penalty + kl_weight * kl

@@ -17,13 +17,19 @@ from es2fast.config import DataConfig, parse_config
 from es2fast.data import Formatter, PairedSampler, load_groups
 from es2fast.distributed.launch import free_port
 from es2fast.modeling.teacher import set_trainable
-from launcher.plain_es2 import es2_loss, state_after_block
+from es2fast.training.refusals import RefusalAnchor, anchor_texts
+from launcher.plain_es2 import es2_loss, refusal_loss, state_after_block
 from launcher.worker import STEPS, some_whitening
 
 pytestmark = [pytest.mark.launcher, pytest.mark.slow]
 LAYERS = [1, 2]
 TESTS = Path(__file__).parents[1]
 UNBOUNDED = ["l2", "log", "squared", "centroid", "fisher"]
+ANCHOR = {"weight": 2.0, "source": "list", "texts": ["here is some text .", "please draw a tree"],
+          "tokens": 4, "decay": 0.7}  # fmt: skip
+DEEP = ANCHOR | {
+    "prefill": {"probability": 0.6, "tokens": 3, "texts": ["sure here is the road", "the house"]}
+}
 Bank = dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]]
 
 
@@ -36,6 +42,7 @@ def case(model: Path, data: dict[str, str], **train: Any) -> dict[str, Any]:
             "data": data,
             "layers": LAYERS,
             "separation": train.pop("separation", {}),
+            "refusal": train.pop("refusal", {}),
             "kl": {"weight": 3.0, "direction": train.pop("direction", "forward")},
             "train": settings | {"device": "cpu", "max_grad_norm": 1e9} | train,
             "deepspeed": {"zero_optimization": {"stage": stage}},
@@ -99,7 +106,24 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     robust = {"robust": {"probability": 0.6}, "bank": 4}
     two["robust"] = case(untied, data, separation=robust)
     two["robust_checkpointed"] = case(untied, data, separation=robust, gradient_checkpointing=True)
+    two |= {
+        "anchor": case(untied, data, refusal=ANCHOR),
+        "anchor_lora": case(
+            untied, data, trainable="lora", lora={"r": 4}, gradient_checkpointing=True, refusal=DEEP
+        ),
+        "anchor_all_accumulated": case(
+            capped, data, trainable="all", gradient_accumulation=2, refusal=DEEP
+        ),
+        "anchor_alone": case(
+            biased, data, stage=2, separation={"weight": 0.0}, refusal=DEEP | {"decay": 1.0}
+        ),
+    }
+    attacked = {"separation": robust | {"weight": 0.5}, "refusal": DEEP}
+    two["anchor_robust"] = case(untied, data, **attacked)
+    two["anchor_robust_checkpointed"] = case(untied, data, gradient_checkpointing=True, **attacked)
     one = {
+        "anchor": case(untied, data, micro_batch_size=2, refusal=ANCHOR),
+        "anchor_robust": case(untied, data, micro_batch_size=2, **attacked),
         "robust": case(untied, data, micro_batch_size=2, separation=robust),
         "twin": case(untied, data, micro_batch_size=2),
         "accumulated": case(untied, data, micro_batch_size=2, gradient_accumulation=2),
@@ -114,7 +138,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 CASES = ["twin", "twin_checkpointed", "lora", "lora_checkpointed", "all", "all_tied", "all_biased",
          "tied", "tied_lora", "accumulated", "zero2", "normed", "normed_checkpointed", "norm_band",
          "bank", "bank_accumulated", *UNBOUNDED, "softplus", "cosine",
-         "centroid_bank"]  # fmt: skip
+         "centroid_bank", "anchor", "anchor_lora", "anchor_all_accumulated",
+         "anchor_alone"]  # fmt: skip
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -139,6 +164,10 @@ class Plain:
             len(self.groups.harmful), len(self.groups.harmless), seed=0, micro_batch_size=2,
             gradient_accumulation=config.train.gradient_accumulation, rank=0, world_size=1,
         )  # fmt: skip
+        texts = anchor_texts(config, self.groups.harmful)
+        self.anchor: RefusalAnchor | None = None
+        if texts is not None:
+            self.anchor = RefusalAnchor(config, self.formatter, self.groups.harmful, texts)
 
     def load(self, step: int) -> None:
         state = {k: v.double() for k, v in self.states[step].items()}
@@ -165,6 +194,19 @@ class Plain:
                 with torch.no_grad():
                     rows += [state_after_block(self.student, p, layer)[-1] for p in prompts]
                 del rows[: max(len(rows) - size, 0)]
+
+    def refusals(self, step: int) -> tuple[torch.Tensor, float]:
+        """Cross-entropy per token of a step's refusals, and the share of first tokens predicted."""
+        total, weights, hits = torch.zeros(()).double(), 0.0, []
+        for rows, _ in self.sampler.indices(step) if self.anchor is not None else ():
+            for row in rows:
+                after = self.anchor.row(step, row)  # type: ignore[union-attr]
+                prompt = self.formatter.prompt_ids(self.groups.harmful[row])
+                decay = self.config.refusal.decay
+                found = refusal_loss(self.student, prompt, after.opening, after.refusal, decay)
+                total, weights = total + found[0], weights + found[1]
+                hits.append(found[2])
+        return total / max(weights, 1.0), sum(hits) / max(len(hits), 1)
 
     def last_step(self) -> tuple[float, float, dict[str, torch.Tensor]]:
         """Separation, KL and gradients of the last step."""
@@ -198,13 +240,16 @@ class Plain:
                     norm0=10.0,
                     band=section.norm_band,
                     band_weight=section.norm_band_weight,
+                    weight=section.weight,
                 )
             )
             if section.bank:
                 self.remember(bank, harmful, harmless)
         kl = sum(part[1] * count for part, count in zip(parts, counts)) / sum(counts)
         rest = sum(part[2] for part in parts) / train.gradient_accumulation
-        (rest + self.config.kl.weight * kl).backward()
+        refusal, self.top1 = self.refusals(STEPS - 1)
+        (rest + self.config.kl.weight * kl + self.config.refusal.weight * refusal).backward()
+        self.refusal = refusal.item()
         separation = sum(part[0].item() for part in parts) / len(parts)
         grads = {n: p.grad for n, p in self.student.named_parameters() if p.requires_grad}
         return separation, kl.item(), grads
@@ -219,43 +264,55 @@ def dense(whitening: Any) -> torch.Tensor:
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_equal_plain_fp64(runs: dict[str, Any], name: str) -> None:
     found = runs["two"][name]
-    separation, kl, grads = Plain(runs["cases"][name], found).last_step()
+    plain = Plain(runs["cases"][name], found)
+    separation, kl, grads = plain.last_step()
     assert kl > 1e-4  # the step compared is not the trivial one at KL = 0
     # a cosine is 1 at most and rounded to 6e-8; the loss is what it exceeds the margin by
     rounding = 2e-7 if name == "cosine" else 0.0
     assert found["losses"][-1] == pytest.approx(separation, rel=1e-5, abs=rounding)
     assert found["kl"][-1] == pytest.approx(kl, rel=1e-3)
+    if plain.anchor is None:
+        assert found["refusal"][-1] == {}
+    else:
+        assert plain.refusal > 0.1
+        assert found["refusal"][-1]["refusal"] == pytest.approx(plain.refusal, rel=1e-5)
+        assert found["refusal"][-1]["refusal_top1"] == pytest.approx(plain.top1)
     assert found["grads"].keys() == grads.keys()
     everything = torch.cat([grads[k].flatten() for k in grads])
     ours = torch.cat([found["grads"][k].flatten() for k in grads])
     assert relative(ours, everything) <= 1e-5
 
 
+@pytest.mark.parametrize("name", ["robust", "anchor_robust"])
 def test_a_simulated_attack_is_the_same_on_one_rank_two_ranks_and_recomputed(
-    runs: dict[str, Any],
+    runs: dict[str, Any], name: str
 ) -> None:
-    two, one = runs["two"]["robust"], runs["one"]["robust"]
-    again = runs["two"]["robust_checkpointed"]
+    two, one = runs["two"][name], runs["one"][name]
+    again = runs["two"][f"{name}_checkpointed"]
     assert any(two["attacked"][:-1]) and not all(two["attacked"])
     for other in (one, again):
         assert other["attacked"] == two["attacked"]
         assert other["losses"] == pytest.approx(two["losses"], rel=1e-5)
         assert other["kl"][1:] == pytest.approx(two["kl"][1:], rel=1e-4)
+        for found, expected in zip(other["refusal"], two["refusal"]):
+            assert found == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", [*CASES, "robust"])
+@pytest.mark.parametrize("name", [*CASES, "robust", "anchor_robust"])
 def test_ranks_end_with_equal_parameters(runs: dict[str, Any], name: str) -> None:
     digests = runs["two"][name]["digests"]
     assert len(digests) == 2 and len(set(digests)) == 1
 
 
-@pytest.mark.parametrize("name", [c for c in [*CASES, "robust"] if c != "zero2"])
+@pytest.mark.parametrize(
+    "name", [c for c in [*CASES, "robust", "anchor_robust"] if c not in ("zero2", "anchor_alone")]
+)
 def test_trace_is_never_invalidated(runs: dict[str, Any], name: str) -> None:
     """Recorded in the first step, complete and in use from then on."""
     assert runs["two"][name]["trace"][1:] == [True] * (STEPS - 1)
 
 
-@pytest.mark.parametrize("name", ["twin", "accumulated"])
+@pytest.mark.parametrize("name", ["twin", "accumulated", "anchor"])
 def test_one_rank_of_two_rows_equals_two_ranks_of_one(runs: dict[str, Any], name: str) -> None:
     one, two = runs["one"][name], runs["two"][name]
     assert one["losses"] == pytest.approx(two["losses"], rel=1e-5)

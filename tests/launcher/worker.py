@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from es2fast.config import parse_config
-from es2fast.data import collate
 from es2fast.distributed import runtime as runtimes
 from es2fast.distributed.zero import full_state_dict
 from es2fast.ops.separation.whitening import Whitening
 from es2fast.training.engine import build_engine
-from es2fast.training.loop import train_step
+from es2fast.training.loop import Feed, train_step
 from es2fast.training.plan import make_plan
 from es2fast.training.prepare import Prepared
+from es2fast.training.refusals import anchor_texts, refusal_metrics
 from es2fast.training.robust import SimulatedAttack
 
 STEPS = 4
@@ -57,10 +57,11 @@ def run_case(case: dict[str, Any], runtime: runtimes.Runtime) -> dict[str, Any]:
         prepared.whitening = {layer: some_whitening() for layer in layers}
         prepared.whitened0 = dict.fromkeys(layers, 8.0)
     plan = make_plan(config, world_size=runtime.world_size)
-    groups, formatter, sampler = plan.groups, plan.formatter, plan.sampler(runtime.rank)
+    texts = anchor_texts(config, plan.groups.harmful)
+    feed = Feed(plan, plan.groups.harmless, runtime.rank, texts)
     engine = build_engine(plan, prepared, runtime)
     found: dict[str, Any] = {"losses": [], "kl": [], "trace": [], "states": []}
-    found["attacked"] = []
+    found["attacked"], found["refusal"] = [], []
     simulated = SimulatedAttack(config, layers, runtime)
     take_step = engine.step
 
@@ -74,20 +75,12 @@ def run_case(case: dict[str, Any], runtime: runtimes.Runtime) -> dict[str, Any]:
     engine.step = step
     for index in range(STEPS):
         found["states"].append(full_state_dict(engine.module.student, main=True))
-        batches = [
-            collate(
-                formatter,
-                [groups.harmful[i] for i in a],
-                [groups.harmless[i] for i in b],
-                config.kl.positions,
-            )
-            for a, b in sampler.indices(index)
-        ]
         push = simulated.for_step(index + 1)
-        sums = train_step(engine, batches, config.kl.weight, runtime, push, simulated.observe)
+        sums = train_step(engine, feed(index), config.kl.weight, runtime, push, simulated.observe)
         found["attacked"].append(push is not None)
         found["losses"].append(sums["sep"])
         found["kl"].append(sums["kl_sum"] / sums["kl_tokens"])
+        found["refusal"].append(refusal_metrics(sums))
     digest = hashlib.sha256()
     for value in full_state_dict(engine.module.student, main=True).values():
         digest.update(value.contiguous().numpy().tobytes())

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_models import FAMILIES, HEAD_FAMILIES, tiny_model
 from transformers import LlamaForCausalLM
 
@@ -132,3 +133,51 @@ def test_a_wrapped_head_is_refused() -> None:
     wrapped = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["lm_head"]))
     with pytest.raises(UserError, match=r"train\.lora\.targets"):
         heads.lm_head_of(wrapped)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "granite", "phi", "llama tied"])
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen head", "trainable head"])
+def test_a_cross_entropy_beside_the_kl_equals_full_logits_in_fp64(
+    name: str, trainable: bool
+) -> None:
+    """One call, rows of the KL first; a trainable head sums the gradients of both."""
+    family, *tying = name.split()
+    options = {"tie_word_embeddings": True} if tying else {}
+    student, teacher = tiny_model(family, **options), tiny_model(family, **options)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in student.get_output_embeddings().parameters() if trainable else ():
+            parameter *= 1.1
+    wide, wide_teacher = (copy.deepcopy(model).double() for model in (student, teacher))
+    student.get_output_embeddings().requires_grad_(trainable)
+    wide.get_output_embeddings().requires_grad_(trainable)
+    weights, targets = torch.tensor([1.0, 0.5, 0.0, 0.25, 2.0]), torch.tensor([7, 3, 9, 4, 4])
+
+    logits = wide(input_ids=IDS).logits
+    with torch.no_grad():
+        other = wide_teacher(input_ids=IDS[:1]).logits[0].log_softmax(-1)
+    kl = (other.exp() * (other - logits[0].log_softmax(-1))).sum()
+    ce = (weights.double() * F.cross_entropy(logits[1], targets, reduction="none")).sum()
+    (kl + 2 * ce).backward()
+
+    hidden = backbone(student)(input_ids=IDS).last_hidden_state
+    with torch.no_grad():
+        target = backbone(teacher)(input_ids=IDS[:1]).last_hidden_state[0]
+    lm_head, _ = heads.install(student, teacher, share_head=not trainable)
+    hit = logits[1].argmax(-1)
+    for aim, counted, hits in ((targets, True, (hit == targets).sum()), (hit, False, 0)):
+        task = heads.CETask(aim, weights, torch.full((5,), counted))
+        found = lm_head(
+            hidden.flatten(0, 1), heads.KLTask(target, torch.ones(5), "forward", 1.0), task
+        )
+        assert found[2] == hits
+        if aim is targets:
+            assert found[0].item() == pytest.approx(kl.item(), rel=1e-4, abs=1e-6)
+            assert found[1].item() == pytest.approx(ce.item(), rel=1e-5)
+            (found[0] + 2 * found[1]).backward(retain_graph=True)
+            ours = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
+            plain = {n: p.grad for n, p in wide.named_parameters() if p.grad is not None}
+            assert ours.keys() == plain.keys()
+            for key, gradient in plain.items():
+                scale = gradient.norm().clamp_min(1e-6)
+                assert (ours[key].double() - gradient).norm() <= 1e-4 * scale, key

@@ -122,6 +122,44 @@ def test_harmful_rows_end_early_and_change_nothing_for_the_others(family: str) -
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in blocks(model))
 
 
+@pytest.mark.parametrize("space", ["residual", "normed"])
+def test_harmful_rows_that_are_kept_run_to_the_end(space: str) -> None:
+    model = tiny_model("llama")
+    full = run(model)
+    taps = SeparationTaps(model, [0, 1], space)
+    taps.arm(torch.tensor([3, 4, 5]), num_harmful=2)
+    run(model)
+    states = taps.states
+    taps.arm(torch.tensor([3, 4, 5]), num_harmful=2, keep=True)
+    assert torch.equal(run(model), full)
+    for layer in (0, 1):
+        assert torch.equal(taps.states[layer], states[layer])
+    taps.arm(torch.tensor([3, 4, 5]), num_harmful=2)  # the next pass cuts again
+    assert run(model).shape[0] == 1
+    taps.remove()
+
+
+def test_an_answer_is_pushed_at_all_of_its_positions() -> None:
+    """From the last prompt token on, in harmful rows only, as an attack pushes while decoding."""
+    model = tiny_model("llama")
+    outputs: list[torch.Tensor] = []
+    taps = SeparationTaps(model, [1])
+    handle = blocks(model)[1].register_forward_hook(
+        lambda module, args, output: outputs.append(hidden_of(output).detach())
+    )
+    for push in (None, lambda layer, states: states + 1.0):
+        taps.arm(torch.tensor([3, 5, 4]), 2, push, keep=True)
+        run(model)
+    handle.remove()
+    taps.remove()
+    clean, pushed = outputs
+    expected = clean.clone()
+    expected[0, 3:] = 2 * clean[0, 3:] + 1.0
+    expected[1, 5:] = 2 * clean[1, 5:] + 1.0
+    torch.testing.assert_close(pushed, expected)
+    assert torch.equal(pushed[2], clean[2])
+
+
 def test_a_model_whose_deepest_block_is_separated_keeps_all_rows() -> None:
     model = tiny_model("llama")
     taps = SeparationTaps(model, [3])

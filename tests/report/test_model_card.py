@@ -104,6 +104,17 @@ def test_settings_beyond_the_loss_are_listed(tmp_path):
     ) in text
 
 
+def test_the_refusal_anchor_is_a_row(tmp_path):
+    assert "| refusal anchor | none |" in card(tmp_path)
+    deep = {"weight": 0.5, "tokens": 12, "prefill": {"probability": 0.3}}
+    text = card(tmp_path, raw={"refusal": deep, "separation": {"weight": 0.0}})
+    assert (
+        "| refusal anchor | weight 0.5, 12 tokens with decay 0.9, own refusals, 0.3 of the rows "
+        "after up to 8 tokens of an opening |"
+    ) in text
+    assert "| separation loss | hinge, margin 4 × d0, weight 0 |" in text
+
+
 def test_user_text_stays_text(tmp_path):
     text = card(tmp_path, data_summary=["a|b <script>\n# heading {{ 1 + 1 }}"])
     assert "- a\\|b &lt;script&gt; # heading {{ 1 + 1 }}\n" in text

@@ -22,6 +22,13 @@ def test_early_stop_wants_every_layer_at_rest_five_times_in_a_row() -> None:
     assert not any(EarlyStop(enabled=False).reached(rest, [1]) for _ in range(9))
 
 
+def test_early_stop_waits_for_the_refusals() -> None:
+    stop = EarlyStop(enabled=True)
+    assert not any(stop.reached({"sep/1": 0.0, "refusal_top1": 0.9}, [1]) for _ in range(9))
+    found = [stop.reached({"sep/1": 0.0, "refusal_top1": 1.0}, [1]) for _ in range(5)]
+    assert found == [False] * 4 + [True]
+
+
 def row(loss: float = 1.0, kl: float = 0.01, grad_norm: float = 1.0) -> dict[str, Any]:
     return {"loss": loss, "kl": kl, "grad_norm": grad_norm}
 

@@ -1,0 +1,161 @@
+"""Cross-entropy of a language model against given next tokens, from hidden states and LM head.
+
+With ``z = softcap(logit_scale (W h + b))`` and target y:
+
+    loss = sum_i w_i (log sum_v exp z_iv - z_iy)
+
+Value and gradients are made in the forward pass, chunk by chunk of tokens, as the linear KL does:
+no more than ``chunk_tokens`` rows of logits ever exist, and what is saved for backward are
+gradients, never an alias of the weight, which ZeRO-3 may partition again in between. Logits are
+float32 (float64 for float64 inputs) from the GEMM's accumulator on. Plain torch on every device:
+the refusal anchor sees a few dozen tokens per row, where the KL beside it sees hundreds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from es2fast.ops.checks import check_head, refuse
+from es2fast.ops.gemms import (
+    add_weight_gradient,
+    has_mixed_gemm,
+    input_gradient,
+    logit_rows,
+    logits_into,
+)
+from es2fast.ops.tokens import default_chunk, saved_dtype, without_autocast
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # (N,) int64
+    token_weights: Tensor,  # (N,)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:  # (), (N,) bool
+    """Weighted sum of token cross-entropies in nats, and where the target is the likeliest token.
+
+    Args:
+        hidden: (N, H) final hidden states, each the one that predicts its target.
+        weight: (V, H) LM head, in hidden's dtype.
+        targets: (N,) int64 ids of the tokens to be predicted.
+        token_weights: (N,) real; the loss is the sum, not the mean.
+        bias: (V,) added to the logits.
+        logit_scale: multiplies W h + b.
+        softcap: c of c tanh(z/c), after the scale; None: none.
+        chunk_tokens: rows of logits that exist at once; None: as the linear KL.
+
+    Returns:
+        (loss, hits): float32 scalar (float64 for float64 inputs) with gradients to hidden, weight
+        and bias where they require grad, first derivatives only; (N,) bool.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit; the message names the argument.
+    """
+    check_head("", hidden, weight, bias)
+    for name, tensor in (("targets", targets), ("token_weights", token_weights)):
+        refuse(
+            tuple(tensor.shape) != (hidden.shape[0],),
+            f"{name} has shape {tuple(tensor.shape)}: expected ({hidden.shape[0]},), one per token",
+        )
+    refuse(
+        chunk_tokens is not None and chunk_tokens < 1,
+        f"chunk_tokens={chunk_tokens}: expected a positive number, or None for the default",
+    )
+    grad = torch.is_grad_enabled()
+    needs = tuple(grad and t is not None and t.requires_grad for t in (hidden, weight, bias))
+    chunk = chunk_tokens or default_chunk(hidden, needs[1])
+    return _LinearCrossEntropy.apply(
+        hidden, weight, bias, targets, token_weights, logit_scale, softcap, chunk, needs
+    )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Autograd around `_run`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+        with without_autocast(hidden.device.type):
+            loss, hits, gradients = _run(hidden, weight, bias, *rest)
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.mark_non_differentiable(hits)
+        return loss, hits
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> Any:
+        made = (
+            None if gradient is None else (gradient * grad_loss).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes)
+        )
+        return (*made, *(None for _ in range(6)))
+
+
+def _run(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    token_weights: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    chunk: int,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """Loss, hits and the gradients of hidden, weight and bias that are needed."""
+    acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    device, count = hidden.device, hidden.shape[0]
+    scale, targets = token_weights.to(device, acc), targets.to(device)
+    rows = torch.empty(count, dtype=acc, device=device)
+    hits = torch.empty(count, dtype=torch.bool, device=device)
+    dx = torch.empty_like(hidden, dtype=saved_dtype(hidden)) if needs[0] else None
+    dw = torch.zeros(weight.shape, dtype=acc, device=device) if needs[1] else None
+    db = torch.zeros(weight.shape[0], dtype=acc, device=device) if needs[2] else None
+    buffer = logit_rows(min(chunk, count), weight.shape[0], acc, device)
+    for start in range(0, count, chunk):
+        part = slice(start, min(start + chunk, count))
+        x, z = hidden[part].contiguous(), buffer[: part.stop - start]
+        logits_into(x, weight, z)
+        if bias is not None:
+            z.add_(bias.to(acc))
+        rows[part], hits[part] = _row_pass(z, targets[part], scale[part], logit_scale, softcap)
+        g = z.to(torch.bfloat16) if has_mixed_gemm(z) and x.dtype == torch.bfloat16 else z
+        if dx is not None:
+            dx[part] = input_gradient(g, weight, acc)
+        if dw is not None:
+            add_weight_gradient(dw, g, x, start == 0)
+        if db is not None:
+            db.add_(g.sum(0, dtype=acc))
+    loss = (rows * scale).sum()
+    return loss, hits, (dx, None if dw is None else dw.to(saved_dtype(weight)), db)
+
+
+def _row_pass(
+    z: Tensor, targets: Tensor, scale: Tensor, logit_scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropies and hits of raw logits z (C, V), which become, in place, the gradient by
+    them times the token's weight."""
+    z.mul_(logit_scale)
+    slope: Tensor | None = None
+    if softcap is not None:
+        z.div_(softcap).tanh_()
+        slope = 1 - z * z
+        z.mul_(softcap)
+    column = targets[:, None]
+    hits = z.argmax(-1) == targets
+    total = z.logsumexp(-1, keepdim=True)
+    rows = (total - z.gather(1, column)).squeeze(1)
+    z.sub_(total).exp_()
+    z.scatter_add_(1, column, torch.full_like(column, -1, dtype=z.dtype))
+    if slope is not None:
+        z.mul_(slope)
+    z.mul_(scale[:, None] * logit_scale)
+    return rows, hits
