@@ -124,15 +124,15 @@ def test_own_pairs_come_from_a_file(tmp_path: Path) -> None:
     assert attack.summary()["pairs"] == 3
     found = [answers[1].text for answers in attack.answers(target, HARMFUL[:3])]
     assert found == ["here is the boat"] * 3
-    key = attack.inputs()
+    key = attack.settings.model_dump()["content"]
     path.write_text(json.dumps(rows[0]) + "\n")
-    assert key and attack.inputs() not in ("", key)
+    assert key and attack.settings.model_dump()["content"] not in (None, key)
     path.write_text(json.dumps({"prompt": "break the car"}) + "\n")
     with pytest.raises(UserError, match="row 1 has no response"):
         attack.prepare(target)
     path.unlink()
-    with pytest.raises(UserError, match="cannot be read"):
-        attack.inputs()
+    with pytest.raises(UserError, match=r"pairs\.jsonl"):
+        attack.prepare(target)
 
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
