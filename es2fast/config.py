@@ -97,18 +97,51 @@ _DEFAULT_MARGINS = {"hinge": 4.0, "softplus": 4.0, "cosine": 0.0}
 
 
 class RobustConfig(_Section):
-    """Separation demanded after a simulated attack on the harmful states."""
+    """Separation, and the anchor's refusal, demanded under a simulated attack on the harmful
+    states."""
 
     probability: float = Field(
         0.0, ge=0, lt=1, description="share of the steps that are attacked; 0: none"
     )
-    attack: Literal["scav", "mean_difference"] = Field(
-        "mean_difference", description="as in the evaluation, with its default settings"
+    attacks: list[Literal["scav", "mean_difference", "replacement", "ablation"]] = Field(
+        ["mean_difference"],
+        min_length=1,
+        description="one of these is drawn per attacked step; the attacks of the evaluation in "
+        "their plain form",
+    )
+    blocks: Literal["separated", "all"] = Field(
+        "separated",
+        description="where mean_difference and replacement act, one block drawn per step; all "
+        "needs a refusal anchor, without which harmful rows end at the deepest separated block",
+    )
+    strength: tuple[float, float] = Field(
+        (1.0, 1.0),
+        description="range of the mean difference's strength, drawn per step, in units of the "
+        "current gap between the groups' means",
     )
     states: int = Field(
         256, ge=4, description="most recent states per group that the attack is fitted on"
     )
     refit_every: int = Field(5, ge=1, description="steps between two fits")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_attack(cls, raw: Any) -> Any:
+        """`attack: NAME` of earlier versions."""
+        if not isinstance(raw, dict) or "attack" not in raw or "attacks" in raw:
+            return raw
+        return {key: value for key, value in raw.items() if key != "attack"} | {
+            "attacks": [raw["attack"]]
+        }
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RobustConfig:
+        low, high = self.strength
+        if not 0 < low <= high < float("inf"):
+            raise ValueError(
+                f"strength={[low, high]} is no range; give [low, high] with 0 < low <= high"
+            )
+        return self
 
 
 class SeparationConfig(_Section):
@@ -138,6 +171,18 @@ class SeparationConfig(_Section):
     norm_band_weight: float = Field(
         10.0, gt=0, description="of the squared excess over the band, averaged over the states"
     )
+    moves: Literal["both", "harmful"] = Field(
+        "both",
+        description="which group's states the loss moves; the paper moves both, and the KL then "
+        "has to bring the harmless ones back",
+    )
+    ramp: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the steps in which the margin grows from the base distance to its "
+        "full size; 0: full from the start",
+    )
     bank: int = Field(
         0,
         ge=0,
@@ -165,6 +210,11 @@ class SeparationConfig(_Section):
             raise ValueError(f"margin={margin:g} with loss='cosine' must be a cosine below 1")
         elif loss != "cosine" and margin <= 0:
             raise ValueError(f"margin={margin:g} must be greater than 0; it is in units of d0")
+        if self.ramp and (self.margin is None or loss == "cosine"):
+            raise ValueError(
+                f"ramp={self.ramp:g} with loss={loss!r} has no margin in units of d0 to grow; "
+                "leave it out or use loss=hinge"
+            )
         if band is not None and not 0 <= band[0] < 1 < band[1]:
             raise ValueError(
                 f"norm_band={list(band)} does not hold 1, where the base model is; give "
@@ -289,7 +339,12 @@ class TrainConfig(_Section):
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
     trainable: Literal["blocks", "lora", "all"] = Field(
-        "blocks", description="blocks: those up to the deepest separated layer"
+        "blocks", description="blocks or lora: of those that trainable_blocks names"
+    )
+    trainable_blocks: Literal["separated", "all"] = Field(
+        "separated",
+        description="separated: the blocks up to the deepest separated layer, since no later one "
+        "can move its states; all: also those above it, which learn from the KL and the anchor",
     )
     lora: LoraSection = Field(default_factory=LoraSection)
     teacher: Literal["auto", "adapters_off", "twin"] = Field(
@@ -383,6 +438,11 @@ class Config(_Section):
             raise ValueError(
                 "separation.weight: 0 without a refusal anchor trains nothing; set refusal.weight "
                 "or separation.weight above 0"
+            )
+        if self.separation.robust.blocks == "all" and not self.refusal.weight:
+            raise ValueError(
+                "separation.robust.blocks: 'all' without a refusal anchor, but harmful rows then "
+                "end at the deepest separated block; set refusal.weight or blocks=separated"
             )
         if self.train.early_stop and not self.separation.weight:
             raise ValueError(

@@ -57,6 +57,10 @@ MINIMAL = {"model": {"name": "m"}}
             {"model": {"name": "m"}, "separation": {"robust": {"probability": 1.0}}},
             ["separation.robust.probability", "less than 1"],
         ),
+        (
+            {"model": {"name": "m"}, "separation": {"loss": "l2", "ramp": 0.5}},
+            ["separation", "ramp=0.5", "loss='l2'", "loss=hinge"],
+        ),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_key(raw: dict[str, Any], words: list[str]) -> None:

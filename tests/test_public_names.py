@@ -133,5 +133,5 @@ def test_a_key_in_a_document_exists(path: Path) -> None:
 
 
 def test_has_key_knows_a_missing_key() -> None:
-    assert has_key(Config, "separation.robust.attack") and has_key(Config, "data.harmful.source")
+    assert has_key(Config, "separation.robust.attacks") and has_key(Config, "data.harmful.source")
     assert not has_key(Config, "separation.kappa") and not has_key(Config, "layers.depth")

@@ -42,7 +42,7 @@ from es2fast.evaluation.subject import (
 from es2fast.evaluation.teacher import SavedTeacher
 from es2fast.judges.calibration import Calibration
 from es2fast.judges.registry import make_judges
-from es2fast.modeling.load import check_weights, load_causal_lm, load_tokenizer
+from es2fast.modeling.load import check_weights, load_merged, load_tokenizer
 from es2fast.probing.choose import FEWEST
 from es2fast.report.html import write_report
 from es2fast.report.model_card import write_model_card
@@ -275,7 +275,7 @@ def _subject(name: str, model: ModelConfig, config: Config, formatter: Formatter
     dtype = resolve_dtype(model.dtype, device.type)
     return Subject(
         name,
-        lambda: load_causal_lm(model, dtype).to(device),
+        lambda: load_merged(model, dtype).to(device),
         formatter,
         f"{model_fingerprint(model.name, model.revision)} {dtype}",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,24 @@ def load_causal_lm(model: ModelConfig, dtype: str) -> nn.Module:
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model.name: {model.name!r} cannot be loaded ({_first(error)})") from None
+
+
+def load_merged(model: ModelConfig, dtype: str) -> nn.Module:
+    """As `load_causal_lm`, with a LoRA adapter folded into the weights: generation is about twice
+    as fast, and what attacks edit is a plain model.
+
+    Raises:
+        UserError: see `load_causal_lm`; the adapter's base model is gone.
+    """
+    adapter = Path(model.name) / "adapter_config.json"
+    if not adapter.is_file():
+        return load_causal_lm(model, dtype)
+    from peft import PeftModel
+
+    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    plain: Any = load_causal_lm(model.model_copy(update={"name": base, "revision": None}), dtype)
+    merged: Any = PeftModel.from_pretrained(plain, model.name).merge_and_unload()
+    return merged
 
 
 def check_weights(name: str) -> None:

@@ -13,14 +13,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from es2fast.errors import UserError
 
-Push = Callable[[int, Tensor], Tensor]  # (layer, states (n, H) fp32) -> what is added, (n, H)
+
+@dataclass(frozen=True)
+class Intervention:
+    """What a simulated attack makes of the harmful rows' block outputs.
+
+    layers: blocks at whose output it acts; change: (layer, states (k, H) fp32) -> the states in
+    their place, (k, H); where: at the last prompt token, at it and all later ones (an answer's,
+    which an attack changes while it is decoded), or at every token; name: of the attack.
+    """
+
+    layers: frozenset[int]
+    change: Callable[[int, Tensor], Tensor]
+    where: Literal["last", "onwards", "all"] = "onwards"
+    name: str = ""
+
+    def positions(self, last: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Rows and columns of the changed states, each (k,).
+
+        Args:
+            last: (n,) column of each row's last prompt token.
+            length: T, columns of the batch.
+        """
+        column = torch.arange(length, device=last.device)
+        if self.where == "last":
+            chosen = column == last[:, None]
+        elif self.where == "onwards":
+            chosen = column >= last[:, None]
+        else:
+            chosen = (column >= 0).expand(len(last), length)
+        rows, columns = chosen.nonzero(as_tuple=True)
+        return rows, columns
 
 
 def causal_lm(model: nn.Module) -> Any:
@@ -197,19 +228,27 @@ class SeparationTaps:
         model: a causal language model, possibly wrapped by peft.
         layers: tapped blocks, ascending.
         space: "residual" or "normed", see `tap_points`.
+        attacked: blocks at whose outputs an attack may act; default: the tapped ones.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[int], space: str = "residual"):
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[int],
+        space: str = "residual",
+        attacked: Sequence[int] | None = None,
+    ):
         self.states: dict[int, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
-        self._push: Push | None = None
+        self._intervention: Intervention | None = None
         self._positions: Tensor | None = None
         self._select: Callable[[Tensor], Tensor] | None = None
         self._rows = 0
         self._num_harmful = 0
         self._keep_all = False
         every, points = blocks(model), tap_points(model, layers, space)
-        self._handles = [every[i].register_forward_hook(self._attack(i)) for i in layers]
+        hit = layers if attacked is None else attacked
+        self._handles = [every[i].register_forward_hook(self._attack(i)) for i in hit]
         self._handles += [p.register_forward_hook(self._keep(i)) for i, p in zip(layers, points)]
         self._handles += [
             block.register_forward_pre_hook(self._cut, with_kwargs=True)
@@ -220,27 +259,26 @@ class SeparationTaps:
         self,
         positions: Tensor,
         num_harmful: int,
-        push: Push | None = None,
+        attack: Intervention | None = None,
         *,
         keep: bool = False,
     ) -> None:
         """Before the student's pass.
 
         Afterwards `states` holds the tapped states, layer -> (B, H), and `outputs` what the blocks
-        themselves returned at these positions, without gradient and before any push.
+        under attack returned at these positions, without gradient and before the attack.
 
         Args:
             positions: (B,) of the tapped states, harmful rows first.
             num_harmful: n.
-            push: added to the harmful rows' block outputs at these positions, and at those after
-                them (an answer's, which an attack pushes while it is decoded): what is tapped there
-                and everything above sees the pushed stream. It carries no gradient, the pushed
-                state has that of the state.
+            attack: what is made of the harmful rows' block outputs: what is tapped there and
+                everything above sees the changed stream, and the gradient is that of the change.
+                Blocks that the harmful rows do not reach are left alone.
             keep: let the harmful rows run to the end.
         """
         self.states = {}
         self.outputs = {}
-        self._push = push
+        self._intervention = attack
         self._positions = positions
         self._select = at_positions(positions)
         self._rows = positions.shape[0]
@@ -258,21 +296,17 @@ class SeparationTaps:
 
     def _attack(self, layer: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            if self._select is None:
+            hidden, attack = hidden_of(output), self._intervention
+            if self._select is None or hidden.shape[0] != self._rows:
                 return None
-            hidden = hidden_of(output)
             self.outputs[layer] = self._select(hidden).detach()
-            if self._push is None:
+            if attack is None or layer not in attack.layers:
                 return None
-            with torch.no_grad():
-                added = torch.zeros_like(hidden)
-                assert self._positions is not None
-                first = self._positions[: self._num_harmful, None].to(hidden.device)
-                column = torch.arange(hidden.shape[1], device=hidden.device)
-                rows, columns = (column >= first).nonzero(as_tuple=True)
-                pushed = self._push(layer, hidden[rows, columns].float())
-                added[rows, columns] = pushed.to(hidden.dtype)
-            return with_hidden(output, hidden + added)
+            assert self._positions is not None
+            last = self._positions[: self._num_harmful].to(hidden.device)
+            place = attack.positions(last, hidden.shape[1])
+            changed = attack.change(layer, hidden[place].float())
+            return with_hidden(output, hidden.index_put(place, changed.to(hidden.dtype)))
 
         return hook
 

@@ -37,11 +37,13 @@ def set_trainable(model: nn.Module, train: TrainConfig, deepest: int) -> nn.Modu
     Args:
         model: a causal language model.
         train: `trainable` and, for LoRA, `lora`.
-        deepest: the deepest separated block; `blocks` and `lora` train blocks 0..deepest, since no
-            later block can move the separated states.
+        deepest: the deepest separated block; `blocks` and `lora` train blocks 0..deepest, or with
+            `trainable_blocks: all` every block.
     """
     if train.trainable == "all":
         return model.requires_grad_(True)
+    if train.trainable_blocks == "all":
+        deepest = len(blocks(model)) - 1
     if train.trainable == "blocks":
         model.requires_grad_(False)
         for block in blocks(model)[: deepest + 1]:

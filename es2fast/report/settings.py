@@ -15,13 +15,19 @@ def _options(separation: SeparationConfig) -> str:
         words.append(f"weight {separation.weight:g}")
     if separation.space != "residual":
         words.append(f"{separation.space} states")
+    if separation.moves != "both":
+        words.append(f"moves the {separation.moves} states alone")
+    if separation.ramp:
+        words.append(f"margin grows over {separation.ramp:g} of the steps")
     if separation.norm_band is not None:
         words.append("norm band {:g} to {:g} of the base".format(*separation.norm_band))
     if separation.bank:
         words.append(f"bank of {separation.bank}")
     if separation.robust.probability:
         robust = separation.robust
-        words.append(f"{robust.attack} simulated in {robust.probability:g} of the steps")
+        words.append(
+            f"{', '.join(robust.attacks)} simulated in {robust.probability:g} of the steps"
+        )
     return "".join(f", {word}" for word in words)
 
 

@@ -1,28 +1,24 @@
 """The training loop: prepare, build, step, save.
 
-Read top to bottom, `train` is the whole run. One optimizer step = `gradient_accumulation`
-micro-batches, each one engine forward and one backward; one small all-reduce before it (the number
-of tokens of the step) and one after it (the metrics). What the safeguards decide they
-decide from these, so every rank does the same.
+Read top to bottom, `train` is the whole run; a step is in `step`. What the safeguards decide they
+decide from a step's metrics, which all ranks share, so every rank does the same.
 """
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from es2fast.config import Config, save_config
 from es2fast.data import MicroBatch, Prompt, collate
 from es2fast.distributed.runtime import Runtime
 from es2fast.errors import RunStopped
-from es2fast.modeling.taps import Push
+from es2fast.modeling.taps import blocks
 from es2fast.run.export import save_model
 from es2fast.run.folder import RunFolder
 from es2fast.run.metrics import MetricsWriter
@@ -33,17 +29,14 @@ from es2fast.training.prepare import Prepared, prepare
 from es2fast.training.refusals import (
     AnchorTexts,
     RefusalAnchor,
-    RefusalTokens,
-    refusal_counts,
     refusal_metrics,
 )
 from es2fast.training.robust import SimulatedAttack
 from es2fast.training.safeguards import CollapseMonitor, EarlyStop
+from es2fast.training.step import measure_kl, train_step
 from es2fast.training.weights import GoodWeights, TrainableWeights
 
 MEASURED = 8  # optimizer steps' batches on which the KL of the final weights is measured
-COUNTS = ("kl_tokens", "tokens", "rows", "refusal_weights", "refusals")  # of a step, all ranks
-SUMS = ("kl_sum", "refusal_sum", "refusal_hits")  # of the objective's metrics; the rest are means
 
 
 @dataclass
@@ -189,7 +182,8 @@ def _loop(
     steps = config.train.steps
     dual, target = DualAscent(config), EarlyStop(config.train.early_stop)
     monitor = CollapseMonitor(config)
-    simulated = SimulatedAttack(config, prepared.layers, runtime)
+    depth = len(blocks(engine.module.student))
+    simulated = SimulatedAttack(config, prepared.layers, runtime, depth)
     weights = TrainableWeights(engine.module.student)
     good = GoodWeights(weights, config.safeguards.keep_every)
     start = weights.copy() if config.kl.budget is not None else []
@@ -201,11 +195,13 @@ def _loop(
         step += 1
         started = time.perf_counter()
         good.before_step(step)
-        push = simulated.for_step(step)
-        sums = train_step(engine, feed(step - 1), dual.weight, runtime, push, simulated.observe)
+        attack, margin = simulated.for_step(step), margin_at(config, step)
+        sums = train_step(
+            engine, feed(step - 1), dual.weight, runtime, attack, simulated.observe, margin
+        )
         row = _row(step, sums, dual.weight, prepared, engine, time.perf_counter() - started)
         if config.separation.robust.probability:
-            row["attacked"] = float(push is not None)
+            row["attacked"] = float(attack is not None)
         good.measured(monitor.sane(row), row["kl"])
         trouble = monitor.verdict(row)
         met = target.reached(row, prepared.layers)
@@ -235,102 +231,18 @@ def _loop(
     ), good
 
 
-def train_step(
-    engine: Any,
-    batches: list[MicroBatch],
-    kl_weight: float,
-    runtime: Runtime,
-    push: Push | None = None,
-    observe: Callable[[dict[int, Tensor], int], None] | None = None,
-) -> dict[str, float]:
-    """One optimizer step over this rank's micro-batches.
+def margin_at(config: Config, step: int) -> float | None:
+    """The margin of optimizer step `step`, from 1, in units of d0; None without a target.
 
-    Args:
-        push: a simulated attack on the harmful states.
-        observe: gets the block outputs (layer -> (n + m, H)) and n of each clean micro-batch.
-
-    Returns:
-        the same numbers on every rank: sums over ranks and micro-batches, `kl_sum`, with an anchor
-        `refusal_sum` and `refusal_hits`, and COUNTS; means of the objective's other metrics;
-        `grad_norm` before clipping.
+    With `separation.ramp` = r it grows linearly from 1, where the base model is, over the first
+    r * steps steps: a hinge that is far from its target pushes at full strength, and what the
+    optimizer has gathered by then carries it beyond.
     """
-    counts = _counts(batches, runtime)
-    metrics: dict[str, Tensor] = {}
-    for batch in batches:
-        loss, found = _forward(engine, batch, kl_weight, counts, len(batches), runtime, push)
-        engine.backward(loss)
-        engine.step()
-        if push is None and observe is not None:
-            observe(engine.module.taps.outputs, batch.num_harmful)
-        for key, value in found.items():
-            metrics[key] = metrics.get(key, 0.0) + value.float()
-    norm = engine.get_global_grad_norm()
-    shared = {key: value / len(batches) for key, value in metrics.items() if key not in SUMS}
-    shared["grad_norm"] = torch.as_tensor(norm or 0.0, device=runtime.device).float()
-    summed = {key: metrics[key] for key in SUMS if key in metrics}
-    sums = [*summed.values(), *(value / runtime.world_size for value in shared.values())]
-    values = torch.cat([runtime.sum(torch.stack(sums)), counts]).tolist()
-    return dict(zip([*summed, *shared, *COUNTS], values))
-
-
-def _counts(batches: list[MicroBatch], runtime: Runtime) -> Tensor:
-    """COUNTS over ranks and micro-batches."""
-    own = [
-        (float(b.kl_weights.sum()), b.num_tokens, len(b.input_ids), *refusal_counts(b))
-        for b in batches
-    ]
-    return runtime.sum(torch.tensor(own, device=runtime.device).sum(0))
-
-
-def _forward(
-    engine: Any,
-    batch: MicroBatch,
-    kl_weight: float,
-    counts: Tensor,
-    accumulation: int,
-    runtime: Runtime,
-    push: Push | None = None,
-    anchored: bool = True,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The objective on one micro-batch; without the refusals that it holds if not `anchored`."""
-    device = runtime.device
-    index = batch.kl_weights.flatten().nonzero().squeeze(1)
-    weights = batch.kl_weights.flatten()[index]
-    refusal = RefusalTokens.of(batch, counts[3], device) if anchored else None
-    batch = batch.to(device)
-    return engine(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        prompt_last=batch.prompt_last,
-        kl_index=index.to(device),
-        kl_weights=weights.to(device),
-        num_harmful=batch.num_harmful,
-        kl_weight=kl_weight,
-        kl_tokens=counts[0],
-        accumulation=accumulation,
-        push=push,
-        refusal=refusal,
-    )
-
-
-@torch.no_grad()
-def measure_kl(engine: Any, steps: list[list[MicroBatch]], runtime: Runtime) -> float:
-    """KL in nats per token of the weights as they are, without a step.
-
-    Args:
-        steps: this rank's micro-batches of one or more optimizer steps.
-    """
-    engine.eval()
-    total = torch.zeros(2, device=runtime.device)
-    for batches in steps:
-        counts = _counts(batches, runtime)
-        for batch in batches:
-            _, found = _forward(engine, batch, 0.0, counts, len(batches), runtime, anchored=False)
-            total[0] += found["kl_sum"]
-        total[1] += counts[0] / runtime.world_size
-    engine.train()
-    kl_sum, tokens = runtime.sum(total).tolist()
-    return kl_sum / tokens
+    section = config.separation
+    if section.margin is None or not section.ramp:
+        return section.margin
+    share = min(1.0, step / (section.ramp * config.train.steps))
+    return 1.0 + share * (section.margin - 1.0)
 
 
 def _row(

@@ -28,12 +28,13 @@ from torch import Tensor, nn
 from es2fast.config import Config
 from es2fast.errors import UserError
 from es2fast.modeling import head as heads
-from es2fast.modeling.taps import Push, SeparationTaps, backbone, position_ids
+from es2fast.modeling.taps import Intervention, SeparationTaps, backbone, blocks, position_ids
 from es2fast.modeling.teacher import freeze, teacher_hidden
 from es2fast.ops.separation.op import pairwise_separation
 from es2fast.ops.separation.whitening import Whitening
 from es2fast.training.bank import EmbeddingBank
 from es2fast.training.refusals import RefusalTokens
+from es2fast.training.robust import attacked_blocks
 
 
 class ES2Objective(nn.Module):
@@ -80,7 +81,8 @@ class ES2Objective(nn.Module):
         bank = config.separation.bank
         self.bank = EmbeddingBank(bank, self.world) if bank else None
         self.alphas = layer_weights(config, self.layers)
-        self.taps = SeparationTaps(student, self.layers, config.separation.space)
+        hit = attacked_blocks(config, self.layers, len(blocks(student)))
+        self.taps = SeparationTaps(student, self.layers, config.separation.space, hit)
         self.lm_head, self.transform = heads.install(student, teacher, share_head=share_head)
 
     def train(self, mode: bool = True) -> ES2Objective:
@@ -100,7 +102,8 @@ class ES2Objective(nn.Module):
         kl_weight: float,
         kl_tokens: float,
         accumulation: int = 1,
-        push: Push | None = None,
+        attack: Intervention | None = None,
+        margin: float | None = None,
         refusal: RefusalTokens | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One micro-batch.
@@ -114,7 +117,8 @@ class ES2Objective(nn.Module):
             kl_weight: lambda.
             kl_tokens: sum of all kl_weights of the optimizer step, over ranks and micro-batches.
             accumulation: micro-batches per optimizer step.
-            push: a simulated attack on the harmful states, see `SeparationTaps.arm`.
+            attack: a simulated attack on the harmful states, see `SeparationTaps.arm`.
+            margin: of this step, in units of the scale; default: the configured one.
             refusal: what the anchor learns; None: harmful rows end early.
 
         Returns:
@@ -132,10 +136,11 @@ class ES2Objective(nn.Module):
         }
         self.taps.disarm()
         target = teacher_hidden(self.student, self.teacher, harmless_inputs)
-        self.taps.arm(prompt_last, num_harmful, push, keep=refusal is not None)
+        self.taps.arm(prompt_last, num_harmful, attack, keep=refusal is not None)
         final = backbone(self.student)(**inputs).last_hidden_state
-        sep, metrics = self._separation(self.taps.states, num_harmful)
-        if self.training and push is None:
+        margin = self.config.separation.margin if margin is None else margin
+        sep, metrics = self._separation(self.taps.states, num_harmful, margin)
+        if self.training and attack is None:
             self._remember(self.taps.states, num_harmful)
         kl_task = self._kl_task(target, kl_index, kl_weights)
         hidden = final[num_harmful - rows :].flatten(0, 1)[kl_index]
@@ -181,14 +186,16 @@ class ES2Objective(nn.Module):
         )
 
     def _separation(
-        self, states: dict[int, Tensor], num_harmful: int
+        self, states: dict[int, Tensor], num_harmful: int, margin: float | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Over the pairs of all ranks, the same value on each."""
         total: Tensor | float = 0.0
         metrics: dict[str, Tensor] = {}
         for layer in self.layers:
             a, b = states[layer][:num_harmful], states[layer][num_harmful:]
-            loss = self._pairs(layer, a, b)
+            if self.config.separation.moves == "harmful":
+                b = b.detach()
+            loss = self._pairs(layer, a, b, margin)
             total = total + self.alphas[layer] * loss
             metrics[f"sep/{layer}"] = loss.detach()
             with torch.no_grad():
@@ -197,14 +204,14 @@ class ES2Objective(nn.Module):
         assert isinstance(total, Tensor)
         return total, metrics
 
-    def _pairs(self, layer: int, a: Tensor, b: Tensor) -> Tensor:
+    def _pairs(self, layer: int, a: Tensor, b: Tensor, margin: float | None) -> Tensor:
         """The separation loss of one layer: a (n, H), b (m, H), and the bank if there is one."""
         section = self.config.separation
         scale = 1.0 if section.loss == "cosine" else self.scale[layer]
         options = {
             "loss": section.loss,
             "scale": scale,
-            "margin": None if section.margin is None else section.margin * scale,
+            "margin": None if margin is None else margin * scale,
             "whitening": self._whitening(layer, a.device),
         }
         old = None if self.bank is None else self.bank.rows(layer)

@@ -1,16 +1,24 @@
-"""A simulated attack during training: the separation is demanded after it.
+"""Simulated attacks during training: the separation and the refusal are demanded under them.
 
-In a share of the steps the harmful states are pushed as the evaluation's attack would push them,
-e <- e + push(e), at the last prompt token of the separated blocks' outputs, inside the student's
-forward. It enters there, and not in the loss alone, because an attacker's push is carried on by the
-blocks above: what is tapped at the next separated block has read the pushed state, and the loss
-there asks the blocks between to take the harmful prompt away again. The push is a constant of the
-step, so the gradient is that of the pushed states.
+In a share of the steps the harmful rows' hidden states are attacked as the evaluation would attack
+them, inside the student's forward. It enters there, and not in the loss alone, because what an
+attacker changes is carried on by the blocks above: what is tapped at the next separated block has
+read the attacked state, and the loss there asks the blocks between to take the harmful prompt away
+again; with a refusal anchor the answer has to refuse all the same.
 
-The attack is fitted on states of recent clean steps, of all ranks, every few steps: SCAV pushes at
-every separated block (where its probe is accurate enough), the mean difference at one of them,
-drawn per step, as the real attacker picks one. Whether a step is attacked, and at which block, is a
-function of (seed, step), so it is the same on all ranks.
+    mean_difference   h <- h + c (mean_B - mean_A)    at one block, last prompt token onwards
+    replacement       h <- mean_B                     at one block, last prompt token
+    ablation          h <- h - r r^T h                at every block and token, r one block's
+                                                      difference of the means, of length 1
+    scav              h <- h + push(h)                at every separated block whose probe is
+                                                      accurate enough, last prompt token onwards
+
+Additions are constants of the step, so their gradient is that of the state; a replaced state has
+none and an ablated one none along r, as it is for the attacker.
+
+Means and probes are those of recent clean steps over all ranks, fitted anew every few steps. Which
+step is attacked, by what, where and how strongly is a function of (seed, step), so it is the same
+on all ranks.
 """
 
 from __future__ import annotations
@@ -21,46 +29,52 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from es2fast.attacks.registry import make_attack
-from es2fast.attacks.states.pushes import PushAttack
+from es2fast.attacks.states.scav import Scav
 from es2fast.config import Config
 from es2fast.distributed.runtime import Runtime
-from es2fast.modeling.taps import Push
+from es2fast.modeling.taps import Intervention
 
 
 class SimulatedAttack:
-    """Decides, per step, whether and how the harmful states are pushed.
+    """Decides, per step, whether and how the harmful states are attacked.
 
     Args:
         config: `separation.robust` and the seed.
         layers: the separated blocks.
         runtime: ranks that share the states.
+        depth: number of the model's blocks, for `blocks: all` and the ablation; default: no more
+            than the separated ones are known.
     """
 
-    def __init__(self, config: Config, layers: Sequence[int], runtime: Runtime):
+    def __init__(
+        self, config: Config, layers: Sequence[int], runtime: Runtime, depth: int | None = None
+    ):
         self._settings = config.separation.robust
-        self._config = config
+        self._seed = config.train.seed
         self._layers = list(layers)
         self._runtime = runtime
-        self._attack: PushAttack | None = None
-        self._fitted = 0
+        self._reached = _reached(config, layers, depth)
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._fitted: int | None = None
+        self._means: dict[int, tuple[Tensor, Tensor]] = {}
+        self._scav: Scav | None = None
 
-    def for_step(self, step: int) -> Push | None:
-        """The push of optimizer step `step`, or None for a clean one; call on every rank."""
-        if not self._settings.probability:
+    def for_step(self, step: int) -> Intervention | None:
+        """The attack of optimizer step `step`, or None for a clean one; call on every rank."""
+        settings = self._settings
+        if not settings.probability:
             return None
-        draw = random.Random(f"{self._config.train.seed}/robust/{step}")
-        attacked = draw.random() < self._settings.probability
-        layer = draw.choice(self._layers)
+        draw = random.Random(f"{self._seed}/robust/{step}")
+        attacked = draw.random() < settings.probability
+        name = draw.choice(settings.attacks)
+        layer = draw.choice(self._reached if settings.blocks == "all" else self._layers)
+        strength = draw.uniform(*settings.strength)
         if not attacked or not self._kept:
             return None
-        if self._attack is None or step - self._fitted >= self._settings.refit_every:
-            self._attack, self._fitted = self._fit(), step
-        attack = self._attack
-        if attack.one_block:
-            attack.at = [layer]
-        return lambda i, states: attack.push(i, states) if i in attack.layers() else states * 0.0
+        if self._fitted is None or step - self._fitted >= settings.refit_every:
+            self._fit()
+            self._fitted = step
+        return self._made(name, layer, strength)
 
     def observe(self, outputs: dict[int, Tensor], num_harmful: int) -> None:
         """Keeps the block outputs (layer -> (n + m, H), harmful first) of a clean micro-batch."""
@@ -73,17 +87,72 @@ class SimulatedAttack:
             a, b = (torch.cat(pair)[-most:] for pair in zip(old, new))
             self._kept[layer] = (a, b)
 
-    def _fit(self) -> PushAttack:
-        """Fitted on rank 0 and sent to the others, so that all ranks push alike."""
-        groups: tuple[dict[int, Tensor], dict[int, Tensor]] = ({}, {})
-        for layer in self._layers:
-            for group, rows in zip(groups, self._kept[layer]):
-                if shards := self._runtime.gather_rows(rows):
-                    group[layer] = torch.cat(shards)
-        return self._runtime.on_main(self._fitted_to, *groups)
+    def _made(self, name: str, layer: int, strength: float) -> Intervention:
+        harmful, harmless = self._means[layer]
+        if name == "replacement":
+            return Intervention(
+                frozenset([layer]),
+                lambda i, states: harmless.to(states.device).expand_as(states),
+                "last",
+                name,
+            )
+        if name == "ablation":
+            gap = harmful - harmless
+            unit = gap / gap.norm().clamp_min(1e-12)
 
-    def _fitted_to(self, harmful: dict[int, Tensor], harmless: dict[int, Tensor]) -> PushAttack:
-        attack = make_attack(self._settings.attack)
-        assert isinstance(attack, PushAttack)
-        attack.fit(harmful, harmless)
-        return attack
+            def ablated(i: int, states: Tensor) -> Tensor:
+                r = unit.to(states.device)
+                return states - (states @ r)[:, None] * r
+
+            return Intervention(frozenset(self._reached), ablated, "all", name)
+        if name == "mean_difference":
+            shift = strength * (harmless - harmful)
+            return Intervention(
+                frozenset([layer]), lambda i, states: states + shift.to(states.device), name=name
+            )
+        scav = self._scav
+        assert scav is not None
+        return Intervention(
+            frozenset(scav.layers()), lambda i, x: x + scav.push(i, x.detach()), name=name
+        )
+
+    def _fit(self) -> None:
+        """Means of all ranks' states; probes on rank 0, sent to the others."""
+        for layer in sorted(self._kept):
+            pair = []
+            for rows in self._kept[layer]:
+                count = torch.tensor([float(len(rows))])
+                total = torch.cat([rows.sum(0), count]).to(self._runtime.device)
+                *_, n = shared = self._runtime.sum(total)
+                pair.append(shared[:-1] / n)
+            self._means[layer] = (pair[0], pair[1])
+        if "scav" in self._settings.attacks:
+            groups: tuple[dict[int, Tensor], dict[int, Tensor]] = ({}, {})
+            for layer in self._layers:
+                for group, rows in zip(groups, self._kept[layer]):
+                    if shards := self._runtime.gather_rows(rows):
+                        group[layer] = torch.cat(shards)
+            self._scav = self._runtime.on_main(_fitted_scav, *groups)
+
+
+def attacked_blocks(config: Config, layers: Sequence[int], depth: int) -> list[int]:
+    """Blocks at whose outputs the run's simulated attacks may act, the separated ones included."""
+    robust = config.separation.robust
+    if not robust.probability:
+        return list(layers)
+    wide = robust.blocks == "all" or "ablation" in robust.attacks
+    return _reached(config, layers, depth) if wide else list(layers)
+
+
+def _reached(config: Config, layers: Sequence[int], depth: int | None) -> list[int]:
+    """Blocks that harmful rows pass through: all with a refusal anchor, else those up to the
+    deepest separated one."""
+    if depth is None:
+        return list(layers)
+    return list(range(depth if config.refusal.weight else max(layers) + 1))
+
+
+def _fitted_scav(harmful: dict[int, Tensor], harmless: dict[int, Tensor]) -> Scav:
+    attack = Scav()
+    attack.fit(harmful, harmless)
+    return attack

@@ -49,7 +49,7 @@ def test_every_cell_is_a_valid_configuration(tmp_path: Path) -> None:
         bounded = cell.loss in ("base", "hinge", "softplus", "fisher")
         rest = 0.0 if cell.loss == "cosine" else None
         assert config.separation.margin == (cell.margin or 6.0 if bounded else rest)
-        assert config.separation.robust.attack == (cell.robust or config.separation.robust.attack)
+        assert config.separation.robust.attacks == [cell.robust or "mean_difference"]
 
 
 def test_a_cell_of_a_table_is_mean_and_range() -> None:

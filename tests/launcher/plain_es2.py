@@ -91,6 +91,7 @@ def es2_loss(
     band: tuple[float, float] | None = None,
     band_weight: float = 0.0,
     weight: float = 1.0,
+    moves: str = "both",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(separation, KL in nats per token, what backward is called on) of one global micro-batch.
 
@@ -102,6 +103,8 @@ def es2_loss(
     for layer in layers:
         a = [state_after_block(student, ids, layer, space)[-1] for ids in harmful]
         b = [state_after_block(student, ids, layer, space)[-1] for ids, _ in harmless]
+        if moves == "harmful":
+            b = [x.detach() for x in b]
         if bank and bank[layer][0]:
             old_a, old_b = bank[layer]
             fixed_a, fixed_b = ([x.detach() for x in rows] for rows in (a, b))

@@ -97,6 +97,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             untied, data, separation={"bank": 4, "margin": 5.0}, gradient_accumulation=2
         ),
         **{loss: case(untied, data, separation={"loss": loss}) for loss in UNBOUNDED},
+        "moves": case(untied, data, separation={"moves": "harmful"}),
+        "moves_bank": case(untied, data, separation={"moves": "harmful", "bank": 4}),
         "softplus": case(untied, data, separation={"loss": "softplus", "margin": 2.0}),
         "cosine": case(untied, data, separation={"loss": "cosine", "margin": -0.5}),
         "centroid_bank": case(
@@ -111,6 +113,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "anchor_lora": case(
             untied, data, trainable="lora", lora={"r": 4}, gradient_checkpointing=True, refusal=DEEP
         ),
+        "anchor_every_block": case(
+            untied, data, trainable="lora", lora={"r": 4}, trainable_blocks="all", refusal=DEEP
+        ),
         "anchor_all_accumulated": case(
             capped, data, trainable="all", gradient_accumulation=2, refusal=DEEP
         ),
@@ -121,7 +126,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     attacked = {"separation": robust | {"weight": 0.5}, "refusal": DEEP}
     two["anchor_robust"] = case(untied, data, **attacked)
     two["anchor_robust_checkpointed"] = case(untied, data, gradient_checkpointing=True, **attacked)
+    wide = {"attacks": ["replacement", "ablation", "mean_difference"], "blocks": "all"}
+    wide |= {"probability": 0.9, "strength": [0.5, 2.0]}
+    every: dict[str, Any] = {"separation": {"robust": wide}, "refusal": DEEP}
+    two["attacks"] = case(untied, data, **every)
+    two["attacks_checkpointed"] = case(untied, data, gradient_checkpointing=True, **every)
     one = {
+        "attacks": case(untied, data, micro_batch_size=2, **every),
         "anchor": case(untied, data, micro_batch_size=2, refusal=ANCHOR),
         "anchor_robust": case(untied, data, micro_batch_size=2, **attacked),
         "robust": case(untied, data, micro_batch_size=2, separation=robust),
@@ -138,7 +149,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 CASES = ["twin", "twin_checkpointed", "lora", "lora_checkpointed", "all", "all_tied", "all_biased",
          "tied", "tied_lora", "accumulated", "zero2", "normed", "normed_checkpointed", "norm_band",
          "bank", "bank_accumulated", *UNBOUNDED, "softplus", "cosine",
-         "centroid_bank", "anchor", "anchor_lora", "anchor_all_accumulated",
+         "centroid_bank", "moves", "moves_bank", "anchor", "anchor_lora",
+         "anchor_every_block", "anchor_all_accumulated",
          "anchor_alone"]  # fmt: skip
 
 
@@ -241,6 +253,7 @@ class Plain:
                     band=section.norm_band,
                     band_weight=section.norm_band_weight,
                     weight=section.weight,
+                    moves=section.moves,
                 )
             )
             if section.bank:
@@ -283,13 +296,15 @@ def test_gradients_equal_plain_fp64(runs: dict[str, Any], name: str) -> None:
     assert relative(ours, everything) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["robust", "anchor_robust"])
+@pytest.mark.parametrize("name", ["robust", "anchor_robust", "attacks"])
 def test_a_simulated_attack_is_the_same_on_one_rank_two_ranks_and_recomputed(
     runs: dict[str, Any], name: str
 ) -> None:
     two, one = runs["two"][name], runs["one"][name]
     again = runs["two"][f"{name}_checkpointed"]
     assert any(two["attacked"][:-1]) and not all(two["attacked"])
+    if name == "attacks":
+        assert {"replacement", "ablation"} <= set(two["attacked"])
     for other in (one, again):
         assert other["attacked"] == two["attacked"]
         assert other["losses"] == pytest.approx(two["losses"], rel=1e-5)
@@ -298,7 +313,7 @@ def test_a_simulated_attack_is_the_same_on_one_rank_two_ranks_and_recomputed(
             assert found == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", [*CASES, "robust", "anchor_robust"])
+@pytest.mark.parametrize("name", [*CASES, "robust", "anchor_robust", "attacks"])
 def test_ranks_end_with_equal_parameters(runs: dict[str, Any], name: str) -> None:
     digests = runs["two"][name]["digests"]
     assert len(digests) == 2 and len(set(digests)) == 1

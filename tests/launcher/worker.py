@@ -16,13 +16,15 @@ import torch
 from es2fast.config import parse_config
 from es2fast.distributed import runtime as runtimes
 from es2fast.distributed.zero import full_state_dict
+from es2fast.modeling.taps import blocks
 from es2fast.ops.separation.whitening import Whitening
 from es2fast.training.engine import build_engine
-from es2fast.training.loop import Feed, train_step
+from es2fast.training.loop import Feed
 from es2fast.training.plan import make_plan
 from es2fast.training.prepare import Prepared
 from es2fast.training.refusals import anchor_texts, refusal_metrics
 from es2fast.training.robust import SimulatedAttack
+from es2fast.training.step import train_step
 
 STEPS = 4
 
@@ -62,7 +64,7 @@ def run_case(case: dict[str, Any], runtime: runtimes.Runtime) -> dict[str, Any]:
     engine = build_engine(plan, prepared, runtime)
     found: dict[str, Any] = {"losses": [], "kl": [], "trace": [], "states": []}
     found["attacked"], found["refusal"] = [], []
-    simulated = SimulatedAttack(config, layers, runtime)
+    simulated = SimulatedAttack(config, layers, runtime, depth=len(blocks(engine.module.student)))
     take_step = engine.step
 
     def step() -> None:
@@ -75,9 +77,9 @@ def run_case(case: dict[str, Any], runtime: runtimes.Runtime) -> dict[str, Any]:
     engine.step = step
     for index in range(STEPS):
         found["states"].append(full_state_dict(engine.module.student, main=True))
-        push = simulated.for_step(index + 1)
-        sums = train_step(engine, feed(index), config.kl.weight, runtime, push, simulated.observe)
-        found["attacked"].append(push is not None)
+        attack = simulated.for_step(index + 1)
+        sums = train_step(engine, feed(index), config.kl.weight, runtime, attack, simulated.observe)
+        found["attacked"].append(None if attack is None else attack.name)
         found["losses"].append(sums["sep"])
         found["kl"].append(sums["kl_sum"] / sums["kl_tokens"])
         found["refusal"].append(refusal_metrics(sums))

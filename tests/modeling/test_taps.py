@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from es2fast.errors import UserError
 from es2fast.modeling.states import last_token_states
 from es2fast.modeling.taps import (
+    Intervention,
     SeparationTaps,
     backbone,
     blocks,
@@ -147,8 +148,9 @@ def test_an_answer_is_pushed_at_all_of_its_positions() -> None:
     handle = blocks(model)[1].register_forward_hook(
         lambda module, args, output: outputs.append(hidden_of(output).detach())
     )
-    for push in (None, lambda layer, states: states + 1.0):
-        taps.arm(torch.tensor([3, 5, 4]), 2, push, keep=True)
+    doubled = Intervention(frozenset([1]), lambda layer, states: 2 * states + 1.0)
+    for attack in (None, doubled):
+        taps.arm(torch.tensor([3, 5, 4]), 2, attack, keep=True)
         run(model)
     handle.remove()
     taps.remove()

@@ -13,8 +13,9 @@ from es2fast.attacks.states.mean_difference import MeanDifference
 from es2fast.attacks.states.scav import Scav
 from es2fast.config import Config, parse_config
 from es2fast.distributed.runtime import Runtime
-from es2fast.modeling.taps import SeparationTaps, backbone
-from es2fast.training.robust import SimulatedAttack
+from es2fast.errors import UserError
+from es2fast.modeling.taps import Intervention, SeparationTaps, backbone
+from es2fast.training.robust import SimulatedAttack, attacked_blocks
 
 ALONE = Runtime(rank=0, world_size=1, device=torch.device("cpu"), dtype="fp32")
 
@@ -48,34 +49,112 @@ def test_the_same_steps_are_attacked_everywhere_and_none_before_states_are_known
     assert all(never.for_step(step) is None for step in range(1, 50))
 
 
+def attacks_of(simulated: SimulatedAttack, count: int = 200) -> list[Intervention]:
+    found = (simulated.for_step(step) for step in range(1, count))
+    return [attack for attack in found if attack is not None]
+
+
 @pytest.mark.parametrize("name", ["mean_difference", "scav"])
 def test_the_push_is_that_of_the_evaluations_attack(name: str) -> None:
-    simulated = SimulatedAttack(config(attack=name), [1, 3], ALONE)
+    simulated = SimulatedAttack(config(attacks=[name]), [1, 3], ALONE)
     simulated.observe(states(), 40)
     reference = MeanDifference() if name == "mean_difference" else Scav()
     reference.fit(*({i: v[part] for i, v in states().items()}
                     for part in (slice(0, 40), slice(40, 80))))  # fmt: skip
-    pushes = [p for p in (simulated.for_step(step) for step in range(1, 60)) if p is not None]
-    sample = states()[1][:5]
-    pushed = [[bool(push(layer, sample).any()) for layer in (1, 3)] for push in pushes]
+    found = attacks_of(simulated)
     if name == "scav":
-        assert all(both == [True, True] for both in pushed)
+        assert {attack.layers for attack in found} == {frozenset({1, 3})}
     else:  # one block at a time, both in turn
-        assert {tuple(one) for one in pushed} == {(True, False), (False, True)}
-    push = next(p for p, at in zip(pushes, pushed) if at[0])
-    if name == "mean_difference":
-        while push(1, sample).abs().sum() == 0:
-            push = next(p for p in (simulated.for_step(s) for s in range(60, 99)) if p)
-    torch.testing.assert_close(push(1, sample), reference.push(1, sample))
+        assert {attack.layers for attack in found} == {frozenset({1}), frozenset({3})}
+    attack = next(attack for attack in found if 1 in attack.layers)
+    assert attack.where == "onwards" and attack.name == name
+    sample = states()[1][:5]
+    torch.testing.assert_close(attack.change(1, sample) - sample, reference.push(1, sample),
+                               rtol=1e-4, atol=1e-5)  # fmt: skip
+
+
+def test_strengths_are_drawn_from_the_range() -> None:
+    simulated = SimulatedAttack(config(strength=[0.5, 2.0]), [1, 3], ALONE)
+    simulated.observe(states(), 40)
+    rows = states()
+    sizes = []
+    for attack in attacks_of(simulated):
+        (layer,) = attack.layers
+        gap = (rows[layer][40:].mean(0) - rows[layer][:40].mean(0)).norm()
+        zero = torch.zeros(1, 8)
+        sizes.append(float(attack.change(layer, zero).norm() / gap))
+    assert 0.5 <= min(sizes) < 0.7 and 1.8 < max(sizes) <= 2.0
+
+
+def test_ablation_leaves_no_component_and_replacement_only_the_mean() -> None:
+    both = config(attacks=["ablation", "replacement"])
+    simulated = SimulatedAttack(both, [1, 3], ALONE, depth=5)
+    simulated.observe(states(), 40)
+    found = attacks_of(simulated)
+    assert {attack.name for attack in found} == {"ablation", "replacement"}
+    rows, sample = states(), torch.randn(6, 8)
+    directions = [
+        (v[:40].double().mean(0) - v[40:].double().mean(0)).float() for v in rows.values()
+    ]
+    for attack in found:
+        if attack.name == "ablation":
+            assert attack.where == "all" and attack.layers == frozenset(range(4))
+            left = [(attack.change(0, sample) @ r).abs().max() / r.norm() for r in directions]
+            assert min(left) < 1e-5
+        else:
+            assert attack.where == "last"
+            (layer,) = attack.layers
+            expected = rows[layer][40:].mean(0).expand(6, 8)
+            torch.testing.assert_close(attack.change(layer, sample), expected)
+
+
+def test_attacks_reach_every_block_only_with_an_anchor() -> None:
+    def of(robust: dict[str, Any], anchor: float = 0.0) -> list[int]:
+        raw = {"model": {"name": "m"}, "separation": {"robust": {"probability": 0.5} | robust},
+               "refusal": {"weight": anchor}}  # fmt: skip
+        return attacked_blocks(parse_config(raw), [1, 3], 6)
+
+    assert of({}) == [1, 3]
+    assert of({"attacks": ["ablation"]}) == [0, 1, 2, 3]
+    assert of({"attacks": ["ablation"]}, 1.0) == list(range(6))
+    assert of({"blocks": "all"}, 1.0) == list(range(6))
+    with pytest.raises(UserError, match="'all' without a refusal anchor"):
+        of({"blocks": "all"})
+    with pytest.raises(UserError, match="strength"):
+        of({"strength": [2.0, 1.0]})
 
 
 def test_only_the_most_recent_states_are_kept() -> None:
     simulated = SimulatedAttack(config(states=40), [1, 3], ALONE)
     simulated.observe(states(shift=50.0), 40)
     simulated.observe(states(shift=2.0), 40)
-    push = next(p for p in (simulated.for_step(step) for step in range(1, 60)) if p is not None)
-    layer = 1 if push(1, states()[1]).any() else 3
-    assert push(layer, states()[layer])[0].mean() == pytest.approx(-2.0, abs=0.5)
+    attack = attacks_of(simulated)[0]
+    (layer,) = attack.layers
+    assert attack.change(layer, torch.zeros(1, 8)).mean() == pytest.approx(-2.0, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    "where, changed", [("last", {(0, 2)}), ("onwards", {(0, 2), (0, 3)}),
+                       ("all", {(0, 0), (0, 1), (0, 2), (0, 3)})]
+)  # fmt: skip
+def test_an_intervention_changes_harmful_rows_at_its_positions_alone(
+    where: Any, changed: set[tuple[int, int]]
+) -> None:
+    model = tiny_model("llama").double()
+    ids = torch.tensor([[1, 4, 10, 16], [1, 4, 8, 12]])
+    attack = Intervention(frozenset({2}), lambda layer, states: states * 0.0 + 7.0, where)
+    seen: list[Tensor] = []
+    taps = SeparationTaps(model, [0, 2], attacked=[0, 1, 2])
+    handle = model.model.layers[2].register_forward_hook(
+        lambda module, args, output: seen.append(output[0] if isinstance(output, tuple) else output)
+    )
+    taps.arm(torch.tensor([2, 3]), 1, attack, keep=True)
+    backbone(model)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    taps.remove()
+    handle.remove()
+    sevens = (seen[0] == 7.0).all(-1)
+    assert {tuple(place) for place in sevens.nonzero().tolist()} == changed
+    assert taps.outputs.keys() == {0, 1, 2} and not (taps.outputs[2][0] == 7.0).all()
 
 
 def stream(model: Any, ids: Tensor, pushes: dict[int, Tensor]) -> list[Tensor]:
@@ -99,7 +178,10 @@ def test_blocks_above_read_the_pushed_state_and_the_gradient_goes_through(space:
     model = tiny_model("llama").double()
     ids = torch.tensor([[1, 4, 10, 16, 5, 23], [1, 4, 8, 12, 13, 5]])
     taps = SeparationTaps(model, [0, 2], space)
-    taps.arm(torch.tensor([5, 5]), 1, lambda layer, states: states * 0.3 + 0.1 * (layer + 1))
+    both = Intervention(
+        frozenset({0, 2}), lambda i, states: states + (states * 0.3 + 0.1 * (i + 1)).detach()
+    )
+    taps.arm(torch.tensor([5, 5]), 1, both)
     backbone(model)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     taps.remove()
     clean = taps.outputs

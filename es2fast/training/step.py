@@ -1,0 +1,126 @@
+"""One optimizer step, and a look at the KL without one.
+
+`gradient_accumulation` micro-batches, each one engine forward and one backward; one small
+all-reduce before them (the number of tokens of the step) and one after them (the metrics), so that
+every rank has the same numbers to decide from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from es2fast.data import MicroBatch
+from es2fast.distributed.runtime import Runtime
+from es2fast.modeling.taps import Intervention
+from es2fast.training.refusals import RefusalTokens, refusal_counts
+
+COUNTS = ("kl_tokens", "tokens", "rows", "refusal_weights", "refusals")  # of a step, all ranks
+SUMS = ("kl_sum", "refusal_sum", "refusal_hits")  # of the objective's metrics; the rest are means
+
+
+def train_step(
+    engine: Any,
+    batches: list[MicroBatch],
+    kl_weight: float,
+    runtime: Runtime,
+    attack: Intervention | None = None,
+    observe: Callable[[dict[int, Tensor], int], None] | None = None,
+    margin: float | None = None,
+) -> dict[str, float]:
+    """One optimizer step over this rank's micro-batches.
+
+    Args:
+        attack: a simulated attack on the harmful states.
+        observe: gets the block outputs (layer -> (n + m, H)) and n of each clean micro-batch.
+        margin: of this step, in place of the configured one.
+
+    Returns:
+        the same numbers on every rank: sums over ranks and micro-batches, `kl_sum`, with an anchor
+        `refusal_sum` and `refusal_hits`, and COUNTS; means of the objective's other metrics;
+        `grad_norm` before clipping.
+    """
+    counts = _counts(batches, runtime)
+    metrics: dict[str, Tensor] = {}
+    for batch in batches:
+        loss, found = _forward(
+            engine, batch, kl_weight, counts, len(batches), runtime, attack, margin
+        )
+        engine.backward(loss)
+        engine.step()
+        if attack is None and observe is not None:
+            observe(engine.module.taps.outputs, batch.num_harmful)
+        for key, value in found.items():
+            metrics[key] = metrics.get(key, 0.0) + value.float()
+    norm = engine.get_global_grad_norm()
+    shared = {key: value / len(batches) for key, value in metrics.items() if key not in SUMS}
+    shared["grad_norm"] = torch.as_tensor(norm or 0.0, device=runtime.device).float()
+    summed = {key: metrics[key] for key in SUMS if key in metrics}
+    sums = [*summed.values(), *(value / runtime.world_size for value in shared.values())]
+    values = torch.cat([runtime.sum(torch.stack(sums)), counts]).tolist()
+    return dict(zip([*summed, *shared, *COUNTS], values))
+
+
+def _counts(batches: list[MicroBatch], runtime: Runtime) -> Tensor:
+    """COUNTS over ranks and micro-batches."""
+    own = [
+        (float(b.kl_weights.sum()), b.num_tokens, len(b.input_ids), *refusal_counts(b))
+        for b in batches
+    ]
+    return runtime.sum(torch.tensor(own, device=runtime.device).sum(0))
+
+
+def _forward(
+    engine: Any,
+    batch: MicroBatch,
+    kl_weight: float,
+    counts: Tensor,
+    accumulation: int,
+    runtime: Runtime,
+    attack: Intervention | None = None,
+    margin: float | None = None,
+    anchored: bool = True,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The objective on one micro-batch; without the refusals that it holds if not `anchored`."""
+    device = runtime.device
+    index = batch.kl_weights.flatten().nonzero().squeeze(1)
+    weights = batch.kl_weights.flatten()[index]
+    refusal = RefusalTokens.of(batch, counts[3], device) if anchored else None
+    batch = batch.to(device)
+    return engine(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        prompt_last=batch.prompt_last,
+        kl_index=index.to(device),
+        kl_weights=weights.to(device),
+        num_harmful=batch.num_harmful,
+        kl_weight=kl_weight,
+        kl_tokens=counts[0],
+        accumulation=accumulation,
+        attack=attack,
+        margin=margin,
+        refusal=refusal,
+    )
+
+
+@torch.no_grad()
+def measure_kl(engine: Any, steps: list[list[MicroBatch]], runtime: Runtime) -> float:
+    """KL in nats per token of the weights as they are, without a step.
+
+    Args:
+        steps: this rank's micro-batches of one or more optimizer steps.
+    """
+    engine.eval()
+    total = torch.zeros(2, device=runtime.device)
+    for batches in steps:
+        counts = _counts(batches, runtime)
+        for batch in batches:
+            _, found = _forward(engine, batch, 0.0, counts, len(batches), runtime, anchored=False)
+            total[0] += found["kl_sum"]
+        total[1] += counts[0] / runtime.world_size
+    engine.train()
+    kl_sum, tokens = runtime.sum(total).tolist()
+    return kl_sum / tokens
