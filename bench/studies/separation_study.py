@@ -80,7 +80,10 @@ def settings(cell: Cell, toy: Path, out: Path, prompts: int) -> Config:
     if cell.steps is not None:
         raw["train"]["steps"] = cell.steps
     if cell.robust is not None:
-        raw["separation"]["robust"] |= {"attack": cell.robust, "probability": PROBABILITY}
+        raw["separation"]["robust"] |= {
+            "attacks": [cell.robust],
+            "probability": PROBABILITY,
+        }
     if cell.control == "budget":
         raw["kl"]["budget"] = BUDGET
     else:
