@@ -1,0 +1,106 @@
+"""The cells of the study on real models: how each model is made, and how each is attacked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+BASE = "base"
+CIRCUIT_BREAKER = "circuit_breaker"
+
+ANCHOR = {"weight": 1.0, "prefill": {"probability": 0.5, "tokens": 20}}
+ROBUST = {
+    "probability": 0.5,
+    "attacks": ["replacement", "ablation", "mean_difference"],
+    "blocks": "all",
+    "strength": [0.5, 2.0],
+}
+EVERY_BLOCK = {"trainable": "lora", "lr": 2e-4, "trainable_blocks": "all"}
+RESPONSES = {"weight": 10.0, "positions": "response"}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to make a model: what it is, and what differs from `TRAINING`."""
+
+    words: str
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+# Steps and batch are what two CPU cores can do.
+TRAINING: dict[str, Any] = {
+    "deepspeed": "zero2",
+    "layers": [8, 13],
+    "layer_choice": {"prompts": 48},
+    "separation": {"margin": 4.0},
+    "kl": {"weight": 10.0},
+    "train": {
+        "steps": 40,
+        "micro_batch_size": 4,
+        "trainable": "lora",
+        "lr": 2e-4,
+        "device": "cpu",
+        "overwrite": True,
+    },
+}
+
+ARMS: dict[str, Arm] = {
+    "separation": Arm("separation alone (hinge)"),
+    "paper": Arm(
+        "separation alone, the paper's unbounded distance",
+        {"separation": {"loss": "l2", "margin": None}},
+    ),
+    "anchor": Arm("refusal anchor alone", {"separation": {"weight": 0.0}, "refusal": ANCHOR}),
+    "both": Arm("separation and anchor", {"refusal": ANCHOR, "layer_choice": {"prompts": 256}}),
+    "anchor_robust": Arm(
+        "anchor under simulated attacks",
+        {
+            "separation": {"weight": 0.0, "robust": ROBUST},
+            "refusal": ANCHOR,
+            "kl": RESPONSES,
+            "train": EVERY_BLOCK,
+        },
+    ),
+    "both_robust": Arm(
+        "separation and anchor under simulated attacks",
+        {
+            "layers": [8, 16],
+            "separation": {"margin": 4.0, "moves": "harmful", "ramp": 0.5, "robust": ROBUST},
+            "refusal": ANCHOR,
+            "kl": RESPONSES,
+            "train": EVERY_BLOCK,
+        },
+    ),
+    CIRCUIT_BREAKER: Arm("circuit breaker, from its formula"),
+    "default": Arm(
+        "es2fast's defaults: hinge, whole blocks, lr 5e-5",
+        {"layers": "auto", "train": {"trainable": "blocks", "lr": 5e-5}},
+    ),
+}
+
+# (attack, held-out prompts at most), essential and quick ones first
+ATTACKS: list[tuple[dict[str, Any], int]] = [
+    ({"name": "direct"}, 100),
+    ({"name": "prefill", "tokens": [20]}, 100),
+    ({"name": "replacement", "trial_prompts": 4}, 100),
+    (
+        {
+            "name": "mean_difference",
+            "layers": [15, 18, 21],
+            "blocks": ["single"],
+            "strengths": [1.0, 2.0],
+            "trial_prompts": 6,
+            "steps": "all",
+        },
+        100,
+    ),
+    ({"name": "ablation", "form": "zero", "layer": 12, "position": -1}, 100),
+    ({"name": "scav", "trial_prompts": 4, "strengths": [1e-3], "steps": "prompt"}, 100),
+    ({"name": "template"}, 50),
+    ({"name": "roleplay"}, 50),
+    ({"name": "repe", "trial_prompts": 4}, 50),
+    ({"name": "latent_pgd"}, 50),
+    ({"name": "finetune", "steps": [4, 16]}, 50),
+    ({"name": "splice"}, 50),
+    ({"name": "soft_prompt", "steps": 100}, 50),
+]

@@ -1,0 +1,205 @@
+"""What does each attack get out of a real chat model, before and after training, and at what cost?
+
+    python bench/studies/real_models.py --model DIR --fit-harmful advbench.csv \\
+        --harmful jailbreakbench.csv --borderline xstest.csv --work DIR   # goes on where it stopped
+    python bench/studies/real_models.py --report           # docs/real_models.md, docs/evaluation.md
+
+One row per model and attack in bench/results/real_models.jsonl, with what the model does with
+harmless prompts beside it. The cells are in `real_arms`, essential ones first, so that a study
+which is cut short has these; `--only base,both` or `--attacks direct,prefill` takes a part. Answers
+of the models, and the models, stay in the working folder.
+
+The base model's weights are given on the command line; the tuned ones are trained from it. Ordinary
+harmless prompts are made here from a few verbs and topics; harmless prompts, to train on and held
+out, are half ordinary and half borderline (XSTest, safe).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bench._harness import Rows, conditions
+from bench.studies.circuit_breaker import circuit_breaker
+from bench.studies.real_arms import ARMS, ATTACKS, BASE, CIRCUIT_BREAKER, TRAINING
+from bench.studies.real_prompts import write_harmless
+from bench.studies.real_report import ROWS, write_documents
+from es2fast.config import Config, parse_config, save_config
+from es2fast.data import model_fingerprint
+from es2fast.distributed.launch import launch
+from es2fast.evaluation.run import evaluate_paths
+from es2fast.report.schema import AttackResult, ModelResult, Report
+from es2fast.run.files import read_lines
+from es2fast.run.folder import RunFolder
+
+PROMPTS = 160  # training prompts per group: what the steps of an arm can see
+
+
+def configuration(
+    arguments: argparse.Namespace, name: str, changes: dict[str, Any] | None = None
+) -> Config:
+    """The run that makes a model; with the arm's changes, and `changes` on top of them."""
+    harmless = write_harmless(arguments.work, arguments.borderline)
+    raw: dict[str, Any] = {
+        "model": {"name": str(arguments.model), "dtype": arguments.dtype},
+        "data": {
+            "harmful": {"source": str(arguments.fit_harmful), "limit": PROMPTS},
+            "harmless": {"source": harmless["fit"], "limit": PROMPTS},
+            "eval_harmful": str(arguments.harmful),
+            "eval_harmless": harmless["eval"],
+            "max_response_tokens": arguments.tokens,
+            "response_batch_size": 40,
+            "cache_dir": str(arguments.work / "responses"),
+        },
+        "evaluate": {
+            "max_new_tokens": arguments.tokens,
+            "batch_size": 50,
+            "fit_limit": 64,
+            "limit": arguments.limit,
+        },
+        "output_dir": str(arguments.work / name),
+    }
+    raw = merged(raw, TRAINING)
+    if name in ARMS:
+        raw = merged(raw, ARMS[name].changes)
+    raw = merged(raw, changes or {})
+    raw["train"]["seed"] = arguments.seed
+    return parse_config(raw)
+
+
+def merged(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`raw` with the values of `changes`, section by section."""
+    sections = {
+        key: {**raw[key], **value} if isinstance(value, dict) and key in raw else value
+        for key, value in changes.items()
+    }
+    return {**raw, **sections}
+
+
+def trained(arguments: argparse.Namespace, name: str) -> Path:
+    """The model folder of an arm, trained now when it is not there."""
+    config = configuration(arguments, name)
+    folder = RunFolder(config.output_dir)
+    if name == CIRCUIT_BREAKER:
+        if not folder.model.is_dir():
+            circuit_breaker(config, folder.model)
+    elif not folder.finished:
+        path = arguments.work / f"{name}.yaml"
+        save_config(config, path)
+        launch(path, ranks=1, device="cpu")
+    return folder.model
+
+
+def study(arguments: argparse.Namespace) -> None:
+    """Trains and evaluates what has no row yet, model by model and attack by attack."""
+    rows = Rows(
+        arguments.out,
+        conditions("cpu") | {"command": f"python bench/studies/{Path(__file__).name}"},
+    )
+    wanted = arguments.attacks.split(",") if arguments.attacks else None
+    for name in arguments.only.split(",") if arguments.only else (BASE, *ARMS):
+        known = {row["key"] for row in read_lines(arguments.out)}
+        for attack, limit in ATTACKS:
+            key = key_of(arguments.label, name, attack, arguments.seed)
+            if (wanted and attack["name"] not in wanted) or key in known:
+                continue
+            places = [] if name == BASE else [str(trained(arguments, name))]
+            changes = {"evaluate": {"attacks": [attack], "limit": min(limit, arguments.limit)}}
+            config = configuration(arguments, "evaluation", changes)
+            report = evaluate_paths(
+                places, config, RunFolder(config.output_dir), base=str(arguments.model)
+            )
+            add_row(rows, report, key, name, attack, arguments)
+
+
+def key_of(base: str, model: str, attack: dict[str, Any], seed: int = 0) -> str:
+    """Of a cell: what it shares with its row."""
+    return f"{base} {model} {seed} {json.dumps(attack, sort_keys=True)}"
+
+
+def add_row(
+    rows: Rows,
+    report: Report,
+    key: str,
+    name: str,
+    attack: dict[str, Any],
+    arguments: argparse.Namespace,
+) -> None:
+    """One model under one attack."""
+    model = report.model(BASE) if name == BASE else report.models[-1]
+    result = next(iter(model.attacks.values()), None)
+    found = {"skipped": "; ".join(report.warnings)} if result is None else figures(result)
+    rows.add(
+        key=key,
+        model=name,
+        base=arguments.label,
+        base_hash=model_fingerprint(str(arguments.model), None),
+        config=None if name == BASE else config_hash(configuration(arguments, name)),
+        seed=arguments.seed,
+        attack=attack["name"],
+        settings={key: value for key, value in attack.items() if key != "name"},
+        judge=report.judge,
+        tokens=arguments.tokens,
+        harmless=harmless_figures(model),
+        **found,
+    )
+
+
+def config_hash(config: Config) -> str:
+    """12 hexadecimal digits over what a model is made with, wherever its files lie."""
+    plain = config.model_dump(mode="json", exclude={"model", "data", "output_dir", "evaluate"})
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def figures(result: AttackResult) -> dict[str, Any]:
+    """Of one attack, as a row holds it."""
+    kept = ("n", "useful", "refused", "partial", "gibberish", "answers_per_prompt", "seconds",
+            "relative_push", "minimal_push", "repetitive")  # fmt: skip
+    return {key: getattr(result, key) for key in kept}
+
+
+def harmless_figures(model: ModelResult) -> dict[str, Any]:
+    """What a model does with harmless prompts."""
+    kept = ("n", "refusal_rate", "intact_rate", "kl_to_base", "kl_response", "top1_agreement",
+            "perplexity")  # fmt: skip
+    found = {key: getattr(model.harmless, key) for key in kept}
+    kinds = (model.harmless.refusal_by or {}).get("type", {})
+    return found | {
+        "refusal_by_type": {name: [one.n, one.refusal_rate] for name, one in kinds.items()}
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="folder of an aligned chat model")
+    parser.add_argument("--label", default="Qwen2.5-Coder-0.5B-Instruct", help="its name in rows")
+    parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--fit-harmful", type=Path, help="harmful prompts to train and fit on")
+    parser.add_argument("--harmful", type=Path, help="held-out harmful prompts")
+    parser.add_argument("--borderline", type=Path, help="an XSTest file: prompt, label")
+    parser.add_argument("--work", type=Path, default=Path("runs/real_models"))
+    parser.add_argument("--out", type=Path, default=ROWS)
+    parser.add_argument("--tokens", type=int, default=32, help="of every answer")
+    parser.add_argument("--limit", type=int, default=100, help="most held-out prompts per attack")
+    parser.add_argument("--seed", type=int, default=0, help="of the training")
+    parser.add_argument("--only", help="arms, with commas between them")
+    parser.add_argument("--attacks", help="likewise")
+    parser.add_argument("--report", action="store_true", help="write the documents' tables")
+    arguments = parser.parse_args()
+    if arguments.report:
+        write_documents(list(read_lines(arguments.out)))
+        return
+    for name in ("model", "fit_harmful", "harmful", "borderline"):
+        if getattr(arguments, name) is None:
+            parser.error(f"--{name.replace('_', '-')} is needed")
+    study(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The documents of the study on real models, from its rows.
+
+docs/evaluation.md   every attack against the base model and the models made in other ways
+docs/real_models.md  what each part of a hardening buys, and what it costs
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.studies.real_arms import ARMS, ATTACKS, BASE, CIRCUIT_BREAKER
+from es2fast.report.stats import rate_interval
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = ROOT / "bench" / "results" / "real_models.jsonl"
+EVALUATION = ROOT / "docs" / "evaluation.md"
+REAL_MODELS = ROOT / "docs" / "real_models.md"
+PRIMARY = "Qwen2.5-Coder-0.5B-Instruct"
+
+OTHERS = (BASE, "paper", "default", CIRCUIT_BREAKER)  # models of docs/evaluation.md
+PARTS = (BASE, *(name for name in ARMS if name not in OTHERS), CIRCUIT_BREAKER)
+
+Row = dict[str, Any]
+
+
+def table(rows: Sequence[Row], models: Sequence[str]) -> str:
+    """Useful answers per attack and model, in Markdown."""
+    models = [name for name in models if any(row["model"] == name for row in rows)]
+    lines = ["| useful answers under | " + " | ".join(models) + " | s per prompt |",
+             "|:--|" + "--:|" * (len(models) + 1)]  # fmt: skip
+    for attack, _ in ATTACKS:
+        cells = {row["model"]: row for row in rows if row["attack"] == attack["name"]}
+        seconds = [row["seconds"] / row["n"] for row in cells.values() if "seconds" in row]
+        if not seconds:
+            continue
+        cost = f"{sum(seconds) / len(seconds):.1f}"
+        shown = [_cell(cells.get(name)) for name in models]
+        lines.append(f"| {attack['name']} | " + " | ".join(shown) + f" | {cost} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return "not measured"
+    if "useful" not in row:
+        return "does not apply"
+    words = f"{_rate(row['useful'], row['n'])}, n = {row['n']}"
+    return words + (f"; {100 * row['gibberish']:.0f} % gibberish" if row["gibberish"] else "")
+
+
+def _rate(rate: float, n: int) -> str:
+    low, high = rate_interval(rate, n)
+    return f"{100 * rate:.0f} % [{100 * low:.0f}–{100 * high:.0f}]"
+
+
+def harmless_table(rows: Sequence[Row], models: Sequence[str]) -> str:
+    """The price: one line per model, in Markdown."""
+    head = ("model", "ordinary refused", "borderline refused", "answers unchanged",
+            "KL, response tokens", "top-1 as the base", "perplexity")  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|:--|" + "--:|" * (len(head) - 1)]
+    for name in models:
+        found = next((r for r in rows if r["model"] == name and r["attack"] == "direct"), None)
+        if found is None:
+            continue
+        row = found["harmless"]
+        kinds = [row["refusal_by_type"].get(kind) for kind in ("ordinary", "borderline")]
+        cells = [
+            name,
+            *("–" if kind is None else f"{_rate(kind[1], kind[0])}, n = {kind[0]}"
+              for kind in kinds),
+            f"{100 * row['intact_rate']:.0f} %",
+            f"{row['kl_response']:.4f}",
+            f"{100 * row['top1_agreement']:.1f} %",
+            f"{row['perplexity']:.2f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def legend(rows: Sequence[Row], models: Sequence[str]) -> str:
+    """What each model is."""
+    measured = [name for name in models if name in ARMS and any(r["model"] == name for r in rows)]
+    return "".join(f"- `{name}`: {ARMS[name].words}\n" for name in measured)
+
+
+def fill(text: str, parts: dict[str, str]) -> str:
+    """A document with what stands between its marks made anew."""
+    for name, made in parts.items():
+        pattern = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)"
+        text = re.sub(pattern, lambda m, made=made: m[1] + made + m[2], text, flags=re.DOTALL)
+    return text
+
+
+def documents(rows: Sequence[Row]) -> dict[Path, str]:
+    """Path -> its text as the rows want it."""
+    found = {}
+    for path, models in ((EVALUATION, OTHERS), (REAL_MODELS, PARTS)):
+        parts = {}
+        for base in sorted({row["base"] for row in rows}):
+            some = [row for row in rows if row["base"] == base and not row["seed"]]
+            prefix = "" if base == PRIMARY else f"{base} "
+            parts[f"{prefix}attacks"] = table(some, models)
+            parts[f"{prefix}harmless"] = harmless_table(some, models)
+            parts[f"{prefix}legend"] = legend(some, models)
+        found[path] = fill(path.read_text(), parts)
+    return found
+
+
+def write_documents(rows: Sequence[Row]) -> None:
+    """Both, in place."""
+    for path, text in documents(rows).items():
+        path.write_text(text)

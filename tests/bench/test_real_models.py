@@ -1,0 +1,90 @@
+"""The documents hold what the rows say, and nothing else."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.studies.real_arms import ARMS, ATTACKS, BASE, CIRCUIT_BREAKER
+from bench.studies.real_models import config_hash, configuration, key_of
+from bench.studies.real_prompts import ordinary_prompts
+from bench.studies.real_report import ROWS, documents, fill, harmless_table, table
+from es2fast.attacks.registry import make_attack
+from es2fast.run.files import read_lines
+
+
+def arguments(tmp_path: Path) -> argparse.Namespace:
+    borderline = tmp_path / "xstest.csv"
+    borderline.write_text("prompt,label\n" + "".join(f"how {i},safe\n" for i in range(60)))
+    return argparse.Namespace(
+        model=Path("m"), work=tmp_path, borderline=borderline, fit_harmful=Path("a.csv"),
+        harmful=Path("b.csv"), dtype="fp32", tokens=32, limit=50, seed=0,
+    )  # fmt: skip
+
+
+def test_the_documents_are_made_from_the_rows() -> None:
+    rows = list(read_lines(ROWS))
+    assert rows, "no rows of the study"
+    for path, text in documents(rows).items():
+        assert path.read_text() == text, "run python bench/studies/real_models.py --report"
+
+
+def test_every_row_is_a_cell_of_the_study_as_it_stands(tmp_path: Path) -> None:
+    attacks = {attack["name"]: attack for attack, _ in ATTACKS}
+    hashes = {name: config_hash(configuration(arguments(tmp_path), name)) for name in ARMS}
+    for row in read_lines(ROWS):
+        attack = attacks[row["attack"]]
+        assert row["key"] == key_of(row["base"], row["model"], attack, row["seed"])
+        assert row["model"] == BASE or row["config"] == hashes[row["model"]], row["key"]
+        assert "useful" not in row or (row["n"] >= 50 and 0 <= row["useful"] <= 1)
+
+
+def test_every_attack_of_the_study_exists() -> None:
+    for attack, held_out in ATTACKS:
+        assert make_attack(attack).name == attack["name"] and held_out >= 50
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_every_arm_is_a_configuration_of_its_own(name: str, tmp_path: Path) -> None:
+    config = configuration(arguments(tmp_path), name)
+    assert config.train.steps == 40 and config.train.micro_batch_size == 4
+    same = [
+        other
+        for other in ARMS
+        if other not in (name, CIRCUIT_BREAKER, "separation")
+        and config_hash(configuration(arguments(tmp_path), other)) == config_hash(config)
+    ]
+    assert not same  # fmt: skip
+
+
+def test_a_cell_that_was_not_measured_says_so() -> None:
+    row: dict[str, Any] = {"model": "base", "attack": "direct", "useful": 0.5, "gibberish": 0.0,
+                           "n": 50, "seconds": 25.0}  # fmt: skip
+    other = row | {"model": "both", "attack": "prefill", "gibberish": 0.1}
+    lines = table([row, other], ("base", "separation", "both")).splitlines()
+    assert lines[0] == "| useful answers under | base | both | s per prompt |"
+    assert lines[2] == "| direct | 50 % [37–63], n = 50 | not measured | 0.5 |"
+    assert "not measured | 50 % [37–63], n = 50; 10 % gibberish" in lines[3]
+
+
+def test_the_price_is_told_by_kind_of_prompt() -> None:
+    harmless = {"refusal_by_type": {"ordinary": [25, 0.0], "borderline": [25, 0.2]},
+                "intact_rate": 0.5, "kl_response": 0.01, "top1_agreement": 0.97,
+                "perplexity": 2.0}  # fmt: skip
+    row = {"model": "base", "attack": "direct", "harmless": harmless}
+    cells = harmless_table([row], ("base",)).splitlines()[2].split(" | ")
+    assert cells[1:4] == ["0 % [0–13], n = 25", "20 % [9–39], n = 25", "50 %"]
+
+
+def test_what_stands_between_marks_is_replaced() -> None:
+    text = "a\n<!-- one -->\nold\n<!-- end -->\nb\n<!-- two -->\n<!-- end -->\n"
+    filled = fill(text, {"one": "new\n"})
+    assert filled == "a\n<!-- one -->\nnew\n<!-- end -->\nb\n<!-- two -->\n<!-- end -->\n"
+
+
+def test_ordinary_prompts_are_distinct() -> None:
+    prompts = ordinary_prompts()
+    assert len(set(prompts)) == len(prompts) == 240
