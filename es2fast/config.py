@@ -312,6 +312,14 @@ class SafeguardsConfig(_Section):
     max_grad_growth: float | None = Field(
         100.0, gt=1, description="gradient norm over the largest of the first ten steps"
     )
+    max_harmless_refusals: float | None = Field(
+        0.3,
+        gt=0,
+        le=1,
+        description="with a refusal anchor: share of the harmless training prompts, of those that "
+        "the base model answers otherwise, whose likeliest first token begins a refusal; a running "
+        "mean over about the last 50 rows; null: no limit",
+    )
     patience: int = Field(5, ge=1, description="steps in a row that a limit must be passed")
     keep_every: int = Field(
         10, ge=0, description="steps between copies of sane weights to fall back on; 0: none"

@@ -102,7 +102,8 @@ class CETask:
 
     targets: (M,) int64, the next tokens of the last M hidden states.
     token_weights: (M,) fp32.
-    counted: (M,) bool, where a target that is the likeliest token counts as a hit.
+    counted: (M,) int64, where a target that is the likeliest token counts: 1, among the first kind
+        of hits; 2, among the second; 0, nowhere.
     """
 
     targets: Tensor
@@ -138,7 +139,7 @@ class FusedHead:
         self, hidden: Tensor, task: KLTask | None = None, refusal: CETask | None = None
     ) -> Tensor:
         """Logits (..., V) of hidden (..., H); with a task for hidden (N, H) its KL, (); with both
-        for hidden (N + M, H), KL rows first: (3,) KL, cross-entropy and number of hits."""
+        for hidden (N + M, H), KL rows first: (4,) KL, cross-entropy, hits of either kind."""
         if task is None:
             return self._logits(hidden)
         if refusal is None:
@@ -154,7 +155,8 @@ class FusedHead:
             logit_scale=self._transform.logit_scale,
             softcap=self._transform.softcap,
         )
-        return torch.stack([kl, loss, (hits & refusal.counted).sum().to(loss.dtype)])
+        kinds = [(hits & (refusal.counted == kind)).sum().to(loss.dtype) for kind in (1, 2)]
+        return torch.stack([kl, loss, *kinds])
 
     def _divergence(self, hidden: Tensor, task: KLTask) -> Tensor:
         """The KL, with the teacher's own head where it has one."""

@@ -125,8 +125,9 @@ class ES2Objective(nn.Module):
             the loss to call backward on (scaled so that DeepSpeed's averages come out right), and
             detached fp32 metrics: `kl_sum` (this rank's), `sep`, `sep/l`, `distance/l`, `norm/l`
             (of all ranks' rows); with a norm band `norm_band` and `norm_out/l`, the share of this
-            rank's states outside it; with an anchor `refusal_sum` (nats, weighted) and
-            `refusal_hits`, first tokens that are the likeliest, both of this rank.
+            rank's states outside it; with an anchor `refusal_sum` (nats, weighted),
+            `refusal_hits`, first tokens that are the likeliest, and `harmless_hits`, those that are
+            so on harmless rows, all of this rank.
         """
         rows = input_ids.shape[0]
         inputs = _backbone_inputs(input_ids, attention_mask)
@@ -147,15 +148,22 @@ class ES2Objective(nn.Module):
         if refusal is None:
             kl_sum = self.lm_head(hidden, kl_task)
         else:
-            hidden = torch.cat([hidden, final[:num_harmful].flatten(0, 1)[refusal.index]])
-            kl_sum, ce_sum, hits = self.lm_head(hidden, kl_task, refusal.task).unbind()
+            harmful, harmless = (part.flatten(0, 1) for part in
+                                 (final[:num_harmful], final[num_harmful:]))  # fmt: skip
+            watched = harmless[refusal.watch].detach()
+            hidden = torch.cat([hidden, harmful[refusal.index], watched])
+            kl_sum, ce_sum, hits, wrong = self.lm_head(hidden, kl_task, refusal.task).unbind()
         weight = self.config.separation.weight
         part = sep if weight == 1.0 else weight * sep if weight else 0.0
         loss = self.world * (part + kl_weight * accumulation / kl_tokens * kl_sum)
         if refusal is not None:
             rho = self.config.refusal.weight * accumulation / refusal.total.clamp_min(1.0)
             loss = loss + self.world * rho * ce_sum
-            metrics |= {"refusal_sum": ce_sum.detach(), "refusal_hits": hits.detach()}
+            metrics |= {
+                "refusal_sum": ce_sum.detach(),
+                "refusal_hits": hits.detach(),
+                "harmless_hits": wrong.detach(),
+            }
         if self.config.separation.norm_band is not None:
             band, outside = self._norm_band(self.taps.states)
             loss = loss + band  # a mean over equally many rows of each rank: DeepSpeed's average

@@ -178,14 +178,18 @@ def anchor_line(config: Config, harmful: Sequence[Prompt]) -> str:
 
 @dataclass(frozen=True)
 class RefusalTokens:
-    """The refusals' tokens of one micro-batch that are learned.
+    """The refusals' tokens of one micro-batch that are learned, and the harmless rows watched.
 
     index: (M,) positions in the flattened (n, T) harmful block that predict them.
-    task: the tokens, their weights, and which of them are a refusal's first.
+    watch: (W,) positions in the flattened (m, T) harmless block: last prompt tokens of rows whose
+        response begins otherwise than a refusal does.
+    task: the tokens of both, with their weights (0 for those watched); a refusal's first token
+        that is the likeliest counts among the first hits, on a watched row among the second.
     total: sum of all weights of the optimizer step, over ranks and micro-batches.
     """
 
     index: Tensor
+    watch: Tensor
     task: CETask
     total: Tensor
 
@@ -195,32 +199,62 @@ class RefusalTokens:
         weights = batch.refusal_weights
         if weights is None:
             return None
+        width = weights.shape[1]
         rows, columns = weights.nonzero(as_tuple=True)
-        first = torch.ones_like(rows, dtype=torch.bool)
-        first[1:] = rows[1:] != rows[:-1]
+        first = torch.ones_like(rows)
+        first[1:] = (rows[1:] != rows[:-1]).long()
+        targets = batch.input_ids[rows, columns + 1]
+        watch, openings = _watched(batch)
         task = CETask(
-            batch.input_ids[rows, columns + 1].to(device),
-            weights[rows, columns].to(device),
-            first.to(device),
+            torch.cat([targets, openings]).to(device),
+            torch.cat([weights[rows, columns], torch.zeros(len(watch))]).to(device),
+            torch.cat([first, torch.full_like(watch, 2)]).to(device),
         )
-        return cls((rows * weights.shape[1] + columns).to(device), task, total)
+        return cls((rows * width + columns).to(device), watch.to(device), task, total)
 
 
-def refusal_counts(batch: MicroBatch) -> tuple[float, float]:
-    """Sum of the weights of a batch's refusal tokens, and its rows that have any."""
+def _watched(batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Positions in the flattened harmless block of the rows that are watched, and the refusal's
+    first token each is watched for: that of one of the batch's refusals."""
+    weights, width = batch.refusal_weights, batch.input_ids.shape[1]
+    assert weights is not None
+    rows, columns = weights.nonzero(as_tuple=True)
+    none = torch.zeros(0, dtype=torch.long)
+    if not len(rows):
+        return none, none
+    first = torch.ones_like(rows, dtype=torch.bool)
+    first[1:] = rows[1:] != rows[:-1]
+    openings = batch.input_ids[rows[first], columns[first] + 1]
+    last = batch.prompt_last[batch.num_harmful :]
+    row = (last < width - 1).nonzero().squeeze(1)  # those with a response
+    opening = openings[row % len(openings)]
+    begins = batch.input_ids[batch.num_harmful + row, last[row] + 1]
+    row, opening = row[begins != opening], opening[begins != opening]
+    return row * width + last[row], opening
+
+
+def refusal_counts(batch: MicroBatch) -> tuple[float, float, float]:
+    """Sum of the weights of a batch's refusal tokens, its rows that have any, and the harmless rows
+    watched."""
     weights = batch.refusal_weights
     if weights is None:
-        return 0.0, 0.0
-    return float(weights.sum()), float((weights > 0).any(-1).sum())
+        return 0.0, 0.0, 0.0
+    rows = float((weights > 0).any(-1).sum())
+    return float(weights.sum()), rows, float(len(_watched(batch)[0]))
 
 
 def refusal_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """Of an optimizer step with an anchor: `refusal`, nats per token, and `refusal_top1`, the share
-    of the refusals' first tokens that are the likeliest (left out where no prompt had room for a
-    refusal); without one nothing."""
+    """Of an optimizer step with an anchor; without one nothing.
+
+    `refusal`: nats per token; `refusal_top1`: share of the refusals' first tokens that are the
+    likeliest (left out where no prompt had room for a refusal); `harmless_refusal`: share of the
+    watched harmless rows whose likeliest first token begins a refusal (left out where none was).
+    """
     if "refusal_sum" not in sums:
         return {}
     row = {"refusal": sums["refusal_sum"] / max(sums["refusal_weights"], 1.0)}
     if sums["refusals"]:
         row["refusal_top1"] = sums["refusal_hits"] / sums["refusals"]
+    if sums["watched"]:
+        row["harmless_refusal"] = sums["harmless_hits"] / sums["watched"]
     return row

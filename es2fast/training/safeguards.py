@@ -38,15 +38,19 @@ class CollapseMonitor:
     finite, or one above `max_grad_growth` times the largest of the first ten steps, count when they
     last for `patience` steps. There is no separate watch on the entropy of the next-token
     distribution: one that collapses is far from the base model's, which is what the KL measures.
+    Refusals of harmless prompts, which only a refusal anchor teaches, count as a running mean.
     """
 
     FIRST = 10
+    MEMORY = 50.0  # harmless rows that the running mean of their refusals goes back
 
     def __init__(self, config: Config):
         self._guard = config.safeguards
         self._steps = 0
         self._in_a_row = 0
         self._largest = 0.0
+        self._rows = config.train.micro_batch_size * config.train.gradient_accumulation
+        self._refusals: float | None = None
 
     def sane(self, row: dict[str, Any]) -> bool:
         """These numbers are those of weights worth keeping."""
@@ -55,6 +59,9 @@ class CollapseMonitor:
     def verdict(self, row: dict[str, Any]) -> str | None:
         """After each step: why the run has to stop, or None."""
         self._steps += 1
+        if (share := row.get("harmless_refusal")) is not None:
+            old = 0.0 if self._refusals is None else self._refusals
+            self._refusals = old + min(self._rows / self.MEMORY, 1.0) * (share - old)
         complaint = self._complaint(row)
         if complaint is None and self._steps <= self.FIRST:
             self._largest = max(self._largest, row["grad_norm"])
@@ -80,6 +87,12 @@ class CollapseMonitor:
             return f"the loss was {row['loss']}"
         if guard.max_kl is not None and kl > guard.max_kl:
             return f"the KL was {kl:.3g} nats per token, above safeguards.max_kl={guard.max_kl:g}"
+        most = guard.max_harmless_refusals
+        if most is not None and self._refusals is not None and self._refusals > most:
+            return (
+                f"{self._refusals:.0%} of the harmless prompts were about to be refused, above "
+                f"safeguards.max_harmless_refusals={most:g}"
+            )
         if not math.isfinite(norm):
             return f"the gradient norm was {norm}"
         limit = guard.max_grad_growth

@@ -18,8 +18,10 @@ from es2fast.distributed.runtime import Runtime
 from es2fast.modeling.taps import Intervention
 from es2fast.training.refusals import RefusalTokens, refusal_counts
 
-COUNTS = ("kl_tokens", "tokens", "rows", "refusal_weights", "refusals")  # of a step, all ranks
-SUMS = ("kl_sum", "refusal_sum", "refusal_hits")  # of the objective's metrics; the rest are means
+# of a step, all ranks
+COUNTS = ("kl_tokens", "tokens", "rows", "refusal_weights", "refusals", "watched")
+# of the objective's metrics; the rest are means
+SUMS = ("kl_sum", "refusal_sum", "refusal_hits", "harmless_hits")
 
 
 def train_step(
@@ -40,7 +42,7 @@ def train_step(
 
     Returns:
         the same numbers on every rank: sums over ranks and micro-batches, `kl_sum`, with an anchor
-        `refusal_sum` and `refusal_hits`, and COUNTS; means of the objective's other metrics;
+        the rest of SUMS, and COUNTS; means of the objective's other metrics;
         `grad_norm` before clipping.
     """
     counts = _counts(batches, runtime)

@@ -27,6 +27,7 @@ from es2fast.training.refusals import (
     anchor_line,
     anchor_texts,
     first_refusal,
+    refusal_counts,
 )
 
 ALONE = Runtime(rank=0, world_size=1, device=torch.device("cpu"), dtype="fp32")
@@ -226,6 +227,26 @@ def test_columns_of_a_batch_and_the_tokens_learned() -> None:
     found = RefusalTokens.of(batch, torch.tensor(3.5), torch.device("cpu"))
     assert found is not None
     assert found.index.tolist() == [11, 12, 13, 26, 27, 28]
-    assert words_of(found.task.targets.tolist()) == "here is some here is some"
-    assert found.task.counted.tolist() == [True, False, False] * 2
-    assert found.task.token_weights.tolist() == [1.0, 0.5, 0.25] * 2
+    assert words_of(found.task.targets.tolist()) == "here is some here is some here"
+    assert found.task.counted.tolist() == [1, 0, 0] * 2 + [2]
+    assert found.task.token_weights.tolist() == [1.0, 0.5, 0.25] * 2 + [0.0]
+    assert found.watch.tolist() == [int(batch.prompt_last[2])]
+
+
+def test_a_harmless_row_that_begins_as_a_refusal_does_is_not_watched() -> None:
+    made = anchor()
+    opening = words_of(made.row(0, 0).refusal[:1])
+    harmless = [
+        Prompt.of("please draw a tree .", "sure here is some text ."),
+        Prompt.of("draw a house .", f"{opening} is some text ."),
+    ]
+    rows = [made.row(0, 0)]
+    batch = collate(made._formatter, PROMPTS[:1], harmless, "all", rows, made.decay)
+    found = RefusalTokens.of(batch, torch.tensor(1.0), torch.device("cpu"))
+    assert found is not None
+    width = batch.input_ids.shape[1]
+    begins = [batch.input_ids[1 + r, batch.prompt_last[1 + r] + 1].item() for r in (0, 1)]
+    refusal = made.row(0, 0).refusal[0]
+    expected = [r * width + int(batch.prompt_last[1 + r]) for r in (0, 1) if begins[r] != refusal]
+    assert found.watch.tolist() == expected and refusal in begins
+    assert refusal_counts(batch)[2] == len(expected) == 1

@@ -71,3 +71,14 @@ def test_limits_can_be_switched_off() -> None:
     assert watch.verdict(row(kl=50.0, grad_norm=1e9)) is None
     assert watch.final(50.0) is None
     assert watch.final(NAN) is not None
+
+
+def test_refusals_of_harmless_prompts_stop_when_they_last() -> None:
+    watch = monitor(max_harmless_refusals=0.3, patience=3)
+    assert watch.verdict(row() | {"harmless_refusal": 1.0}) is None  # a single bad batch
+    found = [watch.verdict(row() | {"harmless_refusal": 0.0}) for _ in range(20)]
+    assert not any(found)
+    words = [watch.verdict(row() | {"harmless_refusal": 0.75}) for _ in range(20)]
+    assert words[0] is None and "safeguards.max_harmless_refusals=0.3" in (words[-1] or "")
+    free = monitor(max_harmless_refusals=None)
+    assert not any(free.verdict(row() | {"harmless_refusal": 1.0}) for _ in range(50))
