@@ -57,6 +57,14 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     harmful: Sources = Field(default_factory=list, description="prompts to move away (group A)")
     harmless: Sources = Field(default_factory=list, description="prompts to preserve (group B)")
+    borderline: Sources = Field(
+        default_factory=list,
+        description="more of group B: harmless prompts that look harmful, such as the safe half of "
+        "XSTest, or contrasts to the harmful ones; without them a refusal anchor over-refuses",
+    )
+    borderline_share: float = Field(
+        0.25, gt=0, lt=1, description="of the harmless rows of a step, where there are borderline"
+    )
     labelled: Sources = Field(
         default_factory=list, description="files whose `label` column tells the two groups apart"
     )

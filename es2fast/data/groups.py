@@ -62,12 +62,15 @@ class DataReport:
     near_leakage: dict[str, int] = field(default_factory=dict)
     near_example: dict[str, str] = field(default_factory=dict)  # the most similar pair removed
     near_inside: dict[str, int] = field(default_factory=dict)  # resemble an earlier one; kept
+    borderline: int = 0  # of the harmless prompts
 
     def lines(self) -> list[str]:
         """Text for the screen, one line per source and per group that is not empty."""
         out = [source.line() for source in self.sources]
         for group in GROUPS:
             removed = []
+            if group == "harmless" and self.borderline:
+                removed.append(f"{self.borderline} of them borderline")
             if self.duplicates.get(group):
                 removed.append(f"{self.duplicates[group]} duplicates removed")
             if self.leakage.get(group):
@@ -91,13 +94,17 @@ class DataReport:
 
 @dataclass
 class PromptGroups:
-    """Prompts in the order of their sources, duplicates and leaked training rows removed."""
+    """Prompts in the order of their sources, duplicates and leaked training rows removed.
+
+    The last `borderline` harmless prompts are those of `data.borderline`.
+    """
 
     harmful: list[Prompt]
     harmless: list[Prompt]
     eval_harmful: list[Prompt]
     eval_harmless: list[Prompt]
     report: DataReport
+    borderline: int = 0
 
 
 def load_groups(config: DataConfig, *, need_train: bool = True) -> PromptGroups:
@@ -116,6 +123,11 @@ def load_groups(config: DataConfig, *, need_train: bool = True) -> PromptGroups:
     for name in GROUPS:
         for number, source in enumerate(getattr(config, name)):
             groups[name] += _read(source, f"data.{name}[{number}]", report)[0]
+    borderline: set[str] = set()
+    for number, source in enumerate(config.borderline):
+        prompts = _read(source, f"data.borderline[{number}]", report)[0]
+        groups["harmless"] += prompts
+        borderline |= {prompt.key for prompt in prompts}
     for number, source in enumerate(config.labelled):
         prompts, harmful = _read(source, f"data.labelled[{number}]", report, labelled=True)
         for prompt, is_harmful in zip(prompts, harmful):
@@ -130,7 +142,9 @@ def load_groups(config: DataConfig, *, need_train: bool = True) -> PromptGroups:
         _remove_near_leakage(groups, config.near_duplicates, report)
         _count_inside(groups, config.near_duplicates, report)
     report.kept = {name: len(groups[name]) for name in GROUPS}
-    return PromptGroups(**groups, report=report)
+    groups["harmless"].sort(key=lambda prompt: prompt.key in borderline)
+    report.borderline = sum(prompt.key in borderline for prompt in groups["harmless"])
+    return PromptGroups(**groups, report=report, borderline=report.borderline)
 
 
 def _read(

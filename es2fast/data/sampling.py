@@ -2,8 +2,10 @@
 
 Each group is an endless stream: epoch after epoch, each a fresh permutation of all its rows. Global
 micro-batch j of step s takes the next `micro_batch_size x world_size` rows of both streams, and a
-rank its slice of them. So there is no state to save, a resumed run sees the same data, 1 rank x 2
-rows equals 2 ranks x 1 row, and no rank is ever without a row of either group.
+rank its slice of them. Where some harmless rows are borderline ones, they are a stream of their
+own, which fills a fixed share of the places, evenly spread. So there is no state to save, a resumed
+run sees the same data, 1 rank x 2 rows equals 2 ranks x 1 row, and no rank is ever without a row of
+either group.
 
 Permutations come from `random.Random` seeded with text, whose results Python keeps stable between
 versions and platforms.
@@ -11,7 +13,9 @@ versions and platforms.
 
 from __future__ import annotations
 
+import math
 import random
+from fractions import Fraction
 from functools import lru_cache
 
 from es2fast.errors import UserError
@@ -30,8 +34,15 @@ class PairedSampler:
         gradient_accumulation: int,
         rank: int,
         world_size: int,
+        num_borderline: int = 0,
+        borderline_share: float = 0.25,
     ) -> None:
-        """Raises UserError: a group without rows, a size below 1, or a rank out of range."""
+        """The last `num_borderline` of the harmless rows are borderline ones; without any, or
+        without others, there is one stream.
+
+        Raises:
+            UserError: a group without rows, a size below 1, or a rank out of range.
+        """
         for name, value in (
             ("data.harmful", num_harmful),
             ("data.harmless", num_harmless),
@@ -44,6 +55,9 @@ class PairedSampler:
         if not 0 <= rank < world_size:
             raise UserError(f"rank: {rank} is out of range; there are {world_size} ranks")
         self.sizes = {"harmful": num_harmful, "harmless": num_harmless}
+        self.borderline = num_borderline if num_borderline < num_harmless else 0
+        self.share = borderline_share if self.borderline else 0.0
+        self._exact_share = Fraction(self.share).limit_denominator(1000)
         self.seed = seed
         self.micro_batch_size = micro_batch_size
         self.gradient_accumulation = gradient_accumulation
@@ -59,18 +73,29 @@ class PairedSampler:
         for j in range(self.gradient_accumulation):
             start = (step * self.gradient_accumulation + j) * world
             start += self.rank * self.micro_batch_size
-            batches.append((self._rows("harmful", start), self._rows("harmless", start)))
+            places = range(start, start + self.micro_batch_size)
+            harmful = [self._row("harmful", self.sizes["harmful"], p) for p in places]
+            batches.append((harmful, [self._harmless(p) for p in places]))
         return batches
 
     def epochs(self, steps: int) -> dict[str, float]:
         """How often `steps` optimizer steps go through each group."""
         seen = steps * self.gradient_accumulation * self.micro_batch_size * self.world_size
-        return {group: seen / size for group, size in self.sizes.items()}
+        ordinary = self.sizes["harmless"] - self.borderline
+        found = {"harmful": seen / self.sizes["harmful"]}
+        found["harmless"] = seen * (1 - self.share) / ordinary
+        return found | ({"borderline": seen * self.share / self.borderline} if self.share else {})
 
-    def _rows(self, group: str, start: int) -> list[int]:
-        size = self.sizes[group]
-        places = range(start, start + self.micro_batch_size)
-        return [_permutation(self.seed, group, size, p // size)[p % size] for p in places]
+    def _harmless(self, place: int) -> int:
+        """The row at a place of the harmless places: borderline at every 1/share-th of them."""
+        before = math.floor(place * self._exact_share)
+        ordinary = self.sizes["harmless"] - self.borderline
+        if math.floor((place + 1) * self._exact_share) > before:
+            return ordinary + self._row("borderline", self.borderline, before)
+        return self._row("harmless", ordinary, place - before)
+
+    def _row(self, group: str, size: int, place: int) -> int:
+        return _permutation(self.seed, group, size, place // size)[place % size]
 
 
 @lru_cache(maxsize=8)

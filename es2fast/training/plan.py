@@ -58,6 +58,8 @@ class Plan:
             gradient_accumulation=self.config.train.gradient_accumulation,
             rank=rank,
             world_size=self.world_size,
+            num_borderline=self.groups.borderline,
+            borderline_share=self.config.data.borderline_share,
         )
 
     def lines(self) -> list[str]:
@@ -65,6 +67,9 @@ class Plan:
         config, train, text = self.config, self.config.train, self.model.get_text_config()
         unanswered = sum(prompt.response is None for prompt in self.groups.harmless)
         epochs = self.sampler(0).epochs(train.steps)
+        rare = ""
+        if "borderline" in epochs:
+            rare = f", {epochs['borderline']:.1f} over the borderline ones"
         transform = read_transform(self.model)
         return [
             *self.groups.report.lines(),
@@ -82,7 +87,7 @@ class Plan:
             f"{train.gradient_accumulation} micro-batches x {self.world_size} ranks = "
             f"{self.deepspeed['train_batch_size']} pairs per step",
             f"steps: {train.steps} = {epochs['harmful']:.1f} passes over the harmful and "
-            f"{epochs['harmless']:.1f} over the harmless prompts",
+            f"{epochs['harmless']:.1f} over the harmless prompts{rare}",
         ]
 
 

@@ -104,6 +104,23 @@ def test_an_empty_file_names_its_role(tmp_path):
         load_groups(files(tmp_path, harmful=["one"], harmless=["two"], eval_harmless=[""]))
 
 
+def test_borderline_prompts_are_the_last_of_the_harmless_ones(tmp_path):
+    config = files(
+        tmp_path,
+        harmful=["kill a person"],
+        harmless=["kill a process", "bake a cake", "draw a cat"],
+        borderline=["kill a process", "shoot a film", "held out one"],
+        eval_harmless=["held out one"],
+    )
+    groups = load_groups(config)
+    texts = [prompt.text for prompt in groups.harmless]
+    assert texts == ["bake a cake", "draw a cat", "kill a process", "shoot a film"]
+    assert groups.borderline == 2
+    assert any("2 of them borderline" in line for line in groups.report.lines())
+    with pytest.raises(UserError, match="both harmful and harmless"):
+        load_groups(files(tmp_path, harmful=["a b"], harmless=["c d"], borderline=["a b"]))
+
+
 def test_labelled_rows_join_both_groups(tmp_path):
     path = tmp_path / "both.csv"
     path.write_text("prompt,label,response\nbad,1,\ngood,0,fine\n")

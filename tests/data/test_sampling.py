@@ -92,3 +92,47 @@ def test_errors(change, expected):
         sampler(**change)
     with pytest.raises(UserError, match="step: -1 is negative"):
         sampler().indices(-1)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.4, 0.5])
+def test_borderline_rows_fill_their_share_evenly(share):
+    made = PairedSampler(
+        10, 9, seed=0, micro_batch_size=4, gradient_accumulation=1, rank=0, world_size=1,
+        num_borderline=3, borderline_share=share,
+    )  # fmt: skip
+    steps = 45
+    stream = [row for step in range(steps) for _, rows in made.indices(step) for row in rows]
+    rare = [row for row in stream if row >= 6]
+    assert len(rare) == round(share * 4 * steps)
+    for window in range(0, len(stream), 20):
+        assert sum(row >= 6 for row in stream[window : window + 20]) == round(20 * share)
+    for rows, count in ((rare, 3), ([row for row in stream if row < 6], 6)):
+        whole = rows[: len(rows) // count * count]
+        times = Counter(whole)
+        assert set(times.values()) == {len(whole) // count}
+    epochs = made.epochs(steps)
+    assert epochs["borderline"] == pytest.approx(len(rare) / 3)
+    assert epochs["harmless"] == pytest.approx((len(stream) - len(rare)) / 6)
+
+
+def test_without_others_or_without_any_borderline_rows_are_one_stream():
+    plain = sampler()
+    for count in (0, 7):
+        made = PairedSampler(
+            10, 7, seed=0, micro_batch_size=4, gradient_accumulation=2, rank=0, world_size=1,
+            num_borderline=count,
+        )  # fmt: skip
+        assert [made.indices(s) for s in range(9)] == [plain.indices(s) for s in range(9)]
+
+
+def test_ranks_share_the_borderline_rows_too():
+    def of(rank, world, micro):
+        return PairedSampler(
+            10, 9, seed=3, micro_batch_size=micro, gradient_accumulation=1, rank=rank,
+            world_size=world, num_borderline=4,
+        )  # fmt: skip
+
+    for step in range(8):
+        ((_, whole),) = of(0, 1, 4).indices(step)
+        parts = [of(rank, 2, 2).indices(step)[0][1] for rank in (0, 1)]
+        assert parts[0] + parts[1] == whole
