@@ -17,8 +17,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 demo: $(VENV)/installed
 	$(BIN)/es2fast demo $(DEMO)
 
+# Two processes, one thread each: more threads than cores make tiny matrices wait for each other.
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

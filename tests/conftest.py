@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from es2fast.demo.toy import build_toy
 
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small aligned chat model with seed 0, built once per test session (a minute or two)."""
-    return build_toy(tmp_path_factory.mktemp("toy") / "seed-0", seed=0, progress=False)
+    """The small aligned chat model with seed 0, built once per test session (a minute or two), by
+    the first of several test processes that wants it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # what the processes share
+    folder, built = root / "toy-seed-0", root / "toy-seed-0.built"
+    with FileLock(f"{folder}.lock"):
+        if not built.exists():
+            build_toy(folder, seed=0, progress=False)
+            built.touch()
+    return folder
