@@ -18,9 +18,5 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent  # what the processes share
-    folder, built = root / "toy-seed-0", root / "toy-seed-0.built"
-    with FileLock(f"{folder}.lock"):
-        if not built.exists():
-            build_toy(folder, seed=0, progress=False)
-            built.touch()
-    return folder
+    with FileLock(root / "toy-seed-0.lock"):
+        return build_toy(root / "toy-seed-0", seed=0, progress=False)
