@@ -25,6 +25,7 @@ import torch
 from es2fast.attacks.registry import make_attacks
 from es2fast.config import Config, EvaluateConfig, ModelConfig, load_config
 from es2fast.data import Formatter, Prompt, PromptGroups, load_groups, model_fingerprint
+from es2fast.data.groups import without_near
 from es2fast.distributed.runtime import resolve_device, resolve_dtype
 from es2fast.errors import UserError
 from es2fast.evaluation.aggregate import harmless_result, worst_of_suite
@@ -60,6 +61,7 @@ def evaluate_models(
     *,
     layers: Sequence[int] | None = None,
     extra: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
 ) -> Report:
     """Attacks and measures models; answers.jsonl and what was measured go to `folder`.
 
@@ -69,6 +71,7 @@ def evaluate_models(
         settings: attacks, judge, lengths, batch size.
         layers: the separated blocks, for the effective rank of the shifts; default: none.
         extra: more keys for the report, such as `train`.
+        notes: what the report should tell about the prompts, among its warnings.
 
     Raises:
         UserError: unknown attack or judge; a calibration of another judge; no attack that could be
@@ -83,7 +86,7 @@ def evaluate_models(
     log = AnswerLog(folder.answers)
     base: ModelAnswers | None = None
     outcomes: dict[str, ModelAnswers] = {}
-    warnings: list[str] = []
+    warnings = list(notes)
     for subject in subjects:
         others = [s for s in subjects if s.name != BASE] if subject.name == BASE else []
         before = next((s for s in subjects if s.name == BASE and s is not subject), None)
@@ -214,7 +217,7 @@ def evaluate_paths(
     Args:
         models: model folders, Hugging Face ids, or run folders (their trained model).
         config: `data` and `evaluate`; without training prompts (`data.harmful`, `data.harmless`)
-            the held-out files' further rows are the attacker's.
+            the held-out files' further rows are the attacker's (see `split_prompts`).
         folder: what is written goes here.
         base: the model the others are compared with.
 
@@ -223,7 +226,9 @@ def evaluate_paths(
     """
     groups = load_groups(config.data, need_train=False)
     _check_held_out(groups)
-    prompts = _split(groups, config.evaluate)
+    prompts, notes = split_prompts(groups, config.evaluate, config.data.near_duplicates)
+    for note in notes:
+        print(f"note: {note}")
     names = _names(models)
     named = [*([(BASE, base)] if base is not None else []), *zip(names, models)]
     subjects = []
@@ -234,28 +239,54 @@ def evaluate_paths(
         formatter = Formatter(load_tokenizer(model), config.data)
         check_weights(model.name)
         subjects.append(_subject(name, model, config, formatter))
-    report = evaluate_models(subjects, prompts, config.evaluate, folder)
+    report = evaluate_models(subjects, prompts, config.evaluate, folder, notes=notes)
     middle = report.reported_layers[round(0.6 * len(report.reported_layers)) - 1]
     write_report(folder, report, states=saved_states(folder, report.names, middle))
     return report
 
 
-def _split(groups: PromptGroups, settings: EvaluateConfig) -> EvaluationPrompts:
-    """Held-out rows come first in their files; what is left, or else half, is the attacker's."""
+def split_prompts(
+    groups: PromptGroups, settings: EvaluateConfig, near_duplicates: float | None
+) -> tuple[EvaluationPrompts, list[str]]:
+    """What rates are measured on and what is the attacker's, and what to tell about it.
+
+    Held-out rows come first in their files. Without training prompts what is left of them, or else
+    half, is the attacker's, but for rows that nearly repeat a held-out one of the same file: an
+    attack fitted on these would have seen its test.
+
+    Args:
+        near_duplicates: similarity from which on rows nearly repeat, see `data.leakage`; None: only
+            equal ones count, which `load_groups` has removed.
+
+    Raises:
+        UserError: too few prompts of a group.
+    """
     found: dict[str, Sequence[Prompt]] = {}
+    notes: list[str] = []
     for name in ("harmful", "harmless"):
         held_out, fit = getattr(groups, f"eval_{name}"), getattr(groups, name)
+        removed = ""
         if not fit:
             count = min(settings.limit, max(len(held_out) - settings.fit_limit, len(held_out) // 2))
             held_out, fit = held_out[:count], held_out[count:]
+            if near_duplicates is not None:
+                kept = without_near(fit, held_out, near_duplicates)
+                if kept.removed:
+                    removed = (
+                        f"{kept.removed} of the {len(fit)} further rows nearly repeat a held-out "
+                        f"one, such as {kept.example}, and are kept from the attacker"
+                    )
+                    notes.append(f"{name}: {removed}")
+                fit = kept.kept
         if len(held_out) < 2 or len(fit) < FEWEST:
             raise UserError(
                 f"--{name}: {len(held_out)} prompts to measure and {len(fit)} for the attacker; "
                 f"at least 2 and {FEWEST} are needed: give a longer file, or --fit-{name} FILE"
+                + (f" ({removed})" if removed else "")
             )
         found[name] = held_out[: settings.limit]
         found[f"fit_{name}"] = fit[: settings.fit_limit]
-    return EvaluationPrompts(**found)
+    return EvaluationPrompts(**found), notes
 
 
 def _names(models: Sequence[str]) -> list[str]:
