@@ -9,7 +9,8 @@ import pytest
 from es2fast.config import Config, parse_config
 from es2fast.data import load_groups
 from es2fast.errors import UserError
-from es2fast.evaluation.run import evaluate_paths, split_prompts
+from es2fast.evaluation.run import evaluate_paths
+from es2fast.evaluation.split import split_prompts
 from es2fast.run.folder import RunFolder
 
 # distinct words throughout, so that only what is meant to be similar is
