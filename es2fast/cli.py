@@ -254,7 +254,7 @@ def layers(
         Path | None, typer.Option("--json", help="write the table and the choice here")
     ] = None,
 ) -> None:
-    """Measure every block, choose the layers to separate, plot it.
+    """Measure every block, choose the layers to separate, say how sure that is, plot it.
 
     At most layer_choice.prompts prompts per group are used (256; override it, say
     layer_choice.prompts=10000). States are fp32 on the CPU, at most 2 GiB of them at a time: more
@@ -272,7 +272,7 @@ def layers(
     check_targets(plot, json_file)
     choice = probe_layers(config, progress=True)
     print_layer_table(choice)
-    save_layer_plot(plot, choice.table, choice.layers, config.layer_choice.accuracy)
+    save_layer_plot(plot, choice.table, choice.layers)
     if json_file is not None:
         choice.save(json_file)
     print(f"written: {plot}{f', {json_file}' if json_file else ''}")

@@ -96,9 +96,41 @@ class DataConfig(_Section):
 class LayersConfig(_Section):
     """How `layers: auto` chooses (probes on the base model's last-prompt-token states)."""
 
-    accuracy: float = Field(0.95, gt=0.5, le=1, description="first block whose probe reaches this")
-    depth: float = Field(0.6, gt=0, lt=1, description="second block, as a fraction of the depth")
     prompts: int = Field(256, ge=4, description="prompts per group for the probes and for d0")
+    folds: int = Field(5, ge=2, description="of the cross-validated probes")
+    resamples: int = Field(
+        200, ge=20, description="of the prompts, behind intervals and how sure the choice is"
+    )
+    causal: bool = Field(
+        True,
+        description="measure what a push by the groups' gap at each block takes from the refusal, "
+        "one forward pass per block, and count it in the choice",
+    )
+    causal_prompts: int = Field(32, ge=2, description="harmful prompts for that")
+    first: float = Field(
+        0.5, gt=0, le=1, description="part of the depth that the first block lies in, if it can"
+    )
+    gap: float = Field(
+        0.2, gt=0, lt=1, description="least distance of the second block, as a part of the depth"
+    )
+    last: float = Field(
+        0.9, gt=0, le=1, description="part of the depth that both lie in; above, blocks read them"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_versions(cls, raw: Any) -> Any:
+        """`accuracy` and `depth` are gone; saved configurations hold their old defaults."""
+        old = {"accuracy": 0.95, "depth": 0.6}
+        if not isinstance(raw, dict) or not old.keys() & raw.keys():
+            return raw
+        for key, default in old.items():
+            if raw.get(key, default) != default:
+                raise ValueError(
+                    f"{key}={raw[key]} is not read any more; name the blocks in `layers`, or see "
+                    "layer_choice.first, gap and last"
+                )
+        return {key: value for key, value in raw.items() if key not in old}
 
 
 _DEFAULT_MARGINS = {"hinge": 4.0, "softplus": 4.0, "cosine": 0.0}

@@ -112,6 +112,10 @@ def test_layers_of_a_model(call: Any, project: Path, tmp_path: Path) -> None:
     assert [row["layer"] for row in saved["table"]] == [0, 1, 2, 3]
     columns = {"accuracy", "margin", "fisher", "silhouette", "norm", "relative_push"}
     assert all(columns <= row.keys() for row in saved["table"])
+    for row in saved["table"]:
+        low, high = row["accuracy_interval"]
+        assert low <= row["accuracy"] <= high
+        assert f"{row['accuracy']:.3f} [{low:.3f}, {high:.3f}]" in done.stdout
     assert len(saved["layers"]) == 2 and saved["reason"] in done.stdout
 
 

@@ -31,6 +31,7 @@ from es2fast.data.sources import one_line
 from es2fast.errors import UserError
 
 _PROBE = "es2fast"
+_WORDINGS = ("x", "what is it?", "Tell me 7", "a long story, please.")  # different endings
 Messages = list[dict[str, str]]
 
 
@@ -146,6 +147,14 @@ class Formatter:
     def tail_length(self, ids: Sequence[int]) -> int:
         """How many of a prompt's last ids the template wrote after the last user turn's content."""
         return _common_suffix(ids, self._tail)
+
+    def template_tail(self) -> int:
+        """How many ids at the end of a prompt are the template's whatever the prompt says: what
+        differently worded prompts have in common there, and no more than the template's text alone
+        has (the wordings may all be unknown words). The id before them is that of the last
+        instruction token, or of one in which the tokenizer joined it with the template's text."""
+        first, *others = (self._encode(self._render(Prompt.of(w).messages)) for w in _WORDINGS)
+        return min(len(self._tail), *(_common_suffix(first, other) for other in others))
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """Text of one row of ids, special tokens left out."""

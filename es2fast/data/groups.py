@@ -12,6 +12,7 @@ Prompts are compared after `normalise_prompt`, over all turns but system message
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -208,22 +209,42 @@ def _remove_leakage(groups: dict[str, list[Prompt]], report: DataReport) -> None
             )
 
 
+@dataclass(frozen=True)
+class NearLeakage:
+    """Prompts that nearly repeat a held-out one: those that do not, how many do, the most similar
+    pair in words ("" where there is none)."""
+
+    kept: list[Prompt]
+    removed: int
+    example: str
+
+
+def without_near(
+    prompts: Sequence[Prompt], held_out: Sequence[Prompt], threshold: float
+) -> NearLeakage:
+    """The prompts that are less similar than `threshold` to every held-out one, in order."""
+    found = near_duplicates([p.key for p in prompts], [p.key for p in held_out], threshold)
+    pairs = [(prompt, near) for prompt, near in zip(prompts, found) if near is not None]
+    kept = [prompt for prompt, near in zip(prompts, found) if near is None]
+    if not pairs:
+        return NearLeakage(kept, 0, "")
+    prompt, near = max(pairs, key=lambda pair: pair[1].similarity)
+    other = held_out[near.place]
+    example = f"{one_line(prompt.text, 60)!r} beside {one_line(other.text, 60)!r}"
+    return NearLeakage(kept, len(pairs), example)
+
+
 def _remove_near_leakage(
     groups: dict[str, list[Prompt]], threshold: float, report: DataReport
 ) -> None:
     for name in ("harmful", "harmless"):
-        before, held_out = groups[name], groups[f"eval_{name}"]
-        keys = [[prompt.key for prompt in prompts] for prompts in (before, held_out)]
-        found = near_duplicates(keys[0], keys[1], threshold)
-        pairs = [(prompt, near) for prompt, near in zip(before, found) if near is not None]
-        groups[name] = [prompt for prompt, near in zip(before, found) if near is None]
-        report.near_leakage[name] = len(pairs)
-        if not pairs:
+        before = groups[name]
+        found = without_near(before, groups[f"eval_{name}"], threshold)
+        groups[name] = found.kept
+        report.near_leakage[name] = found.removed
+        if not found.removed:
             continue
-        prompt, near = max(pairs, key=lambda pair: pair[1].similarity)
-        report.near_example[name] = (
-            f"{one_line(prompt.text, 60)!r} beside {one_line(held_out[near.place].text, 60)!r}"
-        )
+        report.near_example[name] = found.example
         if not groups[name]:
             raise UserError(
                 f"data.{name}: all {len(before)} prompts nearly occur in evaluation, such as "

@@ -1,7 +1,8 @@
 """What is measured on a model beside its answers, and kept so that no other model has to be there.
 
-Geometry: states at the last prompt token, block by block; probes are fitted on training prompts,
-distances and norms are those of held-out prompts. Harmless tokens: see `teacher`.
+Geometry: states at the last prompt token, block by block; probes are cross-validated on training
+prompts, distances and norms are those of held-out prompts. Other tokens of the prompt: see
+`positions`; harmless tokens of the answer: see `teacher`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,7 +22,8 @@ from es2fast.data import Formatter, Prompt
 from es2fast.evaluation.teacher import TokenStats
 from es2fast.modeling.states import last_token_states
 from es2fast.modeling.taps import blocks
-from es2fast.probing.probes import fisher_ratio, fit_probe, mean_distance
+from es2fast.probing.crossval import accuracy_interval, draws, held_out, interval
+from es2fast.probing.probes import fisher_ratio, mean_distance
 from es2fast.run.files import write_text
 
 States = dict[int, Tensor]  # layer -> (n, H) fp32, last prompt token
@@ -35,7 +38,7 @@ class Measured:
     """
 
     fingerprint: str
-    separation: dict[str, dict[str, float]] = field(default_factory=dict)
+    separation: dict[str, dict[str, Any]] = field(default_factory=dict)
     tokens: TokenStats = field(default_factory=TokenStats)
     states: dict[str, States] = field(default_factory=dict)
 
@@ -84,25 +87,27 @@ def held_out_states(
 
 
 def geometry(
-    held_out: Mapping[str, States], fit: tuple[States, States], base: Measured | None
-) -> dict[str, dict[str, float]]:
-    """Per block: distances and norms on held-out prompts, probe fitted on training prompts.
+    measured: Mapping[str, States], fit: tuple[States, States], base: Measured | None
+) -> dict[str, dict[str, Any]]:
+    """Per block: distances and norms on held-out prompts, probes tested across training prompts.
 
-    `spread` is the mean distance of a group's states from their mean; `fisher` as `fisher_ratio`.
+    `spread` is the mean distance of a group's states from their mean; `fisher` as `fisher_ratio`;
+    `probe_margin`, the mean distance to the probe's boundary, is in units of the base model's
+    `distance`.
 
     Args:
-        held_out: states of the groups `harmful` and `harmless`.
+        measured: states of the groups `harmful` and `harmless`.
         fit: states of the training prompts, harmful and harmless.
         base: the base model's; None when this is the base model.
     """
-    found: dict[str, dict[str, float]] = {}
-    for layer in held_out["harmful"]:
-        a, b = held_out["harmful"][layer], held_out["harmless"][layer]
+    found: dict[str, dict[str, Any]] = {}
+    weights = draws([len(next(iter(group.values()))) for group in fit])
+    for layer in measured["harmful"]:
+        a, b = measured["harmful"][layer], measured["harmless"][layer]
         spreads = [(group - group.mean(0)).norm(dim=-1).mean().item() for group in (a, b)]
         row = {
             "distance": mean_distance(a, b).item(),
             "norm": torch.cat([a, b]).norm(dim=-1).mean().item(),
-            "probe_accuracy": fit_probe(fit[0][layer], fit[1][layer]).accuracy,
             "spread_harmful": spreads[0],
             "spread_harmless": spreads[1],
             "fisher": fisher_ratio(a, b),
@@ -110,8 +115,21 @@ def geometry(
         before = row if base is None else base.separation[str(layer)]
         row["distance_over_base"] = row["distance"] / before["distance"]
         row["norm_ratio"] = row["norm"] / before["norm"]
+        row |= _probed(fit[0][layer], fit[1][layer], before["distance"], weights)
         found[str(layer)] = row
     return found
+
+
+def _probed(harmful: Tensor, harmless: Tensor, unit: float, weights: Tensor) -> dict[str, Any]:
+    """Accuracy and margin of the cross-validated probe, with their 95 % intervals."""
+    tested = held_out(harmful, harmless)
+    margins = tested.margins / unit
+    return {
+        "probe_accuracy": float(tested.correct.mean()),
+        "probe_interval": list(accuracy_interval(tested.correct, weights)),
+        "probe_margin": float(margins.mean()),
+        "probe_margin_interval": list(interval(margins, weights)),
+    }
 
 
 def shift_ranks(states: States, base: States, layers: Sequence[int]) -> dict[str, float]:

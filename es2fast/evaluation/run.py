@@ -31,6 +31,7 @@ from es2fast.evaluation.aggregate import harmless_result, worst_of_suite
 from es2fast.evaluation.answers import AnswerLog
 from es2fast.evaluation.judging import check_calibration, judged_attacks
 from es2fast.evaluation.measure import Measured, shift_ranks
+from es2fast.evaluation.split import split_prompts
 from es2fast.evaluation.subject import (
     TEACHER,
     EvaluationPrompts,
@@ -43,7 +44,6 @@ from es2fast.evaluation.teacher import SavedTeacher
 from es2fast.judges.calibration import Calibration
 from es2fast.judges.registry import make_judges
 from es2fast.modeling.load import check_weights, load_merged, load_tokenizer
-from es2fast.probing.choose import FEWEST
 from es2fast.report.html import write_report
 from es2fast.report.model_card import write_model_card
 from es2fast.report.schema import BASE, Report
@@ -60,6 +60,7 @@ def evaluate_models(
     *,
     layers: Sequence[int] | None = None,
     extra: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
 ) -> Report:
     """Attacks and measures models; answers.jsonl and what was measured go to `folder`.
 
@@ -69,6 +70,7 @@ def evaluate_models(
         settings: attacks, judge, lengths, batch size.
         layers: the separated blocks, for the effective rank of the shifts; default: none.
         extra: more keys for the report, such as `train`.
+        notes: what the report should tell about the prompts, among its warnings.
 
     Raises:
         UserError: unknown attack or judge; a calibration of another judge; no attack that could be
@@ -83,7 +85,7 @@ def evaluate_models(
     log = AnswerLog(folder.answers)
     base: ModelAnswers | None = None
     outcomes: dict[str, ModelAnswers] = {}
-    warnings: list[str] = []
+    warnings = list(notes)
     for subject in subjects:
         others = [s for s in subjects if s.name != BASE] if subject.name == BASE else []
         before = next((s for s in subjects if s.name == BASE and s is not subject), None)
@@ -214,7 +216,7 @@ def evaluate_paths(
     Args:
         models: model folders, Hugging Face ids, or run folders (their trained model).
         config: `data` and `evaluate`; without training prompts (`data.harmful`, `data.harmless`)
-            the held-out files' further rows are the attacker's.
+            the held-out files' further rows are the attacker's (see `split_prompts`).
         folder: what is written goes here.
         base: the model the others are compared with.
 
@@ -223,7 +225,9 @@ def evaluate_paths(
     """
     groups = load_groups(config.data, need_train=False)
     _check_held_out(groups)
-    prompts = _split(groups, config.evaluate)
+    prompts, notes = split_prompts(groups, config.evaluate, config.data.near_duplicates)
+    for note in notes:
+        print(f"note: {note}")
     names = _names(models)
     named = [*([(BASE, base)] if base is not None else []), *zip(names, models)]
     subjects = []
@@ -234,28 +238,10 @@ def evaluate_paths(
         formatter = Formatter(load_tokenizer(model), config.data)
         check_weights(model.name)
         subjects.append(_subject(name, model, config, formatter))
-    report = evaluate_models(subjects, prompts, config.evaluate, folder)
+    report = evaluate_models(subjects, prompts, config.evaluate, folder, notes=notes)
     middle = report.reported_layers[round(0.6 * len(report.reported_layers)) - 1]
     write_report(folder, report, states=saved_states(folder, report.names, middle))
     return report
-
-
-def _split(groups: PromptGroups, settings: EvaluateConfig) -> EvaluationPrompts:
-    """Held-out rows come first in their files; what is left, or else half, is the attacker's."""
-    found: dict[str, Sequence[Prompt]] = {}
-    for name in ("harmful", "harmless"):
-        held_out, fit = getattr(groups, f"eval_{name}"), getattr(groups, name)
-        if not fit:
-            count = min(settings.limit, max(len(held_out) - settings.fit_limit, len(held_out) // 2))
-            held_out, fit = held_out[:count], held_out[count:]
-        if len(held_out) < 2 or len(fit) < FEWEST:
-            raise UserError(
-                f"--{name}: {len(held_out)} prompts to measure and {len(fit)} for the attacker; "
-                f"at least 2 and {FEWEST} are needed: give a longer file, or --fit-{name} FILE"
-            )
-        found[name] = held_out[: settings.limit]
-        found[f"fit_{name}"] = fit[: settings.fit_limit]
-    return EvaluationPrompts(**found)
 
 
 def _names(models: Sequence[str]) -> list[str]:

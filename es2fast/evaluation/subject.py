@@ -28,12 +28,14 @@ from es2fast.errors import UserError
 from es2fast.evaluation import measure
 from es2fast.evaluation.answers import HARMFUL, HARMLESS, TRIAL, AnswerLog, Scope
 from es2fast.evaluation.measure import Measured
+from es2fast.evaluation.positions import more_positions
 from es2fast.evaluation.teacher import SavedTeacher, TokenBatch, token_batches, token_stats
 from es2fast.judges.base import Judge
 from es2fast.report.schema import BASE
 from es2fast.run.files import write_text
 from es2fast.run.folder import RunFolder
 
+MEASURES = 2  # goes up when other things are measured than what a folder may hold
 TEACHER = "teacher"  # folder of what the base model leaves for the KL
 
 
@@ -309,6 +311,15 @@ class SubjectEvaluation:
             )
             base = None
         found = Measured(key, measure.geometry(states, self.target.states, base), states=states)
+        more = more_positions(
+            model,
+            self._subject.formatter,
+            {"harmful": self._prompts.harmful, "harmless": self._prompts.harmless},
+            (self._prompts.fit_harmful, self._prompts.fit_harmless),
+            None if base is None else base.separation,
+        )
+        for layer, positions in more.items():
+            found.separation[layer]["positions"] = positions
         if name != BASE and base is not None:
             found.tokens = teacher.compare(model, batches, f"{name}: KL to base")
         else:
@@ -322,7 +333,7 @@ class SubjectEvaluation:
         self, subject: Subject, references: Sequence[str] | None, base: Measured | None
     ) -> str:
         data = [[prompt.turns for prompt in group] for group in vars(self._prompts).values()]
-        return hash_of(subject.key, data, references, base.fingerprint if base else None)
+        return hash_of(MEASURES, subject.key, data, references, base.fingerprint if base else None)
 
     def _path(self, subject: Subject) -> Path:
         return self._folder.measured / subject.name

@@ -28,6 +28,13 @@ from es2fast.modeling.taps import backbone, blocks, causal_lm, position_ids, tap
 STATE_BYTES = 2 << 30  # of fp32 states held at a time
 BATCH = 32  # prompts per forward pass
 
+Select = Callable[[Tensor], Tensor]  # of left-padded hidden states: (B, T, H) -> (B, K)
+
+
+def last_position(hidden: Tensor) -> Tensor:
+    """(B, T, H) -> (B, H): the last prompt token of left-padded rows."""
+    return hidden[:, -1]
+
 
 @torch.no_grad()
 def last_token_states(
@@ -37,6 +44,7 @@ def last_token_states(
     forward: Callable[..., Any] | None = None,
     device: torch.device | None = None,
     space: str = "residual",
+    select: Select = last_position,
 ) -> dict[int, Tensor]:
     """States at the last prompt token of some batches, on this rank.
 
@@ -48,15 +56,16 @@ def last_token_states(
         forward: what to call for a pass; default: the model's backbone (no logits are made).
         device: where the inputs go; default: where the model's first parameter is.
         space: "residual" or "normed", see `taps.tap_points`.
+        select: what is kept of a batch, if it is something else.
 
     Returns:
-        layer -> (sum of B, H) fp32 tensor on the CPU.
+        layer -> (sum of B, H) fp32 tensor on the CPU, K for H with another `select`.
     """
     run = forward or backbone(model)
     kept: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     device = device or next(model.parameters()).device
     with ExitStack() as stack:
-        states = stack.enter_context(tapped(model, layers, lambda hidden: hidden[:, -1], space))
+        states = stack.enter_context(tapped(model, layers, select, space))
         for batch in batches:
             mask = batch["attention_mask"].to(device)
             run(
@@ -82,6 +91,8 @@ def states_by_block(
     space: str = "residual",
     memory: int = STATE_BYTES,
     progress: bool = False,
+    select: Select = last_position,
+    parts: int = 1,
 ) -> Iterator[dict[int, Tensor]]:
     """Last-prompt-token states, as many blocks at a time as `memory` bytes hold.
 
@@ -97,9 +108,12 @@ def states_by_block(
         space: "residual" or "normed", see `taps.tap_points`.
         memory: bytes of states per yield; at least one block is taken whatever its size.
         progress: show a bar on rank 0, one step per batch.
+        select: what is kept of a batch, if it is something else than the last prompt token.
+        parts: K / H of what it keeps.
 
     Yields:
-        block -> fp32 on the CPU, (n, H) on rank 0 in the order of `prompts`, (0, H) elsewhere.
+        block -> fp32 on the CPU, (n, H) on rank 0 in the order of `prompts`, (0, H) elsewhere; K
+        for H with another `select`.
     """
     ids = [formatter.prompt_ids(prompt) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -107,7 +121,7 @@ def states_by_block(
     rounds = -(-len(batches) // runtime.world_size)
     own = [batches[(i * runtime.world_size + runtime.rank) % len(batches)] for i in range(rounds)]
     width = causal_lm(model).config.get_text_config().hidden_size
-    at_once = max(1, memory // (4 * len(prompts) * width))
+    at_once = max(1, memory // (4 * len(prompts) * width * parts))
     every = list(range(len(blocks(model))) if layers is None else layers)
     for start in range(0, len(every), at_once):
         part = every[start : start + at_once]
@@ -115,7 +129,7 @@ def states_by_block(
         title = f"states of blocks {part[0]}..{part[-1]}"
         silent = not (progress and runtime.is_main)
         bar = tqdm(padded, title, total=rounds, unit="batch", disable=silent)
-        found = last_token_states(model, bar, part, forward, runtime.device, space)
+        found = last_token_states(model, bar, part, forward, runtime.device, space, select)
         # one block at a time is held twice
         yield {layer: _on_main(found.pop(layer), order, rounds, runtime) for layer in part}
 

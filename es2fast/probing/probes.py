@@ -1,37 +1,29 @@
-"""Linear probes on last-prompt-token states, how far apart the groups lie, the choice of layers.
+"""Linear probes on last-prompt-token states, and figures of how far apart the groups lie.
 
-A probe is the L2-regularised logistic regression P(harmful | e) = sigmoid(w . e + b). A random
-70/30 split (stratified, fixed seed) gives the held-out accuracy; the weights returned are those
-fitted on the 70 %, so that accuracy and weights describe the same probe. States are divided by one
-scalar (their root-mean-square norm around the mean) for the fit, which is folded back into w: the
-penalty then means the same at every layer and for every model, and unlike per-coordinate
-standardisation it does not turn the probe away from the directions along which the states vary.
+A probe is the L2-regularised logistic regression P(harmful | e) = sigmoid(w . e + b). States are
+divided by one scalar (their root-mean-square norm around the mean) for the fit, which is folded
+back into w: the penalty then means the same at every layer and for every model, and unlike
+per-coordinate standardisation it does not turn the probe away from the directions along which the
+states vary.
 
-`layers: auto` takes the first block whose held-out accuracy reaches 0.95 and the block at 0.6 of
-the depth. Why two, and why these: arXiv 2603.20206 separates two intermediate layers (one is too
-weak, three make the model collapse); probes on 7B chat models pass 95 % from about a third of the
-depth (SCAV, Xu et al., NeurIPS 2024); and blocks above are left to read the separated state.
+`fit_probe` is what an attacker uses: fitted on a random 70 % (stratified, fixed seed), with the
+accuracy on the rest, so that accuracy and weights describe the same probe. What is reported about
+blocks is cross-validated instead (`crossval`), so that every prompt counts.
 
-A probe at 100 % says nothing about how far apart the groups are, so three figures stand beside it:
-the Fisher ratio (between-group over within-group variance), the silhouette, and the push, relative
-to the state's norm, with which SCAV would make a harmful state look harmless; separation is to
-raise the last. All three are free of the states' unit, so blocks can be compared. Distances and
-silhouettes cost n m H and are taken on at most `SAMPLE` prompts per group, always the same ones.
+A probe at 100 % says nothing about how far apart the groups are, so the Fisher ratio (between-group
+over within-group variance) and the silhouette stand beside it. Both are free of the states' unit,
+so blocks can be compared. Distances and silhouettes cost n m H.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from es2fast.errors import UserError
-
-SAMPLE = 1000  # prompts per group for what is computed over pairs
 
 
 @dataclass(frozen=True)
@@ -63,20 +55,6 @@ class Probe:
         return (target - self.logit(states)) / self.weight.norm().to(states.device)
 
 
-@dataclass(frozen=True)
-class LayerProbe:
-    """One row of the table behind `layers: auto`."""
-
-    layer: int
-    accuracy: float  # of the probe on held-out states, 0..1
-    margin: float  # of the probe, in units of the states
-    distance: float  # mean harmful-harmless distance
-    norm: float  # mean state norm over both groups
-    fisher: float  # between-group over within-group variance, see `fisher_ratio`
-    silhouette: float  # mean over prompts of (b - a) / max(a, b), -1..1, see `silhouette`
-    relative_push: float  # mean |eps|/|h| that SCAV needs, over held-out harmful prompts
-
-
 def fit_probe(
     harmful: Tensor,  # (n, H)
     harmless: Tensor,  # (m, H)
@@ -95,19 +73,11 @@ def fit_probe(
     Raises:
         UserError: a group with fewer than two rows.
     """
-    from sklearn.linear_model import LogisticRegression
-
     parts = [_halves(group, train_fraction, seed) for group in (harmful, harmless)]
     train, test = (torch.cat([part[i] for part in parts]).double() for i in (0, 1))
     train_y, test_y = (torch.cat([torch.ones(len(parts[0][i])), torch.zeros(len(parts[1][i]))])
                        for i in (0, 1))  # fmt: skip
-    centre = train.mean(0)
-    train -= centre  # in place: with 10 000 prompts of width 4096 a copy is half a gigabyte
-    scale = (train.norm() / math.sqrt(len(train))).clamp_min(1e-12)
-    fit = LogisticRegression(C=strength, max_iter=1000)
-    fit.fit(train.div_(scale).numpy(), train_y.numpy())
-    weight = torch.from_numpy(fit.coef_[0]).double() / scale
-    bias = float(fit.intercept_[0]) - float(weight @ centre)
+    weight, bias = fit_logistic(train, train_y, strength)
     logits = test @ weight + bias
     signed = torch.where(test_y > 0, logits, -logits)
     return Probe(
@@ -116,6 +86,25 @@ def fit_probe(
         accuracy=float((signed > 0).double().mean()),
         margin=float(signed.mean() / weight.norm().clamp_min(1e-12)),
     )
+
+
+def fit_logistic(rows: Tensor, labels: Tensor, strength: float = 1.0) -> tuple[Tensor, float]:
+    """Weight (H,) fp64 and bias of the probe on all of these rows.
+
+    Args:
+        rows: (n, H) fp64 on the CPU; overwritten, as a copy of many wide states is large.
+        labels: (n,), 1 harmful, 0 harmless; both must occur.
+        strength: inverse of the L2 penalty (scikit-learn's C) on the rescaled states.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    centre = rows.mean(0)
+    rows -= centre
+    scale = (rows.norm() / math.sqrt(len(rows))).clamp_min(1e-12)
+    fit = LogisticRegression(C=strength, max_iter=1000)
+    fit.fit(rows.div_(scale).numpy(), labels.numpy())
+    weight = torch.from_numpy(fit.coef_[0]).double() / scale
+    return weight, float(fit.intercept_[0]) - float(weight @ centre)
 
 
 def _halves(group: Tensor, train_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -127,54 +116,6 @@ def _halves(group: Tensor, train_fraction: float, seed: int) -> tuple[Tensor, Te
     cut = min(max(round(train_fraction * count), 1), count - 1)
     group = group.detach().cpu()
     return group[order[:cut]], group[order[cut:]]
-
-
-def probe_table(
-    harmful: dict[int, Tensor],
-    harmless: dict[int, Tensor],
-    *,
-    seed: int = 0,
-    p0: float = 1e-4,
-    progress: bool = False,
-) -> list[LayerProbe]:
-    """One row per layer, ascending.
-
-    Args:
-        harmful, harmless: layer -> (n, H) last-prompt-token states.
-        seed: of the probes' split.
-        p0: probability of being harmful at which SCAV aims.
-        progress: show a bar, one step per layer.
-
-    Raises:
-        UserError: a group with fewer than two rows.
-    """
-    layers = tqdm(sorted(harmful), "probes", unit="block", disable=not progress)
-    return [_layer_probe(i, harmful[i].float(), harmless[i].float(), seed, p0) for i in layers]
-
-
-def _layer_probe(layer: int, a: Tensor, b: Tensor, seed: int, p0: float) -> LayerProbe:
-    """The row of one layer: a (n, H), b (m, H) fp32."""
-    probe = fit_probe(a, b, seed=seed)
-    held_out = _halves(a, 0.7, seed)[1]
-    push = probe.steps_to(held_out, p0).clamp_max(0.0).abs()
-    some_a, some_b = _sample(a), _sample(b)
-    return LayerProbe(
-        layer=layer,
-        accuracy=probe.accuracy,
-        margin=probe.margin,
-        distance=float(mean_distance(some_a, some_b)),
-        norm=float(torch.cat([a.norm(dim=-1), b.norm(dim=-1)]).mean()),
-        fisher=fisher_ratio(a, b),
-        silhouette=silhouette(some_a, some_b),
-        relative_push=float((push / held_out.norm(dim=-1).clamp_min(1e-12)).mean()),
-    )
-
-
-def _sample(group: Tensor) -> Tensor:
-    """At most `SAMPLE` rows of (n, H), evenly spread and always the same."""
-    if len(group) <= SAMPLE:
-        return group
-    return group[torch.linspace(0, len(group) - 1, SAMPLE, device=group.device).round().long()]
 
 
 def mean_distance(harmful: Tensor, harmless: Tensor) -> Tensor:
@@ -223,32 +164,3 @@ def silhouette(harmful: Tensor, harmless: Tensor) -> float:
     rows = torch.cat([harmful, harmless]).double().cpu()
     labels = [1] * len(harmful) + [0] * len(harmless)
     return float(silhouette_score((rows - rows.mean(0)).numpy(), labels))
-
-
-def choose_layers(
-    table: Sequence[LayerProbe], *, accuracy: float = 0.95, depth: float = 0.6
-) -> tuple[list[int], str]:
-    """The two blocks to separate, ascending, and the reason in words.
-
-    The first is the first block whose probe reaches `accuracy` (the most accurate one when none
-    does), the second the block at `depth` of the model. Where both fall on one block, or the first
-    comes later than the second, the pair is moved apart by a block.
-
-    Args:
-        table: as `probe_table` returns it, for every block of the model.
-    """
-    count = len(table)
-    second = min(max(round(depth * count) - 1, 0), count - 1)
-    passing = [row for row in table if row.accuracy >= accuracy]
-    first_row = passing[0] if passing else max(table, key=lambda row: row.accuracy)
-    first = first_row.layer
-    verb = "is the first to reach" if passing else "comes closest to"
-    reason = (
-        f"block {first} {verb} probe accuracy {accuracy:g} ({first_row.accuracy:.3f}); "
-        f"block {second} is at {depth:g} of {count} blocks"
-    )
-    if count > 1 and first >= second:
-        moved = min(first + 1, count - 1)
-        first, second = (moved - 1, moved)
-        reason += f"; moved apart to {first} and {second}"
-    return sorted({first, second}), reason

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from es2fast.report.judges import corrected_text
 from es2fast.report.schema import AttackResult, ModelResult, Report
 from es2fast.report.stats import rate_interval
 from es2fast.report.suite import base_of, compared, is_base, shared_attacks, worst_attack
@@ -88,8 +89,11 @@ def _bar(model: str, attack: AttackResult) -> Bar:
     known = [("refused", attack.refused), ("partial", parts["partial"]),
              ("gibberish", attack.gibberish)]  # fmt: skip
     details = [f"{_percent(rate)} {name}" for name, rate in known if rate]
+    corrected = corrected_text(attack)
+    if corrected:
+        details.insert(0, f"corrected {corrected} useful")
     if loops:
-        details.insert(1, f"{_percent(loops)} refused in a loop")
+        details.insert(1 + bool(corrected), f"{_percent(loops)} refused in a loop")
     thin = attack.repetitive if loops is None else None
     if thin:
         details.append(f"{_percent(thin)} of the answers in a loop")
@@ -116,6 +120,9 @@ def _card(report: Report, model: ModelResult) -> Card:
             _percent(attack.useful),
             f"useful under {which} {_interval(attack.useful, attack.n)}, n = {attack.n}",
         )
+        corrected = corrected_text(attack)
+        if corrected:
+            lines.append((corrected, "useful there, corrected for the judge's mistakes"))
     suite = model.worst_of_suite
     if suite:
         lines.append(

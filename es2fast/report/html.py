@@ -3,9 +3,9 @@
 report.html is one file that loads nothing: figures are inline SVG, style is in the page, and there
 is no script, so it can be mailed, archived and opened years later. It starts with what one decides
 by, the worst case of every model, then says in sentences what the numbers of this run mean, then
-shows the outcomes attack by attack, and last everything else. Every figure has a caption that says
-how to read it and how to fool oneself with it. Both files are written beside their final name and
-moved into place, so a reader never meets half a report.
+shows the outcomes attack by attack, then who judged them, and last everything else. Every figure
+has a caption that says how to read it and how to fool oneself with it. Both files are written
+beside their final name and moved into place, so a reader never meets half a report.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from es2fast.report import plots
 from es2fast.report.bars import bar_groups, cards
 from es2fast.report.curve_plot import attack_curves
 from es2fast.report.findings import findings
+from es2fast.report.judges import judges_section
 from es2fast.report.projection import projection
 from es2fast.report.schema import Report
 from es2fast.report.settings import config_rows
@@ -44,8 +45,11 @@ CAPTIONS = {
     "layers": (
         "Separation per layer",
         "Read: d0 is the mean distance between the two groups in the base model, so 4 means "
-        "four times as far apart. Beware: if both panels rise alike, the states may only have been "
-        "scaled, or one group moved away as a whole along one direction, which an attacker undoes "
+        "four times as far apart. The first two panels are at the last prompt token; the others, "
+        "where measured, at the user's last token, where models were found to read harmfulness, "
+        "and over the template's tokens after it, where they decide to refuse (arXiv 2507.11878). "
+        "Beware: if the first two rise alike, the states may only have been scaled, or one group "
+        "moved away as a whole along one direction, which an attacker undoes "
         "by adding the difference of the means. What holds in this run is said at the top.",
     ),
     "projection": (
@@ -122,6 +126,7 @@ def write_page(
             train=train,
             warnings=report.warnings,
             figures=shown,
+            judges=judges_section(report),
             examples=_examples(report),
             settings=config_rows(config, train.layers if train else None) if config else [],
             resolved=_yaml(config) if config else "",

@@ -32,6 +32,17 @@ PANEL = (4.3, 3.0)  # inches
 MAX_BARS = 12  # layers x models drawn as bars; more become lines over the depth
 
 
+# title, attributes and keys below a layer's result, unit
+LAYER_PANELS = (
+    ("Distance between the groups", "distance_over_base", "mean distance / d0"),
+    ("Length of the states", "norm_ratio", "mean ‖h‖ / ‖h_base‖"),
+    ("Distance, last instruction token", "positions.instruction.distance_over_base",
+     "mean distance / d0"),
+    ("Distance, mean of template tokens", "positions.template.distance_over_base",
+     "mean distance / d0"),
+)  # fmt: skip
+
+
 def training_curves(
     rows: Sequence[Mapping[str, Any]], kl_budget: float | None = None
 ) -> list[Figure]:
@@ -59,14 +70,12 @@ def training_curves(
 
 
 def separation_by_layer(report: Report) -> list[Figure]:
-    """Distance in units of d0, and beside it the norm ratio and the spread of the groups."""
+    """Distance in units of d0, also at other tokens than the last, and the norm ratio."""
     layers = report.reported_layers
-    panels = (
-        ("Distance between the groups", "distance_over_base", "mean distance / d0"),
-        ("Length of the states", "norm_ratio", "mean ‖h‖ / ‖h_base‖"),
-    )
     figures = []
-    for title, key, unit in panels if layers else ():
+    for title, key, unit in LAYER_PANELS if layers else ():
+        if all(math.isnan(v) for model in report.models for v in _layer_values(model, layers, key)):
+            continue
         figure, axes = panel(title, "decoder block (0-based)", unit)
         if len(layers) * len(report.models) <= MAX_BARS:
             _layer_bars(axes, report, layers, key)
@@ -169,8 +178,13 @@ def _log_if_wide(axes: Axes, series: Mapping[str, Any]) -> None:
 
 
 def _layer_values(model: ModelResult, layers: list[int], key: str) -> list[float]:
-    found = (getattr(model.separation.get(str(layer)), key, None) for layer in layers)
-    return [math.nan if value is None else value for value in found]
+    found = []
+    for layer in layers:
+        value: Any = model.separation.get(str(layer))
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
+        found.append(math.nan if value is None else value)
+    return found
 
 
 def _layer_bars(axes: Axes, report: Report, layers: list[int], key: str) -> None:

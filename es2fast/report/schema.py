@@ -8,7 +8,7 @@ misspelt key is an error that names its path, keys beyond these are kept.
     model = {"name", "harmless": {"refusal_rate", "intact_rate", "kl_to_base", "n"},
              "attacks": {label: {"refused", "useful", "gibberish", "n", "relative_push"}},
              "separation": {layer: {"distance", "distance_over_base", "probe_accuracy",
-                                    "norm_ratio"}}}
+                                    "norm_ratio", "positions": {name: {...}}}}}
 
 Version 1 had the models under "base" and "tuned"; it is read as well.
 
@@ -32,6 +32,7 @@ BASE = "base"  # the name of the model that the others are compared with
 
 Rate = Annotated[float, Field(ge=0, le=1)]
 Magnitude = Annotated[float, Field(ge=0)]
+Interval = Annotated[list[Rate], Field(min_length=2, max_length=2)]  # 95 %
 SLACK = 0.005  # three rates rounded to two or three digits may add up to slightly more than 1
 
 
@@ -72,7 +73,7 @@ class CorrectedRate(_Part):
     """A rate without its judge's mistakes on answers that people labelled (Rogan and Gladen)."""
 
     useful: Rate
-    interval: list[Rate] = Field(min_length=2, max_length=2)  # 95 %; with the calibration's own
+    interval: Interval  # with the calibration's own
 
 
 class AttackResult(_Part):
@@ -121,8 +122,21 @@ class SuiteResult(_Part):
     answers_per_prompt: int = Field(ge=1)  # over all attacks
 
 
+class PositionResult(_Part):
+    """Geometry of the two groups at other tokens than the last prompt token."""
+
+    distance: Magnitude | None
+    distance_over_base: Magnitude | None
+    probe_accuracy: Rate | None
+    probe_interval: Interval | None = None
+
+
 class LayerResult(_Part):
-    """Geometry of the two groups at the output of one decoder block."""
+    """Geometry of the two groups at the output of one decoder block, last prompt token.
+
+    Probes are cross-validated where they have an interval (95 %, over prompts); in older reports
+    the accuracy is that of a single split.
+    """
 
     distance: Magnitude | None
     distance_over_base: Magnitude | None
@@ -130,6 +144,11 @@ class LayerResult(_Part):
     norm_ratio: Magnitude | None
     spread_harmful: Magnitude | None = None  # mean distance of the group's states from their mean
     spread_harmless: Magnitude | None = None
+    probe_interval: Interval | None = None
+    probe_margin: float | None = None  # mean distance to the boundary / d0, right side positive
+    probe_margin_interval: list[float] | None = Field(None, min_length=2, max_length=2)
+    # "instruction": its last token; "template": mean state over the template's tokens after it
+    positions: dict[str, PositionResult] | None = None
 
 
 class ModelResult(_Part):

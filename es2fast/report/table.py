@@ -29,6 +29,7 @@ from es2fast.report.suite import base_of, compared, shared_attacks, worst_attack
 WIDTH = 100  # columns when the output is a file or a pipe
 NOT_MEASURED = "–"
 PAIRED = "against base, prompts"
+POSITIONS = {"instruction": "last instruction token", "template": "template tokens"}
 _ASCII = str.maketrans({"‖": "||", "ε": "eps", "–": "-", "−": "-", "·": "-"})
 
 
@@ -190,7 +191,16 @@ def _layer_rows(report: Report, layer: str) -> Iterator[TableRow]:
     ranks = [(model.shift_rank or {}).get(layer) for model in report.models]
     if any(ranks):
         yield _row("effective rank of the shift", ranks, lambda rank: _number(rank, ".2f"))
-    yield _row("probe accuracy", parts, lambda part: _number(part.probe_accuracy, ".3f"))
+    yield _row("probe accuracy", parts, _accuracy)
+    if any(part and part.probe_margin is not None for part in parts):
+        yield _row("probe margin/d0", parts, _margin)
+    for position, name in POSITIONS.items():
+        found = [(part.positions or {}).get(position) if part else None for part in parts]
+        if any(found):
+            yield _row(
+                f"distance/d0, {name}", found, lambda one: _number(one.distance_over_base, ".2f")
+            )
+            yield _row(f"probe accuracy, {name}", found, _accuracy)
 
 
 def _heading(label: str, parts: list[Any]) -> TableRow:
@@ -219,6 +229,20 @@ def _corrected(part: Any) -> str:
         return NOT_MEASURED
     low, high = found.interval
     return f"{100 * found.useful:.1f} % [{100 * low:.1f}–{100 * high:.1f}]"
+
+
+def _accuracy(part: Any) -> str:
+    return _with_interval(part.probe_accuracy, part.probe_interval, ".3f")
+
+
+def _margin(part: Any) -> str:
+    return _with_interval(part.probe_margin, part.probe_margin_interval, ".2f")
+
+
+def _with_interval(value: float | None, ends: list[float] | None, spec: str) -> str:
+    if value is None or ends is None:
+        return _number(value, spec)
+    return f"{value:{spec}} [{ends[0]:{spec}}–{ends[1]:{spec}}]"
 
 
 def _number(value: float | None, spec: str) -> str:

@@ -3,7 +3,8 @@
 Under the same ZeRO stage as the training itself, so a model that only fits partitioned can be
 prepared too: the missing responses to harmless prompts and, for a refusal anchor in the model's own
 words, its answers to harmful ones (greedy, cached on disk); the last-prompt-token states after
-every block in `separation.space`, from them the layers (`layers: auto`), the base distances d0 and
+every block in `separation.space`, from them the layers (`layers: auto`, which also looks at what a
+push at every block does to the next token after some harmful prompts), the base distances d0 and
 the base norms; and the check that the fused head makes the model's own logits. States are gathered
 on rank 0, which decides and measures alone; the others are told.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,8 +32,10 @@ from es2fast.modeling.load import DTYPES, load_causal_lm
 from es2fast.modeling.states import STATE_BYTES, states_by_block
 from es2fast.modeling.taps import backbone, blocks, check_layers
 from es2fast.ops.separation.whitening import Whitening
-from es2fast.probing.choose import pick, table_of
-from es2fast.probing.probes import LayerProbe, mean_distance
+from es2fast.probing.causal import next_token_logits
+from es2fast.probing.choose import Effects, measure_effects, pick, table_of
+from es2fast.probing.probes import mean_distance
+from es2fast.probing.table import LayerProbe, Probed
 from es2fast.run.files import write_text
 from es2fast.run.folder import RunFolder
 from es2fast.training.plan import Plan
@@ -71,7 +74,8 @@ class BaseModel(nn.Module):
     """The base model behind one interface, partitioned by ZeRO-3 or whole.
 
     Its forward is the only entry that ZeRO's hooks see: `task="states"` runs the backbone,
-    `task="parity"` compares the fused head's logits with the model's own.
+    `task="logits"` gives the next token's, `task="parity"` compares the fused head's logits with
+    the model's own.
     """
 
     def __init__(self, model: nn.Module):
@@ -81,6 +85,8 @@ class BaseModel(nn.Module):
     def forward(self, task: str, **inputs: Any) -> Any:
         if task == "states":
             return backbone(self.model)(**inputs)
+        if task == "logits":
+            return next_token_logits(self.model, **inputs)
         return heads.parity_error(self.model, heads.read_transform(self.model.config), **inputs)
 
 
@@ -101,7 +107,14 @@ def prepare(plan: Plan, runtime: Runtime) -> tuple[Prepared, list[Prompt], Ancho
         check_layers(config.layers, len(blocks(model)))
     harmless = fill_responses(plan, model, runtime)
     texts = own_refusals(plan, model, runtime)
-    prepared = measure(plan, model, lambda **inputs: run("states", **inputs), runtime)
+    prepared = measure(
+        plan,
+        model,
+        lambda **inputs: run("states", **inputs),
+        runtime,
+        logits=lambda **inputs: run("logits", **inputs),
+        refusals=texts.refusals if texts and wants_answers(config) else None,
+    )
     release()
     return prepared, harmless, texts
 
@@ -140,6 +153,9 @@ def measure(
     forward: Callable[..., Any],
     runtime: Runtime,
     memory: int = STATE_BYTES,
+    *,
+    logits: Callable[..., Tensor] | None = None,
+    refusals: Sequence[str] | None = None,
 ) -> Prepared:
     """Layers from the states of all blocks, then d0, norm0 and whitening of those; the same on
     every rank, since rank 0 finds them.
@@ -150,6 +166,8 @@ def measure(
         forward: what to call for a pass of its backbone.
         runtime: the ranks that share the work.
         memory: bytes of states at a time; chosen blocks that were let go by then are read again.
+        logits: what to call for the next token's logits; default: the model.
+        refusals: the base model's own, where known: what a refusal starts with.
 
     Raises:
         UserError: groups too small to probe, or with equal states.
@@ -169,12 +187,18 @@ def measure(
             memory=memory,
         )
 
-    table: list[LayerProbe] = []
+    probed: list[Probed] = []
     part: dict[int, Tensor] = {}
     for part in states():
-        table += runtime.on_main(table_of, config, part, len(harmful))
+        probed += runtime.on_main(table_of, config, part, len(harmful))
+    effects = Effects(None)
+    if config.layers == "auto":
+        effects = measure_effects(
+            config, model, plan.formatter, harmful, probed, runtime,
+            forward=logits, refusals=refusals,
+        )  # fmt: skip
     counts = (len(harmful), len(harmless))
-    choice = runtime.on_main(pick, config, table, counts)
+    choice = runtime.on_main(pick, config, probed, effects, counts)
     prepared = Prepared(choice.layers, reason=choice.reason, table=choice.table)
     held = all(layer in part for layer in choice.layers)  # in the last pass
     for chosen in [part] if held else states(choice.layers):

@@ -73,6 +73,10 @@ def test_both_models_are_compared(parts: Parts, tmp_path: Path) -> None:
     assert base.harmless.kl_to_base == 0.0 < tuned.harmless.kl_to_base
     for row in base.separation.values():
         assert row.distance_over_base == row.norm_ratio == 1.0
+        assert row.probe_interval[0] <= row.probe_accuracy <= row.probe_interval[1]
+        assert row.probe_margin_interval[0] <= row.probe_margin <= row.probe_margin_interval[1]
+        assert row.positions["instruction"].distance_over_base == 1.0
+    assert tuned.separation["1"].positions["instruction"].distance_over_base != 1.0
     assert tuned.separation["0"].distance_over_base == pytest.approx(1.0)
     assert tuned.separation["1"].distance_over_base != pytest.approx(1.0, abs=1e-3)
     assert set(tuned.shift_rank) == {"0", "1"} and base.shift_rank is None

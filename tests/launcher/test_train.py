@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny_models import save_tiny, write_prompts
+from tiny_models import save_tiny, tokenizer, write_prompts
 from transformers import AutoModelForCausalLM
 
+from es2fast.config import load_config
 from es2fast.distributed.launch import free_port
+from es2fast.probing.choose import probe_layers
 
 pytestmark = [pytest.mark.launcher, pytest.mark.slow]
 IDS = torch.tensor([[1, 4, 10, 16, 5, 23]])
@@ -24,7 +26,10 @@ IDS = torch.tensor([[1, 4, 10, 16, 5, 23]])
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA run on two ranks whose harmless prompts come without responses."""
     folder = tmp_path_factory.mktemp("train")
-    model = save_tiny(folder / "model")
+    words = tokenizer()
+    words.add_tokens(["I"])  # what refusals start with
+    model = save_tiny(folder / "model", vocab_size=len(words))
+    words.save_pretrained(model)
     sources = write_prompts(folder / "data")
     rows = [json.loads(line) for line in Path(sources["harmless"]).read_text().splitlines()]
     bare = folder / "data" / "harmless.txt"
@@ -69,6 +74,19 @@ def test_metrics_and_resolved_configuration_are_written(run: Path) -> None:
     saved = yaml.safe_load((run / "run/config.yaml").read_text())
     assert saved["train"]["seed"] == 3 and saved["kl"]["direction"] == "forward"
     assert list((run / "run/tensorboard").iterdir())
+
+
+def test_layers_are_chosen_under_zero_3_as_on_one_rank(run: Path) -> None:
+    """Two ranks, partitioned weights; the pass with a push at each block among the others."""
+    saved = json.loads((run / "run/layers.json").read_text())
+    alone = probe_layers(load_config(run / "run/config.yaml"))
+    assert saved["layers"] == alone.layers
+    assert "nats of refusal" in saved["reason"]
+    for row, wanted in zip(saved["table"], alone.table, strict=True):
+        assert row["accuracy"] == wanted.accuracy
+        assert row["effect"] == pytest.approx(wanted.effect, abs=1e-4)
+        assert row["relative_push"] == pytest.approx(wanted.relative_push, rel=1e-3)
+    assert max(abs(row["effect"]) for row in saved["table"]) > 0.01
 
 
 def test_responses_are_written_once_by_the_base_model(run: Path) -> None:

@@ -1,25 +1,13 @@
-"""Probes and the choice of layers."""
+"""Probes, distances and ratios."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import numpy as np
 import pytest
 import torch
 
-from es2fast.attacks.states.scav import Scav, ScavSettings
 from es2fast.errors import UserError
-from es2fast.probing.probes import (
-    SAMPLE,
-    LayerProbe,
-    choose_layers,
-    fisher_ratio,
-    fit_probe,
-    mean_distance,
-    probe_table,
-    silhouette,
-)
+from es2fast.probing.probes import fisher_ratio, fit_probe, mean_distance, silhouette
 
 
 def groups(shift: float, n: int = 60, hidden: int = 8, scale: float = 1.0):
@@ -65,17 +53,6 @@ def test_probe_needs_two_rows():
     assert fit_probe(a[:2], b[:2]).weight.shape == (8,)
 
 
-def test_table():
-    a, b = groups(4.0, n=20)
-    table = probe_table({3: a, 1: a * 2}, {3: b, 1: b * 2})
-    assert [row.layer for row in table] == [1, 3]
-    assert table[1].distance == pytest.approx(float(torch.cdist(a, b).mean()), rel=1e-5)
-    assert table[0].distance == pytest.approx(2 * table[1].distance, rel=1e-5)
-    assert table[0].norm == pytest.approx(2 * table[1].norm, rel=1e-5)
-    for field in ("accuracy", "fisher", "silhouette", "relative_push"):  # free of the unit
-        assert getattr(table[0], field) == pytest.approx(getattr(table[1], field), rel=1e-4)
-
-
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 @pytest.mark.parametrize("n, m", [(1, 1), (7, 300), (300, 5)])
 def test_mean_distance(n, m, offset):
@@ -100,48 +77,3 @@ def test_fisher_ratio_and_silhouette_by_their_definitions():
             scores.append((outer - inner) / max(inner, outer))
     assert silhouette(a, b) == pytest.approx(np.mean(scores), rel=1e-9)
     assert fisher_ratio(a, a) == 0.0
-
-
-def test_relative_push_is_what_scav_pushes_on_the_held_out_prompts():
-    a, b = groups(2.0, n=50)
-    attack = Scav(ScavSettings(p0=1e-3))
-    attack.fit({0: a}, {0: b})
-    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
-    held_out = a[order[35:]]
-    push = attack.push(0, held_out)
-    wanted = (push.norm(dim=-1) / held_out.norm(dim=-1)).mean()
-    (row,) = probe_table({0: a}, {0: b}, p0=1e-3)
-    assert row.relative_push == pytest.approx(float(wanted), rel=1e-5)
-    logits = attack.probes[0].logit(held_out + push)
-    torch.testing.assert_close(torch.sigmoid(logits), torch.full((15,), 1e-3), rtol=1e-3, atol=0)
-
-
-def test_large_groups_are_sampled_the_same_way_every_time():
-    a, b = groups(0.5, n=SAMPLE + 500)
-    first, second = (probe_table({0: a}, {0: b})[0] for _ in range(2))
-    assert dataclasses.asdict(first) == dataclasses.asdict(second)
-    assert first.silhouette == pytest.approx(silhouette(a, b), abs=0.01)
-    assert first.distance == pytest.approx(float(mean_distance(a, b)), rel=0.01)
-    assert first.fisher == fisher_ratio(a, b)
-
-
-def rows(*accuracies: float) -> list[LayerProbe]:
-    return [LayerProbe(i, accuracy, *[1.0] * 6) for i, accuracy in enumerate(accuracies)]
-
-
-@pytest.mark.parametrize(
-    "accuracies, expected",
-    [
-        ((0.6, 0.8, 0.96, 0.9, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0), [2, 5]),
-        ((1.0,) * 8, [0, 4]),
-        ((0.5,) * 6 + (0.96, 1.0), [6, 7]),  # first after the second: moved apart
-        ((0.5,) * 7 + (0.96,), [6, 7]),
-        ((0.5, 0.7, 0.9, 0.6, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5), [2, 5]),  # none passes: the best
-        ((0.9, 1.0), [0, 1]),
-        ((1.0,), [0]),
-    ],
-)
-def test_choice(accuracies, expected):
-    layers, reason = choose_layers(rows(*accuracies))
-    assert layers == expected
-    assert "block" in reason and "0.95" in reason

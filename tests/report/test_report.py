@@ -351,6 +351,31 @@ def test_table_with_one_model(full):
     assert cells(markdown)["attack scav: useful"] == ["62.0 % [52.2–70.9]"]
 
 
+def test_more_positions_and_intervals_of_probes(tmp_path, full):
+    """Shown where they were measured; the base model of this report is an older one's."""
+    labels = [row.label for row in table.table_rows(Report.parse(full))]
+    assert not any("instruction" in label or "margin" in label for label in labels)
+    place = {"distance": 3.0, "distance_over_base": 1.5, "probe_accuracy": 0.9}
+    models(full)["tuned"]["separation"]["5"] |= {
+        "probe_interval": [0.95, 1.0], "probe_margin": 1.25, "probe_margin_interval": [1.0, 1.5],
+        "positions": {"instruction": {**place, "probe_interval": [0.8, 0.96]},
+                      "template": {**place, "distance_over_base": None}},
+    }  # fmt: skip
+    rows = cells(table.table_markdown(Report.parse(full)))
+    assert rows["layer 5: probe accuracy"] == ["0.987", "0.987 [0.950–1.000]"]
+    assert rows["layer 5: probe margin/d0"] == ["–", "1.25 [1.00–1.50]"]
+    assert rows["layer 5: distance/d0, last instruction token"] == ["–", "1.50"]
+    assert rows["layer 5: probe accuracy, last instruction token"] == ["–", "0.900 [0.800–0.960]"]
+    assert rows["layer 5: distance/d0, template tokens"] == ["–", "–"]
+    titles = [axes.get_title() for axes in axes_of(plots.separation_by_layer(Report.parse(full)))]
+    assert titles[2:] == ["Distance, last instruction token"]
+    write(tmp_path, full)
+    assert "distance/d0, last instruction token" in (tmp_path / "report.html").read_text()
+    models(full)["tuned"]["separation"]["5"]["positions"]["template"]["probe_interval"] = [0.5]
+    with pytest.raises(UserError, match=r"positions\.template\.probe_interval"):
+        Report.parse(full)
+
+
 def test_only_separated_layers_are_listed(full):
     full["train"]["layers"] = [5]
     labels = [row.label for row in table.table_rows(Report.parse(full))]

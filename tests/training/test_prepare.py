@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from es2fast.errors import UserError
 from es2fast.modeling.load import load_causal_lm
 from es2fast.modeling.taps import backbone
 from es2fast.ops.separation.whitening import Whitening
+from es2fast.probing.causal import refusal_effects
 from es2fast.training.plan import Plan, make_plan
 from es2fast.training.prepare import Prepared, measure
 
@@ -71,6 +73,44 @@ def test_whatever_memory_there_is_the_measures_are_those_of_plain_loops(
         whitened = [w((x - y)[None].double()).norm().item() for x in a for y in b]
         expected = sum(whitened) / len(whitened)
         assert found.whitened0[layer] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_effect_on_the_refusal_is_that_of_the_groups_own_gap(plan: Plan) -> None:
+    model, found = measured(plan, refusals=["please draw .", "sure ."])
+    words = plan.formatter.tokenizer
+    starts = words.convert_tokens_to_ids(["please", "sure"])
+    gaps = {
+        layer: last_states(model, plan, plan.groups.harmless, layer).mean(0)
+        - last_states(model, plan, plan.groups.harmful, layer).mean(0)
+        for layer in range(3)
+    }
+    wanted = refusal_effects(
+        model, plan.formatter, plan.groups.harmful, gaps, sorted(starts), ALONE
+    )
+    for layer in range(3):
+        row = found.table[layer]
+        assert row.effect == pytest.approx(wanted[layer].mean().item(), abs=1e-4)
+        assert row.effect_interval[0] <= row.effect <= row.effect_interval[1]
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({}, "not measured: the tokenizer knows no word that a refusal starts with"),
+        ({"separation": {"space": "normed"}}, "not measured: separation.space=normed"),
+        ({"layer_choice": {"causal": False}}, "of |h|), chosen in"),
+        ({"layers": [0, 1]}, "given by the configuration"),
+    ],
+)
+def test_without_that_effect_the_reason_says_why(
+    plan: Plan, changes: dict[str, Any], reason: str
+) -> None:
+    raw = plan.config.model_dump(mode="json")
+    for key, value in changes.items():
+        raw[key] = {**raw[key], **value} if isinstance(value, dict) else value
+    _, found = measured(dataclasses.replace(plan, config=parse_config(raw)))
+    assert reason in found.reason and all(row.effect is None for row in found.table)
+    assert ("not measured" in found.reason) == ("not measured" in reason)
 
 
 def test_equal_states_are_named(plan: Plan) -> None:

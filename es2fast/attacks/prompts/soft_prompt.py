@@ -50,7 +50,9 @@ from es2fast.attacks.prompts.embeddings import (
 from es2fast.data import Prompt
 from es2fast.errors import UserError
 from es2fast.modeling.taps import check_layers, tapped
-from es2fast.probing.probes import Probe, choose_layers, fit_probe, probe_table
+from es2fast.probing.choice import choose_layers
+from es2fast.probing.probes import Probe, fit_probe
+from es2fast.probing.table import probe_table
 
 TRIALS = 16  # training prompts whose answers are recorded
 

@@ -1,0 +1,76 @@
+"""Which rows of a file are held out and which are the attacker's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from es2fast.config import Config, parse_config
+from es2fast.data import load_groups
+from es2fast.errors import UserError
+from es2fast.evaluation.run import evaluate_paths
+from es2fast.evaluation.split import split_prompts
+from es2fast.run.folder import RunFolder
+
+# distinct words throughout, so that only what is meant to be similar is
+THINGS = "violin ladder kettle canoe lantern anvil bridge iron drum falcon glacier harbor island"
+VERBS = "polish mend carry sketch weigh photograph borrow wrap lift count sell hide measure"
+THINGS += " jacket marble needle"
+VERBS += " clean rent name"
+ROWS = [
+    f"where would someone {verb} one {thing}" for verb, thing in zip(VERBS.split(), THINGS.split())
+]
+NEAR = ["someone would polish one violin where?", "where would someone mend one ladder, someone"]
+
+
+def config_of(folder: Path, rows: list[str], **data: object) -> Config:
+    (folder / "harmful.txt").write_text("\n".join(rows) + "\n")
+    harmless = [row.replace("where", "why") for row in ROWS]
+    (folder / "harmless.txt").write_text("\n".join(harmless) + "\n")
+    raw = {
+        "model": {"name": str(folder / "none")},
+        "data": {"eval_harmful": str(folder / "harmful.txt"),
+                 "eval_harmless": str(folder / "harmless.txt"), **data},
+        "evaluate": {"limit": 8, "fit_limit": 8},
+    }  # fmt: skip
+    return parse_config(raw)
+
+
+def split(config: Config):
+    groups = load_groups(config.data, need_train=False)
+    return split_prompts(groups, config.evaluate, config.data.near_duplicates)
+
+
+def test_rows_that_nearly_repeat_a_held_out_one_are_kept_from_the_attacker(tmp_path: Path) -> None:
+    rows = [*ROWS[:8], NEAR[0], *ROWS[8:], NEAR[1]]
+    prompts, (note,) = split(config_of(tmp_path, rows))
+    assert [p.text for p in prompts.harmful] == ROWS[:8]
+    assert [p.text for p in prompts.fit_harmful] == ROWS[8:]
+    assert note.startswith("harmful: 2 of the 10 further rows nearly repeat a held-out one")
+    assert repr(NEAR[0]) in note or repr(NEAR[1]) in note
+    assert len(prompts.fit_harmless) == 8
+
+
+def test_without_near_duplicates_nothing_is_said(tmp_path: Path) -> None:
+    prompts, notes = split(config_of(tmp_path, ROWS))
+    assert notes == [] and [p.text for p in prompts.fit_harmful] == ROWS[8:]
+
+
+def test_they_stay_where_only_equal_ones_are_to_go(tmp_path: Path) -> None:
+    prompts, notes = split(config_of(tmp_path, [*ROWS[:8], *NEAR, *ROWS[8:]], near_duplicates=None))
+    assert notes == [] and [p.text for p in prompts.fit_harmful][:2] == NEAR
+
+
+def test_training_prompts_of_their_own_are_not_split(tmp_path: Path) -> None:
+    (tmp_path / "fit.txt").write_text("\n".join(ROWS[8:]) + "\n")
+    prompts, notes = split(config_of(tmp_path, ROWS[:8], harmful=str(tmp_path / "fit.txt")))
+    assert notes == [] and len(prompts.harmful) == 8 and len(prompts.fit_harmful) == 8
+
+
+def test_too_few_are_left(tmp_path: Path) -> None:
+    rows = [*ROWS[:8], *NEAR, *ROWS[8:10]]
+    config = config_of(tmp_path, rows)
+    config.evaluate.fit_limit = 4
+    with pytest.raises(UserError, match=r"8 prompts to measure and 2 for the attacker.*2 of the 4"):
+        evaluate_paths(["none"], config, RunFolder(tmp_path / "out"))
