@@ -1,21 +1,28 @@
 # Everything needs only Python 3.11+ and a C++ compiler; the rest is installed into .venv.
 #   make demo    build a small aligned chat model, harden it, attack it before and after
+#   make real MODEL=DIR   harden a real chat model; REAL="--quick --harmful F ..." for its options
 #   make test    lint, types and the whole test suite
 #   make sanitize  the native kernels' tests under the address and undefined-behaviour sanitizers
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 DEMO   ?=
+MODEL  ?=
+REAL   ?=
 PYTEST ?=
 
 BIN := $(VENV)/bin
 # pip's build isolation would download torch again for DeepSpeed and for this package.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint install sanitize bench clean
+.PHONY: demo real test lint install sanitize bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/es2fast demo $(DEMO)
+
+real: $(VENV)/installed
+	$(if $(MODEL),,$(error MODEL is not set; make real MODEL=DIR, a folder or a Hugging Face id))
+	$(BIN)/es2fast harden $(MODEL) $(REAL)
 
 # Two processes, one thread each: more threads than cores make tiny matrices wait for each other.
 test: $(VENV)/installed lint

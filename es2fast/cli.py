@@ -1,4 +1,4 @@
-"""The command line: `es2fast train | evaluate | attacks | compare | judges | layers ...`.
+"""The command line: `es2fast harden | train | evaluate | attacks | compare | judges ...`.
 
 Heavy imports happen inside the commands, so `--help` answers at once. A user's mistake is one line
 on stderr and exit code 2.
@@ -16,6 +16,7 @@ import typer
 
 from es2fast.config import load_config
 from es2fast.errors import UserError
+from es2fast.harden.command import harden
 
 app = typer.Typer(
     name="es2fast",
@@ -63,6 +64,9 @@ def options(
     ] = False,
 ) -> None:
     """What stands before a command."""
+
+
+app.command()(harden)
 
 
 @app.command()

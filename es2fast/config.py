@@ -7,6 +7,7 @@ configuration is saved with every run.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import types
 import typing
@@ -32,7 +33,23 @@ class DataSource(_Section):
     )
     split: str = Field("train", description="split, for dataset ids and saved dataset dicts")
     column: str | None = Field(None, description="prompt column; recognised when not named")
-    limit: int | None = Field(None, ge=1, description="keep the first N rows")
+    where: dict[str, Any] = Field(
+        default_factory=dict,
+        description="keep rows whose columns hold these values, each one or a list of them, such "
+        "as {label: safe}; compared as text, upper and lower case alike",
+    )
+    rows: str | None = Field(
+        None,
+        pattern=r"^\d*:\d*(:[1-9]\d*)?$",
+        description="slice of the rows that `where` kept, as in Python: '::2' and '1::2' part a "
+        "source in two that share nothing",
+    )
+    limit: int | None = Field(None, ge=1, description="keep the first N of these rows")
+    kind: str | None = Field(
+        None,
+        description="what these prompts are, such as borderline: refusals of held-out harmless "
+        "prompts are also counted by it",
+    )
 
 
 def _source_list(value: Any) -> Any:
@@ -300,6 +317,15 @@ class RefusalConfig(_Section):
     texts: list[str] = Field(
         default_factory=list, description="refusals for source=list, one drawn per row"
     )
+    fallback: list[str] = Field(
+        [
+            "I'm sorry, but I can't help with that.",
+            "I cannot help with this request.",
+            "Sorry, that is something I can't assist with.",
+        ],
+        description="with source=auto, what stands in when the base model refuses none of the "
+        "harmful prompts, one drawn per row; []: that is an error",
+    )
     tokens: int = Field(24, ge=1, description="tokens of the refusal that are learned")
     decay: float = Field(
         0.9, gt=0, le=1, description="weight of a token relative to that of the one before it"
@@ -308,7 +334,11 @@ class RefusalConfig(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RefusalConfig:
-        texts = {"texts": self.texts, "prefill.texts": self.prefill.texts}
+        texts = {
+            "texts": self.texts,
+            "fallback": self.fallback,
+            "prefill.texts": self.prefill.texts,
+        }
         for name, given in texts.items():
             if any(not text.strip() for text in given):
                 raise ValueError(f"{name} holds a blank text; remove it")
@@ -510,31 +540,59 @@ class Config(_Section):
         return self
 
 
-def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
+def load_config(
+    source: str | Path | dict[str, Any] | None, overrides: typing.Sequence[str] = ()
+) -> Config:
     """Reads a YAML file, applies `key=value` overrides and validates.
 
     Args:
-        path: YAML file; None starts from an empty mapping (overrides must then name the model).
+        source: YAML file, or the mapping that one holds; None starts from an empty mapping
+            (overrides must then name the model).
         overrides: dotted `key=value` strings; values are parsed as YAML.
 
     Raises:
         UserError: missing file, malformed YAML or override, unknown key, value out of range.
     """
-    raw: Any = {}
-    if path is not None:
-        try:
-            raw = yaml.safe_load(Path(path).read_text())
-        except OSError as error:
-            raise UserError(f"config {path}: cannot be read ({error.strerror})") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"config {path}: not valid YAML ({reason})") from None
-    raw = {} if raw is None else raw
-    if not isinstance(raw, dict):
-        raise UserError(f"config {path}: expected a mapping of keys, found {type(raw).__name__}")
+    raw = copy.deepcopy(source) if isinstance(source, dict) else read_yaml(source)
     for item in overrides:
         _apply_override(raw, item)
     return parse_config(raw)
+
+
+def read_yaml(path: str | Path | None, name: str = "config") -> dict[str, Any]:
+    """The mapping in a YAML file; an empty one for None and for an empty file.
+
+    Args:
+        path: the file.
+        name: what it is called in messages.
+
+    Raises:
+        UserError: missing file, malformed YAML, no mapping.
+    """
+    raw: Any = {}
+    if path is not None:
+        try:
+            raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"{name} {path}: cannot be read ({error.strerror})") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{name} {path}: not valid YAML ({reason})") from None
+    raw = {} if raw is None else raw
+    if not isinstance(raw, dict):
+        raise UserError(f"{name} {path}: expected a mapping of keys, found {type(raw).__name__}")
+    return raw
+
+
+def merged(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    """Two mappings as one, section by section; a value or a list of `high` replaces that of
+    `low`."""
+    result = dict(low)
+    for key, value in high.items():
+        below = result.get(key)
+        both = isinstance(value, dict) and isinstance(below, dict)
+        result[key] = merged(below, value) if both else value  # type: ignore[arg-type]
+    return result
 
 
 def parse_config(raw: dict[str, Any]) -> Config:

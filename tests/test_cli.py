@@ -71,7 +71,17 @@ def test_the_installed_command_reports_a_mistake_without_a_traceback(project: Pa
 def test_help_lists_every_command(call: Any) -> None:
     done = call("--help")
     assert done.returncode == 0
-    for name in ("train", "evaluate", "compare", "layers", "validate", "export", "env", "demo"):
+    for name in (
+        "harden",
+        "train",
+        "evaluate",
+        "compare",
+        "layers",
+        "validate",
+        "export",
+        "env",
+        "demo",
+    ):
         assert name in done.stdout
 
 
@@ -236,6 +246,40 @@ def test_evaluate_any_model_and_compare(call: Any, project: Path, tmp_path: Path
     shutil.copy(out / "report.json", tmp_path / "second")
     done = call("compare", out, tmp_path / "second")
     assert done.returncode == 0 and "other" in done.stdout
+
+
+HARDEN_MISTAKES: list[tuple[list[str], list[str]]] = [
+    (["train.step=3"], ["train.step", "did you mean 'steps'"]),
+    (["--recipe={folder}/absent.yaml"], ["--recipe", "absent.yaml", "cannot be read"]),
+    (["--eval-harmful={folder}/absent.csv"], ["data.eval_harmful[0]", "absent.csv"]),
+    (["data.eval_harmless=[]"], ["data.eval_harmless", "--eval-harmless FILE"]),
+    (["--out={folder}/taken"], ["--out", "holds another run", "--overwrite"]),
+    (["data.harmful=[{{source: '{folder}/data/harmful.jsonl', where: {{label: x}}}}]"],
+     ["data.harmful[0]", "where", "no column 'label'", "'prompt'"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "words"), HARDEN_MISTAKES)
+def test_mistakes_of_harden(
+    call: Any, project: Path, tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    files = {"harmful": "harmful", "harmless": "harmless", "eval-harmful": "other_harmful",
+             "eval-harmless": "other_harmless"}  # fmt: skip
+    for group in ("harmful", "harmless"):
+        (project / f"data/other_{group}.jsonl").write_text(f'{{"prompt": "{group} one"}}\n' * 3)
+    filled = [item.format(folder=project) for item in arguments]
+    given = {item.partition("=")[0] for item in filled}
+    for role, name in files.items():
+        if f"--{role}" not in given:
+            filled.append(f"--{role}={project}/data/{name}.jsonl")
+    if "--out" not in given:
+        filled.append(f"--out={tmp_path}/out")
+    done = call("harden", project / "model", "--borderline=none", *filled)
+    assert done.returncode == 2, done.stdout + done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    for word in words:
+        assert word in line
+    assert not (tmp_path / "out").exists()
 
 
 EVALUATE_MISTAKES: list[tuple[list[str], list[str]]] = [

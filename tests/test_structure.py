@@ -28,7 +28,7 @@ LAYERS = (
     ("report",),
     ("training", "evaluation"),
     ("train", "environment"),
-    ("demo",),
+    ("demo", "harden"),
     ("cli",),
     ("es2fast",),
 )

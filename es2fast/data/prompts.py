@@ -8,8 +8,8 @@ The reference answer comes from the column `response`, or else from whichever of
 `output`, `completion` exists alone and holds only text; two of them leave it open, and none is
 used. The report names the columns that were chosen.
 
-Columns `label` and `type` of a source that is not read by its labels (XSTest has both) say what
-kind of prompt a row is; refusals of harmless prompts are counted by them.
+The source's `kind` and, where it is not read by its labels, columns `label` and `type` (XSTest has
+both) say what kind of prompt a row is; refusals of harmless prompts are counted by them.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ RESPONSE_COLUMN = "response"
 OTHER_RESPONSE_COLUMNS = ("answer", "output", "completion")
 LABEL_COLUMN = "label"
 KIND_COLUMNS = (LABEL_COLUMN, "type")
+KIND = "kind"  # stands beside columns for what a source says of all its rows
 MOST_KINDS = 40  # different values; a column with more names no kinds
 _HARMFUL_LABELS = frozenset({"harmful", "unsafe", "1", "1.0", "true"})
 _HARMLESS_LABELS = frozenset({"harmless", "safe", "0", "0.0", "false"})
@@ -129,6 +130,7 @@ def read_source(source: DataSource, field: str, labelled: bool = False) -> Sourc
             found.blank += 1
             continue
         known = tuple((name, str(row[name]).strip()) for name in kinds if row.get(name) is not None)
+        known = ((KIND, source.kind), *known) if source.kind else known
         found.prompts.append(replace(prompt, kinds=known) if known else prompt)
         if label_of is not None:
             label = label_of[number]

@@ -45,7 +45,7 @@ class Table:
 
 
 def read_table(source: DataSource, field: str, wanted: Callable[[str], bool]) -> Table:
-    """The first `source.limit` rows of a source.
+    """The rows of a source that its `where`, `rows` and `limit` leave, applied in this order.
 
     Args:
         source: what to read.
@@ -53,7 +53,8 @@ def read_table(source: DataSource, field: str, wanted: Callable[[str], bool]) ->
         wanted: which columns are needed; the others of a dataset are never decoded.
 
     Raises:
-        UserError: the source is missing, empty or malformed, or has no such split.
+        UserError: the source is missing, empty or malformed, or has no such split; `where` names a
+            column that it lacks; `where` or `rows` leave nothing.
     """
     path = Path(source.source).expanduser()
     try:
@@ -73,7 +74,47 @@ def read_table(source: DataSource, field: str, wanted: Callable[[str], bool]) ->
         ) from None
     if not table.rows:
         raise UserError(f"{field}: {source.source!r} has no rows; give a source that has some")
-    return table
+    return _selected(table, source, field)
+
+
+def _selected(table: Table, source: DataSource, field: str) -> Table:
+    """The rows that `where` keeps, of those the slice `rows`, of those the first `limit`."""
+    rows = table.rows
+    for column, value in source.where.items():
+        if column not in table.columns:
+            raise UserError(
+                f"{field}: where: {source.source!r} has no column {column!r}; its columns are "
+                f"{', '.join(repr(name) for name in table.columns if name)}"
+            )
+        wanted = {_plain(item) for item in (value if isinstance(value, list) else [value])}
+        kept = [row for row in rows if _plain(row.get(column)) in wanted]
+        if not kept:
+            found = sorted({one_line(row.get(column), 30) for row in rows})
+            shown = ", ".join(map(repr, found[:8])) + (" ..." if len(found) > 8 else "")
+            raise UserError(
+                f"{field}: where: no row of {source.source!r} has {column}={value!r}; it holds "
+                f"{shown}"
+            )
+        rows = kept
+    if source.rows is not None:
+        parts = [int(part) if part else None for part in source.rows.split(":")]
+        count, rows = len(rows), rows[slice(*parts)]
+        if not rows:
+            raise UserError(
+                f"{field}: rows: {source.rows!r} leaves none of the {count} rows of "
+                f"{source.source!r}"
+            )
+    return Table(table.columns, rows[: source.limit])
+
+
+def _plain(cell: Any) -> str:
+    """How `where` compares cells: a CSV knows only text, and YAML reads 1 and true."""
+    return str(cell).strip().casefold()
+
+
+def _row_count(source: DataSource) -> int | None:
+    """Rows that have to be read: `limit`, unless others are chosen first; None: all."""
+    return None if source.where or source.rows else source.limit
 
 
 def one_line(text: object, width: int = 160) -> str:
@@ -91,7 +132,7 @@ def _from_file(path: Path, source: DataSource, field: str) -> Table:
     else:
         reader = {".csv": _csv_rows, ".tsv": _csv_rows, ".jsonl": _jsonl_rows}.get(suffix)
         rows = (reader or _text_rows)(path, field)
-    kept = list(islice(rows, source.limit))
+    kept = list(islice(rows, _row_count(source)))
     columns = list(dict.fromkeys(key for row in kept for key in row))
     return Table(columns, kept)
 
@@ -244,8 +285,9 @@ def _from_dataset(data: Any, source: DataSource, wanted: Callable[[str], bool]) 
     import datasets
 
     columns = list(data.column_names)
-    read = data.select_columns([name for name in columns if wanted(name)])
-    rows = read.select(range(min(source.limit or len(read), len(read)))).to_list()
+    needed = [name for name in columns if wanted(name) or name in source.where]
+    read = data.select_columns(needed)
+    rows = read.select(range(min(_row_count(source) or len(read), len(read)))).to_list()
     for name, feature in read.features.items():
         if isinstance(feature, datasets.ClassLabel) and feature.names:
             for row in rows:

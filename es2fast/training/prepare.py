@@ -96,7 +96,8 @@ def prepare(plan: Plan, runtime: Runtime) -> tuple[Prepared, list[Prompt], Ancho
 
     Raises:
         UserError: a layer the model does not have; a head that the fused loss does not reproduce;
-            groups too small to probe, or with equal states; a base model that refuses nothing.
+            groups too small to probe, or with equal states; a base model that refuses nothing
+            where `refusal.fallback` is empty.
     """
     config, formatter, groups = plan.config, plan.formatter, plan.groups
     model, run, release = _load(plan, runtime)
@@ -127,7 +128,14 @@ def own_refusals(plan: Plan, model: nn.Module, runtime: Runtime) -> AnchorTexts 
         return anchor_texts(config, harmful)
     tokens = max(config.refusal.tokens, ANSWER_TOKENS)
     answers = base_answers(plan, model, runtime, harmful, tokens, "answers to harmful prompts")
-    return anchor_texts(config, harmful, answers)
+    texts = anchor_texts(config, harmful, answers)
+    if texts is not None and texts.borrowed and runtime.is_main:
+        print(
+            f"note: the base model refuses none of the {len(harmful)} harmful prompts; the anchor "
+            f"teaches refusal.fallback, such as {config.refusal.fallback[0]!r}",
+            flush=True,
+        )
+    return texts
 
 
 def _load(plan: Plan, runtime: Runtime) -> tuple[nn.Module, Any, Callable[[], None]]:

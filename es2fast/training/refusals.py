@@ -4,7 +4,8 @@ Separation alone moves the states of harmful prompts to a place that the blocks 
 about; the anchor teaches them what it means, by the cross-entropy of a refusal there. The best
 words are the model's own, since they cost the least change: with `source: auto` the base model
 answers the harmful prompts once, a prompt that it refuses keeps its own refusal, cut behind the
-sentence that refuses, and one that it answers gets one of the refusals that it gave elsewhere.
+sentence that refuses, and one that it answers gets one of the refusals that it gave elsewhere. A
+base model that refuses nothing learns `refusal.fallback`.
 
 Which text a row gets is a function of (seed, row), the opening before it one of (seed, step, row):
 the same on every rank and in every run.
@@ -33,10 +34,12 @@ _SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)|[。！？]|\n")
 
 @dataclass(frozen=True)
 class AnchorTexts:
-    """Per harmful prompt its refusal, and the base model's answer where that is none."""
+    """Per harmful prompt its refusal, and the base model's answer where that is none; `borrowed`
+    says that the base model refused nothing and the refusals are `refusal.fallback`'s."""
 
     refusals: list[str]
     answers: list[str | None]
+    borrowed: bool = False
 
 
 def check_refusals(config: Config, harmful: Sequence[Prompt]) -> None:
@@ -72,7 +75,8 @@ def anchor_texts(
         answers: the base model's, one per prompt, for `source: auto`.
 
     Raises:
-        UserError: the base model refuses none of the prompts, or see `check_refusals`.
+        UserError: the base model refuses none of the prompts and `refusal.fallback` is empty, or
+            see `check_refusals`.
     """
     section = config.refusal
     if not section.weight:
@@ -90,14 +94,17 @@ def anchor_texts(
             for answer, text in zip(answers, given)
         ]
         pool = sorted({text for text in given if text is not None})
+    borrowed = not pool
+    pool = pool or section.fallback
     if not pool:
         raise UserError(
             f"refusal.source: auto, but the base model refuses none of the {len(harmful)} harmful "
-            "prompts; set refusal.source=list and give refusals in refusal.texts"
+            "prompts and refusal.fallback is empty; give refusals in refusal.fallback, or set "
+            "refusal.source=list with refusal.texts"
         )
     seed = config.train.seed
     drawn = [random.Random(f"{seed}/refusal/{row}").choice(pool) for row in range(len(harmful))]
-    return AnchorTexts([text or other for text, other in zip(given, drawn)], own)
+    return AnchorTexts([text or other for text, other in zip(given, drawn)], own, borrowed)
 
 
 def first_refusal(answer: str) -> str:

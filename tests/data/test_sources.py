@@ -304,3 +304,52 @@ def test_an_unknown_dataset_id_is_one_line_without_a_traceback():
     assert done.returncode == 0, done.stderr
     assert "neither a file or folder nor a dataset that could be loaded" in done.stdout
     assert done.stdout.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+# Which rows of a source
+
+
+def labelled_rows(tmp_path: Path) -> Path:
+    rows = [
+        {"prompt": f"p{i}", "label": "safe" if i % 3 else "Unsafe", "level": i % 2}
+        for i in range(12)
+    ]
+    return write(tmp_path / "x.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_where_then_rows_then_limit(tmp_path):
+    path = labelled_rows(tmp_path)
+    safe = [f"p{i}" for i in range(12) if i % 3]
+    assert texts(path, where={"label": "safe"}) == safe
+    assert texts(path, where={"label": "SAFE", "level": 1}) == ["p1", "p5", "p7", "p11"]
+    assert texts(path, where={"level": [1, 7], "label": ["unsafe"]}) == ["p3", "p9"]
+    even, odd = (texts(path, where={"label": "safe"}, rows=part) for part in ("::2", "1::2"))
+    assert sorted(even + odd) == sorted(safe) and even == safe[::2]
+    assert texts(path, where={"label": "safe"}, rows="1::2", limit=2) == safe[1::2][:2]
+    assert texts(path, rows="2:4") == ["p2", "p3"]
+
+
+def test_where_reads_a_columnar_source_by_class_names_and_unknown_columns(tmp_path):
+    names = datasets.ClassLabel(names=["safe", "unsafe"])
+    features = datasets.Features({"prompt": datasets.Value("string"), "Verdict": names})
+    data = {"prompt": ["a", "b", "c", "d"], "Verdict": [0, 1, 0, 1]}
+    datasets.Dataset.from_dict(data, features=features).save_to_disk(str(tmp_path / "saved"))
+    assert texts(tmp_path / "saved", where={"Verdict": "safe"}, limit=2) == ["a", "c"]
+
+
+def test_mistakes_in_choosing_rows_name_what_there_is(tmp_path):
+    path = labelled_rows(tmp_path)
+    text = message(path, where={"labl": "safe"})
+    assert "where" in text and "'labl'" in text and "'prompt', 'label', 'level'" in text
+    text = message(path, where={"label": "fine"})
+    assert "label='fine'" in text and "'Unsafe', 'safe'" in text
+    assert "leaves none of the 12 rows" in message(path, rows="30:")
+    with pytest.raises(ValueError, match="rows"):
+        DataSource(source="x", rows="odd")
+
+
+def test_a_kind_stands_on_every_prompt(tmp_path):
+    path = labelled_rows(tmp_path)
+    kinds = [prompt.kinds for prompt in read(path, kind="borderline", limit=2).prompts]
+    assert [found[0] for found in kinds] == [("kind", "borderline")] * 2
+    assert ("label", "safe") in kinds[1]

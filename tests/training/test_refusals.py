@@ -16,6 +16,7 @@ from es2fast.config import Config, parse_config
 from es2fast.data import Formatter, Prompt, collate
 from es2fast.distributed.runtime import Runtime
 from es2fast.errors import UserError
+from es2fast.judges.rules import is_refusal
 from es2fast.modeling.load import load_causal_lm
 from es2fast.training.loop import Feed
 from es2fast.training.plan import Plan, make_plan
@@ -69,11 +70,26 @@ def test_own_refusals_are_kept_and_lent_and_written_once(tmp_path: Path) -> None
     assert len((tmp_path / "cache/responses.jsonl").read_text().splitlines()) == 6
 
 
-def test_a_model_that_refuses_nothing_needs_a_list(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, save_tiny(tmp_path / "model"))
+def test_a_model_that_refuses_nothing_learns_the_fallback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_of(tmp_path, save_tiny(tmp_path / "model"), fallback=["No .", "Not that ."])
     model = load_causal_lm(plan.config.model, "fp32").eval()
-    with pytest.raises(UserError, match=r"refuses none of the 6 .* refusal\.texts"):
-        own_refusals(plan, model, ALONE)
+    texts = own_refusals(plan, model, ALONE)
+    assert texts is not None and texts.borrowed and len(texts.refusals) == 6
+    assert set(texts.refusals) <= {"No .", "Not that ."} and any(texts.answers)
+    printed = capsys.readouterr().out
+    assert "refuses none of the 6 harmful prompts" in printed and "'No .'" in printed
+    none = plan_of(tmp_path, tmp_path / "model", fallback=[])
+    with pytest.raises(UserError, match=r"refuses none of the 6 .* refusal\.fallback"):
+        own_refusals(none, model, ALONE)
+
+
+def test_the_fallback_is_refusals_and_stays_unused_where_the_model_refuses() -> None:
+    assert all(is_refusal(text) for text in config({}).refusal.fallback)
+    texts = anchor_texts(config({}), PROMPTS[:2], ["I cannot do that.", "Sure, here"])
+    assert texts is not None and not texts.borrowed
+    assert texts.refusals == ["I cannot do that."] * 2
 
 
 def test_without_an_anchor_nothing_is_asked_and_no_column_added(tmp_path: Path) -> None:

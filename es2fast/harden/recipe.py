@@ -1,0 +1,131 @@
+"""From a model's name to a whole run: recipes, prompt files, overrides.
+
+A recipe is a YAML file of `es2fast.config` that holds only what differs from the library's
+defaults; `recipes/default.yaml` names public prompt sets too. Later ones win:
+
+    recipe < recipes/quick.yaml (with --quick) < prompt files (--harmful ...) < key=value
+
+Prompts have five roles. A file takes the place of the recipe's sources of its role and keeps their
+`limit`. Borderline prompts, which look harmful and are not, are those of `kind: borderline` in
+`data.harmless` and `data.eval_harmless`; one file serves both, every other row each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from es2fast.config import Config, DataSource, load_config, merged, parse_config, read_yaml
+from es2fast.errors import UserError
+from es2fast.report.model_card import public_name
+
+RECIPES = Path(__file__).parent / "recipes"
+BORDERLINE = "borderline"
+NONE = "none"  # for --borderline: do without
+ROLES = {  # option -> the groups of `data` that it fills
+    "harmful": ("harmful",),
+    "harmless": ("harmless",),
+    BORDERLINE: ("harmless", "eval_harmless"),
+    "eval-harmful": ("eval_harmful",),
+    "eval-harmless": ("eval_harmless",),
+}
+_HALVES = {"harmless": "::2", "eval_harmless": "1::2"}  # rows of a borderline file
+_PLACE = re.compile(r"data\.(\w+)\[(\d+)\]")
+
+
+def resolve(
+    model: str,
+    out: Path,
+    *,
+    recipe: Path | None = None,
+    quick: bool = False,
+    files: Mapping[str, Sequence[str]] | None = None,
+    overrides: Sequence[str] = (),
+) -> Config:
+    """The run that hardens `model` into `out`.
+
+    Args:
+        model: folder or Hugging Face id.
+        out: the run's folder.
+        recipe: in place of `recipes/default.yaml`.
+        quick: lay `recipes/quick.yaml` over it.
+        files: prompt files or dataset ids by role, see `ROLES`.
+        overrides: `key=value`, applied last.
+
+    Raises:
+        UserError: an unreadable recipe, an unknown key, a value out of range.
+    """
+    raw = read_yaml(recipe or RECIPES / "default.yaml", "--recipe")
+    if quick:
+        raw = merged(raw, read_yaml(RECIPES / "quick.yaml"))
+    raw = merged(raw, {"model": {"name": model}, "data": {}, "output_dir": str(out)})
+    data = parse_config(raw).data
+    chosen = {role: places for role, places in (files or {}).items() if places}
+    for group in dict.fromkeys(group for role in chosen for group in ROLES[role]):
+        sources = _replaced(group, getattr(data, group), chosen)
+        raw["data"][group] = [source.model_dump(exclude_defaults=True) for source in sources]
+    config = load_config(raw, overrides)
+    # a training that was cut off is done again; what may be replaced, `harden.run` decides
+    train = config.train.model_copy(update={"overwrite": True})
+    return config.model_copy(update={"train": train})
+
+
+def default_out(model: str) -> Path:
+    """runs/NAME-hardened."""
+    name = re.sub(r"[^\w.-]+", "-", public_name(model).rpartition("/")[2])
+    return Path("runs") / f"{name}-hardened"
+
+
+@contextmanager
+def telling_options(config: Config) -> Iterator[None]:
+    """Says which options take files when one of the public sets cannot be loaded."""
+    try:
+        yield
+    except UserError as error:
+        if not _PLACE.match(str(error)) or "could be loaded" not in str(error):
+            raise
+        forms = {BORDERLINE: f"--{BORDERLINE} FILE|{NONE}"}
+        options = [forms.get(role, f"--{role} FILE") for role in _remote_roles(config)]
+        raise UserError(f"{error}; offline, give files: {' '.join(options)}") from None
+
+
+def role_of(group: str, source: DataSource) -> str:
+    """The option that a source of `data.GROUP` belongs to."""
+    return BORDERLINE if source.kind == BORDERLINE else group.replace("_", "-")
+
+
+def _replaced(
+    group: str, sources: Sequence[DataSource], chosen: Mapping[str, Sequence[str]]
+) -> list[DataSource]:
+    """The sources of one group, files in place of those whose role has any."""
+    found: list[DataSource] = []
+    for role in (group.replace("_", "-"), BORDERLINE):
+        own = [source for source in sources if role_of(group, source) == role]
+        given = role in chosen and group in ROLES[role]
+        found += _files(role, group, own, chosen[role]) if given else own
+    return found
+
+
+def _files(
+    role: str, group: str, own: Sequence[DataSource], places: Sequence[str]
+) -> list[DataSource]:
+    if role == BORDERLINE and list(places) == [NONE]:
+        return []
+    kept: dict[str, Any] = {"limit": own[0].limit} if own else {}
+    if role == BORDERLINE:
+        kept |= {"kind": BORDERLINE, "rows": _HALVES[group]}
+    return [DataSource(source=place, **kept) for place in places]
+
+
+def _remote_roles(config: Config) -> list[str]:
+    """Roles with a source that is no file or folder here, in the order of `ROLES`."""
+    remote = {
+        role_of(group, source)
+        for group in ("harmful", "harmless", "eval_harmful", "eval_harmless")
+        for source in getattr(config.data, group)
+        if not Path(source.source).expanduser().exists()
+    }
+    return [role for role in ROLES if role in remote]

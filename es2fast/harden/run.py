@@ -1,0 +1,191 @@
+"""`es2fast harden`: one command from a chat model's name to a hardened model and a verdict.
+
+Plan, train (under the launcher, as `es2fast train`), attack base and tuned model, write report and
+model card, say what was gained and lost. The folder is an ordinary run's: `es2fast evaluate`,
+`compare` and `export` take it.
+
+The same command again goes on where it was: a finished training stays, an evaluation continues from
+answers.jsonl. The folder's config.yaml says what it holds; another configuration is refused by the
+names of the fields that differ, or replaces it (`overwrite`), where a training that would come out
+the same is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from es2fast.attacks.registry import make_attacks
+from es2fast.config import Config, load_config, save_config
+from es2fast.distributed.launch import launch, rank_count
+from es2fast.errors import UserError
+from es2fast.evaluation.run import TUNED, evaluate_run
+from es2fast.harden.progress import Steps, estimated, write
+from es2fast.harden.recipe import ROLES, telling_options
+from es2fast.report.schema import Report, read_report
+from es2fast.report.table import print_table
+from es2fast.report.verdict import paragraph
+from es2fast.run.folder import RunFolder
+from es2fast.training.plan import Plan, make_plan
+
+RECIPE = "harden.yaml"  # in the run's folder: the resolved configuration that training is given
+
+
+def run_harden(config: Config, *, ranks: int | None = None, overwrite: bool = False) -> Report:
+    """Hardens a model into `config.output_dir` and prints every step.
+
+    Args:
+        config: from `recipe.resolve`.
+        ranks: processes of the training; default: one per GPU, up to 2 on a CPU.
+        overwrite: replace what the folder holds where it comes from another configuration.
+
+    Raises:
+        UserError: any mistake in the configuration; the folder holds something else; the training
+            failed (its own message is above).
+    """
+    folder, steps = RunFolder(config.output_dir), Steps(4)
+    check_folder(folder, config, overwrite)
+    with steps.step("plan") as say, telling_options(config):
+        plan = make_plan(config, world_size=rank_count(ranks, config.train.device))
+        _check_held_out(plan)
+        write("\n".join(f"      {line}" for line in plan.lines()))
+        say(_planned(plan))
+    _train(plan, folder, steps, ranks)
+    report = _evaluate(plan, folder, steps)
+    print_table(report)
+    steps.skip("written", f"{folder.page}, {folder.answers}, {folder.model} (with model card)")
+    write(paragraph(report, TUNED))
+    return report
+
+
+def check_folder(folder: RunFolder, config: Config, overwrite: bool) -> None:
+    """Refuses a folder that holds another run, unless it may be overwritten.
+
+    Raises:
+        UserError: naming the fields that differ, or what else lies there.
+    """
+    if overwrite or not folder.occupied:
+        return
+    where = f"--out: {str(folder.path)!r}"
+    saved = _saved(folder)
+    if saved is None:
+        raise UserError(f"{where} holds another run; choose another folder or give --overwrite")
+    names = list(differences(saved, config))
+    if names:
+        shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+        raise UserError(
+            f"{where} holds a run with another {shown}; choose another folder or give --overwrite"
+        )
+    if folder.finished and _weights_changed(folder, config):
+        raise UserError(
+            f"{where}: the weights of model.name have changed since they were hardened there; "
+            "choose another folder or give --overwrite"
+        )
+
+
+def _saved(folder: RunFolder) -> Config | None:
+    """The configuration of the run in a folder; None where none can be read."""
+    if not folder.config.is_file():
+        return None
+    try:
+        return load_config(folder.config)
+    except UserError:  # of another version
+        return None
+
+
+def differences(old: Config, new: Config) -> Iterator[str]:
+    """Fields that differ, with both values where they are short, in the order of the file."""
+    before, after = (dict(_leaves(config.model_dump(mode="json"))) for config in (old, new))
+    for name in dict.fromkeys([*before, *after]):
+        a, b = before.get(name), after.get(name)
+        if a != b and name not in ("train.overwrite", "output_dir"):
+            short = len(f"{a}{b}") < 60
+            yield f"{name} ({a} there, {b} now)" if short else name
+
+
+def _leaves(value: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, child in value.items():
+        if isinstance(child, dict) and child:
+            yield from _leaves(child, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", child
+
+
+def _weights_changed(folder: RunFolder, config: Config) -> bool:
+    """A model folder's weights are newer than the training that started from them."""
+    weights = Path(config.model.name).expanduser().glob("*.safetensors")
+    trained = folder.summary.stat().st_mtime
+    return any(path.stat().st_mtime > trained for path in weights)
+
+
+def _trained(folder: RunFolder, config: Config) -> bool:
+    """The folder holds the finished training of this configuration, however it was evaluated."""
+    saved = _saved(folder)
+    if saved is None or not folder.finished or _weights_changed(folder, config):
+        return False
+    return all(name.startswith("evaluate.") for name in differences(saved, config))
+
+
+def _train(plan: Plan, folder: RunFolder, steps: Steps, ranks: int | None) -> None:
+    config, train = plan.config, plan.config.train
+    if _trained(folder, config):
+        if any(differences(load_config(folder.config), config)):  # of how it is evaluated
+            save_config(config, folder.config)
+        steps.skip("train", f"finished before, {folder.model}")
+        return
+    folder.path.mkdir(parents=True, exist_ok=True)
+    save_config(config, folder.path / RECIPE)
+    what = f"{train.steps} steps on {plan.world_size} rank{'s' * (plan.world_size > 1)}"
+    with steps.step("train", what), estimated(folder.metrics, train.steps):
+        launch(folder.path / RECIPE, ranks=ranks, device=train.device)
+
+
+def _evaluate(plan: Plan, folder: RunFolder, steps: Steps) -> Report:
+    if _evaluated(folder):
+        steps.skip("evaluate", f"finished before, {folder.report}")
+        return read_report(folder.report)
+    settings, groups = plan.config.evaluate, plan.groups
+    attacks = make_attacks(settings.attacks, steps=settings.attack_steps)
+    harmful = min(settings.limit, len(groups.eval_harmful))
+    harmless = min(settings.limit, len(groups.eval_harmless))
+    total = 2 * (harmless + len(attacks) * harmful)
+    names = ", ".join(attack.label for attack in attacks)
+    what = (
+        f"base and tuned model, {harmful} harmful prompts under {names}; {harmless} harmless; "
+        f"answers of up to {settings.max_new_tokens} tokens"
+    )
+    with steps.step("evaluate", what), estimated(folder.answers, total, _is_answer):
+        return evaluate_run(folder.path)
+
+
+def _evaluated(folder: RunFolder) -> bool:
+    """The report is younger than the model and the settings."""
+    if not folder.report.is_file():
+        return False
+    written = folder.report.stat().st_mtime
+    return all(path.stat().st_mtime <= written for path in (folder.summary, folder.config))
+
+
+def _is_answer(line: str) -> bool:
+    """The first answer to a held-out prompt, not one of an attack's search."""
+    return '"part": 0,' in line and '"group": "trial"' not in line
+
+
+def _check_held_out(plan: Plan) -> None:
+    for role in ("eval-harmful", "eval-harmless"):
+        (group,) = ROLES[role]
+        if not getattr(plan.groups, group):
+            raise UserError(f"data.{group}: no held-out prompts; give --{role} FILE")
+
+
+def _planned(plan: Plan) -> str:
+    """What will be done, in one line."""
+    groups, train = plan.groups, plan.config.train
+    epochs = math.ceil(plan.sampler(0).epochs(train.steps)["harmful"])
+    return (
+        f"{len(groups.harmful)} harmful and {len(groups.harmless)} harmless prompts, "
+        f"{train.steps} steps of {plan.deepspeed['train_batch_size']} pairs, up to {epochs} "
+        f"passes; {len(groups.eval_harmful)} and {len(groups.eval_harmless)} prompts are held out"
+    )

@@ -1,0 +1,98 @@
+"""`es2fast harden` from end to end under the real launcher, and once more where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+from tiny_models import save_tiny, write_prompts
+
+from es2fast.errors import UserError
+from es2fast.harden.recipe import resolve
+from es2fast.harden.run import RECIPE, run_harden
+
+pytestmark = [pytest.mark.launcher, pytest.mark.slow]
+SHORT = ["train.device=cpu", "train.steps=3", "train.micro_batch_size=1", "layer_choice.prompts=12",
+         "evaluate.max_new_tokens=6", "evaluate.limit=6", "evaluate.fit_limit=8",
+         "evaluate.attacks=[direct,{name: prefill,tokens: [2]}]"]  # fmt: skip
+
+
+def files_of(folder: Path) -> dict[str, list[str]]:
+    names = ("harmful", "harmless", "eval_harmful", "eval_harmless")
+    files = {name.replace("_", "-"): [str(folder / f"{name}.jsonl")] for name in names}
+    return files | {"borderline": ["none"]}
+
+
+def test_from_a_name_to_a_verdict_and_on_from_where_it_stopped(
+    toy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    more = [*SHORT, f"data.cache_dir={tmp_path}"]
+
+    def config(*changed: str):
+        return resolve(str(toy / "model"), out, quick=True, files=files_of(toy / "data"),
+                       overrides=[*more, *changed])  # fmt: skip
+
+    report = run_harden(config(), ranks=1)
+    printed = capfd.readouterr().out
+    steps = re.findall(r"^\[(\d)/4\] (\w+): .*\(.*\d+ (?:s|min)\)$", printed, re.MULTILINE)
+    assert steps == [("1", "plan"), ("2", "train"), ("3", "evaluate")]
+    last = printed.strip().splitlines()[-1]
+    assert last.startswith("Verdict: ") and "(n = 6)" in last
+    assert report.names == ["base", "tuned"] and (out / RECIPE).is_file()
+    assert {"direct", "prefill"} == set(report.attack_names)
+    names = ("model/adapter_model.safetensors", "model/README.md", "report.html", "answers.jsonl")
+    assert "| **worst case**" in (out / "model/README.md").read_text()
+
+    times = {name: (out / name).stat().st_mtime_ns for name in names}
+    assert run_harden(config(), ranks=1) == report  # nothing is done twice
+    assert times == {name: (out / name).stat().st_mtime_ns for name in names}
+    assert "train: finished before" in capfd.readouterr().out
+
+    with pytest.raises(
+        UserError, match=r"another train\.steps \(3 there, 5 now\), evaluate\.limit \("
+    ):
+        run_harden(config("evaluate.limit=4", "train.steps=5"), ranks=1)
+
+    answers = (out / "answers.jsonl").read_text().splitlines(keepends=True)
+    (out / "answers.jsonl").write_text("".join(answers[:-4]))  # as if stopped in its last batch
+    (out / "report.json").unlink()
+    again = run_harden(config(), ranks=1)
+    assert (out / "answers.jsonl").read_text().splitlines(keepends=True) == answers
+    assert [model.attacks["direct"].outcomes for model in again.models] == [
+        model.attacks["direct"].outcomes for model in report.models
+    ]
+
+    shorter = run_harden(config("evaluate.limit=4"), ranks=1, overwrite=True)
+    assert shorter.model("tuned").attacks["direct"].n == 4
+    assert (out / names[0]).stat().st_mtime_ns == times[names[0]]  # only evaluated anew
+    assert run_harden(config("evaluate.limit=4"), ranks=1) == shorter
+
+
+def test_a_model_that_refuses_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A random model: the anchor teaches the fallback and says so; newer weights are noticed."""
+    model = save_tiny(tmp_path / "model")
+    sources = write_prompts(tmp_path / "data", count=16)
+    for name, path in sources.items():
+        lines = Path(path).read_text().splitlines(keepends=True)
+        Path(path).write_text("".join(lines[:10]))
+        (tmp_path / "data" / f"eval_{name}.jsonl").write_text("".join(lines[10:]))
+    config = resolve(
+        str(model), tmp_path / "out", quick=True, files=files_of(tmp_path / "data"),
+        overrides=[*SHORT, "data.near_duplicates=null", f"data.cache_dir={tmp_path}",
+                   "data.max_length=48", "refusal.prefill.tokens=4"],
+    )  # fmt: skip
+    report = run_harden(config, ranks=1)
+    printed = capfd.readouterr().out
+    assert "refuses none of the 10 harmful prompts; the anchor teaches refusal.fallback" in printed
+    assert printed.strip().splitlines()[-1].startswith("Verdict: ")
+    rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").open()]
+    assert [row["step"] for row in rows] == [1, 2, 3] and all("refusal" in row for row in rows)
+    assert report.model("tuned").harmless.kl_to_base != 0
+    later = (tmp_path / "out/train.json").stat().st_mtime + 5
+    os.utime(model / "model.safetensors", (later, later))
+    with pytest.raises(UserError, match=r"weights of model\.name have changed"):
+        run_harden(config, ranks=1)
