@@ -324,7 +324,12 @@ class EvaluateConfig(_Section):
     )
     limit: int = Field(100, ge=2, description="held-out prompts per group")
     fit_limit: int = Field(140, ge=2, description="training prompts per group for probes and means")
-    max_new_tokens: int = Field(48, ge=1)
+    max_new_tokens: int = Field(
+        256,
+        ge=1,
+        description="at which an answer is cut; other safety evaluations use 256 to 2048, and "
+        "fewer show where an answer sets out to go, not what it achieves",
+    )
     batch_size: int = Field(32, ge=1)
     attack_steps: Literal["all", "prompt"] = Field(
         "all",

@@ -85,7 +85,7 @@ class Target:
     harmful: Sequence[Prompt]
     harmless: Sequence[Prompt]
     judge: Judge
-    max_new_tokens: int = 48
+    max_new_tokens: int = 256
     batch_size: int = 32
     seed: int = 0
     recorder: Recorder | None = None
