@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from es2fast.errors import UserError
 
@@ -330,13 +338,24 @@ class EvaluateConfig(_Section):
         description="at which an answer is cut; other safety evaluations use 256 to 2048, and "
         "fewer show where an answer sets out to go, not what it achieves",
     )
-    batch_size: int = Field(32, ge=1)
+    batch_size: Literal["auto"] | int = Field(
+        "auto",
+        description="prompts that are answered at a time; auto: 32 on a CPU, on a GPU what its "
+        "memory holds, halved when that was too much",
+    )
     attack_steps: Literal["all", "prompt"] = Field(
         "all",
         description="`steps` of attacks on hidden states that do not say it themselves: push at "
         "every decoding step, or only while the prompt is read",
     )
     seed: int = Field(0, description="of whatever an attack draws")
+
+    @field_validator("batch_size", mode="before")
+    @classmethod
+    def _batch_size(cls, raw: Any) -> Any:
+        if raw != "auto" and (type(raw) is not int or raw < 1):
+            raise ValueError(f"expected auto, or a number of 1 or more, found {raw!r}")
+        return raw
 
     @model_validator(mode="before")
     @classmethod

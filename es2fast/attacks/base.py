@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -30,10 +30,12 @@ from tqdm import tqdm
 
 from es2fast.data import Formatter, Prompt
 from es2fast.judges.base import Judge, Verdict
+from es2fast.modeling.batch_size import halving
 from es2fast.modeling.generate import generate_rows
 from es2fast.modeling.states import last_token_states
 from es2fast.modeling.taps import blocks
 
+T = TypeVar("T")
 STATES_BATCH = 32  # prompts per pass when states are collected
 
 
@@ -75,7 +77,8 @@ class Target:
 
     model: a causal language model in eval mode on its device; formatter: its chat format; harmful,
     harmless: training prompts of the two groups; judge: how the attacker tells success;
-    max_new_tokens, batch_size: of every answer; seed: of whatever an attack draws; recorder: keeps
+    max_new_tokens, batch_size: of every answer; halves: less memory than a batch needs halves
+    batch_size, see `fitted`; seed: of whatever an attack draws; recorder: keeps
     the answers of trials; title: the model's name on progress bars, None for no bars; load_base:
     loads the base model this one was tuned from, None where there is none.
     """
@@ -87,6 +90,7 @@ class Target:
     judge: Judge
     max_new_tokens: int = 256
     batch_size: int = 32
+    halves: bool = False
     seed: int = 0
     recorder: Recorder | None = None
     title: str | None = None
@@ -101,17 +105,34 @@ class Target:
         """Number of decoder blocks."""
         return len(blocks(self.model))
 
+    @property
+    def states_batch(self) -> int:
+        """Prompts per pass when states are collected."""
+        return min(STATES_BATCH, self.batch_size) if self.halves else STATES_BATCH
+
+    def fitted(self, work: Callable[[], T]) -> T:
+        """`work()`; where a GPU's memory does not suffice, again with half the batch size.
+
+        Raises:
+            UserError: it does not suffice for one row, or for the number that the user asked for.
+        """
+
+        def sized(rows: int) -> T:
+            self.batch_size = rows
+            return work()
+
+        return halving(sized, self.batch_size, automatic=self.halves)[0]
+
     @cached_property
     def states(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Block outputs at the last prompt token of the training prompts, harmful and harmless:
         layer -> (n, H) fp32 on the CPU."""
-        every = list(range(self.depth))
-        found = []
-        for prompts in (self.harmful, self.harmless):
-            batches = self.formatter.prompt_batches(prompts, STATES_BATCH)
-            bar = self.progress(batches, "states of training prompts")
-            found.append(last_token_states(self.model, bar, every))
-        return found[0], found[1]
+        return self.fitted(lambda: (self._states(self.harmful), self._states(self.harmless)))
+
+    def _states(self, prompts: Sequence[Prompt]) -> dict[int, Tensor]:
+        batches = self.formatter.prompt_batches(prompts, self.states_batch)
+        bar = self.progress(batches, "states of training prompts")
+        return last_token_states(self.model, bar, list(range(self.depth)))
 
     def progress(self, items: Sequence[Any], what: str, unit: str = "batch") -> Any:
         """`items` behind a progress bar that says which model and what is being done."""
@@ -162,8 +183,12 @@ class Target:
             prompts: training prompts.
             answer: one answer per prompt; not called where the answers are known already.
         """
-        found = answer() if self.recorder is None else self.recorder(
-            name, parameters, prompts, answer
+
+        def fitting() -> list[Answer]:
+            return self.fitted(answer)
+
+        found = fitting() if self.recorder is None else self.recorder(
+            name, parameters, prompts, fitting
         )  # fmt: skip
         return Trial(dict(parameters), found, self.verdicts(prompts, [a.text for a in found]))
 

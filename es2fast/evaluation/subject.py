@@ -30,10 +30,12 @@ from es2fast.evaluation.answers import HARMFUL, HARMLESS, TRIAL, AnswerLog, Scop
 from es2fast.evaluation.measure import Measured
 from es2fast.evaluation.teacher import SavedTeacher, TokenBatch, token_batches, token_stats
 from es2fast.judges.base import Judge
+from es2fast.modeling.batch_size import starting_rows
 from es2fast.report.schema import BASE
 from es2fast.run.files import write_text
 from es2fast.run.folder import RunFolder
 
+TOKEN_ROWS = 8  # per pass over harmless tokens when the batch size is found automatically
 TEACHER = "teacher"  # folder of what the base model leaves for the KL
 
 
@@ -140,14 +142,17 @@ class SubjectEvaluation:
         """The model, loaded when it is first asked for."""
         if self._target is None:
             settings = self._settings
+            model, formatter = self._subject.load(), self._subject.formatter
+            size, tokens = settings.batch_size, formatter.data.max_length + settings.max_new_tokens
             self._target = Target(
-                self._subject.load(),
-                self._subject.formatter,
+                model,
+                formatter,
                 self._prompts.fit_harmful,
                 self._prompts.fit_harmless,
                 self._judge,
                 max_new_tokens=settings.max_new_tokens,
-                batch_size=settings.batch_size,
+                batch_size=size if isinstance(size, int) else starting_rows(model, tokens),
+                halves=size == "auto",
                 seed=settings.seed,
                 title=self._subject.name,
                 load_base=None if self._base_subject is None else self._base_subject.load,
@@ -187,7 +192,7 @@ class SubjectEvaluation:
             target = self.target  # loading it is not the attack's cost
             target.recorder = self._recorder(attack)
             started = time.perf_counter()
-            attack.prepare(target)
+            target.fitted(lambda: attack.prepare(target))
             prepared, record["summary"] = True, attack.summary()
             spend(time.perf_counter() - started)
 
@@ -210,23 +215,24 @@ class SubjectEvaluation:
         scope = self._scope(attack, group)
         keys = [scope.key(prompt) for prompt in prompts]
         found = [self._log.get(key) for key in keys]
-        size = self._settings.batch_size
+        if None not in found:
+            return [answers for answers in found if answers is not None]
+        prepare()
+        # whole batches: what shares one is the same on a resume, unless the batch size is another
+        target, size = self.target, self.target.batch_size
         starts = [i for i in range(0, len(prompts), size) if None in found[i : i + size]]
-        if starts:
-            prepare()
         title = f"{self._subject.name}: {group if group == HARMLESS else attack.label}"
-        bar = tqdm(total=len(prompts), desc=title, unit="prompt", disable=not starts)
+        bar = tqdm(total=len(prompts), desc=title, unit="prompt")
         bar.update(len(prompts) - sum(len(prompts[i : i + size]) for i in starts))
         with bar:
-            for start in starts:  # whole batches: what shares a batch is the same on a resume
-                batch = prompts[start : start + size]
-                target, started = self.target, time.perf_counter()
-                made = attack.answers(target, batch)
+            for start in starts:
+                batch, started = prompts[start : start + size], time.perf_counter()
+                made = target.fitted(lambda batch=batch: attack.answers(target, batch))  # type: ignore[misc]
                 spend(time.perf_counter() - started)
-                for prompt, key, answers in zip(batch, keys[start:], made):
-                    if self._log.get(key) is None:
-                        self._log.put(scope, key, prompt, answers)
-                found[start : start + size] = made
+                for place, answers in enumerate(made, start):
+                    if found[place] is None:  # the log is what counts
+                        self._log.put(scope, keys[place], prompts[place], answers)
+                        found[place] = answers
                 bar.update(len(batch))
         return [answers for answers in found if answers is not None]
 
@@ -278,7 +284,7 @@ class SubjectEvaluation:
         teacher = SavedTeacher(self._folder.measured / TEACHER, (base or Measured(key)).fingerprint)
         wanted = references if references is not None else harmless
         batches = token_batches(
-            self._subject.formatter, self._prompts.harmless, wanted, self._settings.batch_size
+            self._subject.formatter, self._prompts.harmless, wanted, self._token_rows
         )
         if found is None:
             found = self._measure(key, base, teacher, batches)
@@ -297,10 +303,12 @@ class SubjectEvaluation:
         batches: Sequence[TokenBatch],
     ) -> Measured:
         name, model = self._subject.name, self.target.model
-        states = measure.held_out_states(
-            model,
-            self._subject.formatter,
-            {"harmful": self._prompts.harmful, "harmless": self._prompts.harmless},
+        target = self.target
+        groups = {"harmful": self._prompts.harmful, "harmless": self._prompts.harmless}
+        states = target.fitted(
+            lambda: measure.held_out_states(
+                model, self._subject.formatter, groups, target.states_batch
+            )
         )
         if base is not None and len(base.separation) != self.target.depth:
             self._warnings.append(
@@ -326,6 +334,12 @@ class SubjectEvaluation:
 
     def _path(self, subject: Subject) -> Path:
         return self._folder.measured / subject.name
+
+    @property
+    def _token_rows(self) -> int:
+        """The same for all models, so that the base model's half can be compared row by row."""
+        size = self._settings.batch_size
+        return size if isinstance(size, int) else TOKEN_ROWS
 
     def _references(self, own: Sequence[str]) -> list[str] | None:
         """The prompts' own responses; where one is missing, the base model's greedy answer."""

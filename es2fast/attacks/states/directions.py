@@ -39,7 +39,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from es2fast.attacks.base import STATES_BATCH, Answer, AttackSettings, Target
+from es2fast.attacks.base import Answer, AttackSettings, Target
 from es2fast.data import Formatter, Prompt
 from es2fast.errors import UserError
 from es2fast.modeling.head import lm_head_of, read_transform
@@ -173,7 +173,7 @@ def group_means(target: Target, prompts: Sequence[Prompt], positions: int) -> Gr
     squares: Any = 0.0
     tokens: Any = 0.0
     count = 0
-    batches = target.formatter.prompt_batches(prompts, STATES_BATCH)
+    batches = target.formatter.prompt_batches(prompts, target.states_batch)
     with stream(target.model) as states:
         for batch in target.progress(batches, "means of training prompts"):
             inputs = _inputs(batch, target.device)
@@ -257,7 +257,7 @@ def final_states(target: Target, prompts: Sequence[Prompt]) -> Tensor:
     """What the LM head sees at the last prompt token, (n, H)."""
     run, device = backbone(target.model), target.device
     parts = []
-    for batch in target.formatter.prompt_batches(prompts, STATES_BATCH):
+    for batch in target.formatter.prompt_batches(prompts, target.states_batch):
         out = run(**_inputs(batch, device))
         parts.append(out.last_hidden_state[:, -1])
     return torch.cat(parts)
