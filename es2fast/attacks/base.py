@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -36,6 +36,7 @@ from es2fast.modeling.states import last_token_states
 from es2fast.modeling.taps import blocks
 
 T = TypeVar("T")
+GRADIENT_PASSES = 3  # forward, and about twice that backward
 STATES_BATCH = 32  # prompts per pass when states are collected
 
 
@@ -63,6 +64,14 @@ class Answer:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     sample: int = 0
     info: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Cost(NamedTuple):
+    """What an attack asks of a model: answers generated, and passes over a prompt beside them (a
+    step by gradient counts as `GRADIENT_PASSES`)."""
+
+    answers: float
+    passes: float = 0.0
 
 
 # (what is tried, its parameters, the training prompts, how to get the answers) -> the answers
@@ -241,6 +250,11 @@ class Attack(ABC):
             UserError: the attack has nothing for any of them.
         """
         return {}
+
+    def cost(self, target: Target, prompts: int) -> Cost:
+        """What `prepare` and the answers to `prompts` held-out prompts take at most, roughly: for
+        the time that is announced. Asked before `prepare`; default: one answer each."""
+        return Cost(prompts)
 
     def prepare(self, target: Target) -> None:  # noqa: B027, an attack may have nothing to prepare
         """Everything that is done once per model, on training prompts."""

@@ -29,6 +29,7 @@ from es2fast.distributed.runtime import resolve_device, resolve_dtype
 from es2fast.errors import UserError
 from es2fast.evaluation.aggregate import harmless_result, worst_of_suite
 from es2fast.evaluation.answers import AnswerLog
+from es2fast.evaluation.estimate import announcement
 from es2fast.evaluation.judging import check_calibration, judged_attacks
 from es2fast.evaluation.measure import Measured, shift_ranks
 from es2fast.evaluation.subject import (
@@ -84,13 +85,18 @@ def evaluate_models(
     base: ModelAnswers | None = None
     outcomes: dict[str, ModelAnswers] = {}
     warnings: list[str] = []
-    for subject in subjects:
-        others = [s for s in subjects if s.name != BASE] if subject.name == BASE else []
-        before = next((s for s in subjects if s.name == BASE and s is not subject), None)
-        part = SubjectEvaluation(
-            subject, prompts, settings, folder, log, judges[0], base, warnings, before
+    before = next((s for s in subjects if s.name == BASE), None)
+    parts = [
+        SubjectEvaluation(
+            s, prompts, settings, folder, log, judges[0], warnings, None if s is before else before
         )
-        outcomes[subject.name] = part.run(others)
+        for s in subjects
+    ]
+    loaded = announcement([part.missing() for part in parts], prompts=len(prompts.harmful))
+    for subject, part in zip(subjects, parts):
+        others = [s for s in subjects if s.name != BASE] if subject.name == BASE else []
+        part.loaded = loaded
+        outcomes[subject.name] = part.run(others, base)
         base = outcomes.get(BASE)
     SavedTeacher(folder.measured / TEACHER, "").remove()
     attacks = judged_attacks(judges, outcomes, prompts.harmful, calibration)

@@ -27,6 +27,7 @@ from es2fast.data import Formatter, Prompt
 from es2fast.errors import UserError
 from es2fast.evaluation import measure
 from es2fast.evaluation.answers import HARMFUL, HARMLESS, TRIAL, AnswerLog, Scope
+from es2fast.evaluation.estimate import Missing
 from es2fast.evaluation.measure import Measured
 from es2fast.evaluation.teacher import SavedTeacher, TokenBatch, token_batches, token_stats
 from es2fast.judges.base import Judge
@@ -107,25 +108,50 @@ class SubjectEvaluation:
         folder: RunFolder,
         log: AnswerLog,
         judge: Judge,
-        base: ModelAnswers | None,
         warnings: list[str],
         base_subject: Subject | None = None,
     ):
         self._subject, self._prompts, self._settings = subject, prompts, settings
         self._folder, self._log, self._judge = folder, log, judge
-        self._base, self._warnings = base, warnings
-        self._base_subject = base_subject
+        self._base: ModelAnswers | None = None
+        self._base_subject, self._warnings = base_subject, warnings
+        self.loaded: Callable[[Target], None] = lambda target: None  # called with the model
         self._target: Target | None = None
 
-    def run(self, others: Sequence[Subject]) -> ModelAnswers:
-        """Everything of this model; others: the models that will be compared with it."""
+    def missing(self) -> Missing:
+        """What the log lacks of this model."""
+        prompts = self._prompts
+
+        def lacking(attack: Attack, group: str, asked: Sequence[Prompt]) -> int:
+            scope = self._scope(attack, group)
+            return sum(self._log.get(scope.key(prompt)) is None for prompt in asked)
+
+        attacks = [
+            (attack, lacking(attack, HARMFUL, prompts.harmful))
+            for attack in self._made()
+            if not (attack.needs_base and self._subject.name == BASE)
+        ]
+        every = sum(len(group) for group in vars(prompts).values())
+        return Missing(
+            attacks,
+            lacking(Direct(Direct.Settings()), HARMLESS, prompts.harmless),
+            every + 2 * len(prompts.harmless),
+        )
+
+    def _made(self) -> list[Attack]:
+        return make_attacks(self._settings.attacks, steps=self._settings.attack_steps)
+
+    def run(self, others: Sequence[Subject], base: ModelAnswers | None = None) -> ModelAnswers:
+        """Everything of this model; others: the models that will be compared with it; base: the
+        model that it is compared with."""
+        self._base = base
         with self._unloading():
             direct = Direct(Direct.Settings())
             harmless = [found[0].text for found in self._answers(
                 direct, HARMLESS, self._prompts.harmless, lambda: None)]  # fmt: skip
             measured = self._measured(harmless, others)
             attacks = {}
-            made = make_attacks(self._settings.attacks, steps=self._settings.attack_steps)
+            made = self._made()
             for attack in made:
                 try:
                     attacks[attack.label] = self._attacked(attack)
@@ -159,6 +185,7 @@ class SubjectEvaluation:
             )
             self._was_training = self._target.model.training
             self._target.model.eval()
+            self.loaded(self._target)
         return self._target
 
     @contextmanager

@@ -29,12 +29,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from es2fast.attacks.base import Answer, Attack, Target
+from es2fast.attacks.base import Answer, Attack, Cost, Target
 from es2fast.attacks.states.directions import (
     Choice,
     Direction,
     DirectionSettings,
     choose_direction,
+    search_cost,
 )
 from es2fast.data import Prompt
 from es2fast.modeling.sublayers import attention_of, mlp_of
@@ -57,6 +58,10 @@ class Ablation(Attack):
     def __init__(self, settings: AblationSettings | None = None):
         super().__init__(settings or AblationSettings())
         self.choice: Choice | None = None
+
+    def cost(self, target: Target, prompts: int) -> Cost:
+        search = search_cost(target, self.settings)
+        return search._replace(answers=prompts + search.answers)
 
     def prepare(self, target: Target) -> None:
         self.choice = choose_direction(target, self.label, self.settings, self._edit)

@@ -39,7 +39,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from es2fast.attacks.base import Answer, AttackSettings, Target
+from es2fast.attacks.base import Answer, AttackSettings, Cost, Target
 from es2fast.data import Formatter, Prompt
 from es2fast.errors import UserError
 from es2fast.modeling.head import lm_head_of, read_transform
@@ -362,6 +362,12 @@ def choose_direction(target: Target, label: str, settings: DirectionSettings, ed
             best = (share, item)
     chosen = best[1]
     return Choice(chosen.direction, chosen.kl, chosen.score, limit, trials)
+
+
+def search_cost(target: Target, settings: DirectionSettings) -> Cost:
+    """Of `choose_direction`, at most."""
+    scored = settings.candidates * SCORED * 2  # refusal score, and KL where few pass
+    return Cost(SCORED + TRIED * TRIALS, scored + len(target.harmful) + len(target.harmless))
 
 
 def _where(direction: Direction) -> dict[str, Any]:

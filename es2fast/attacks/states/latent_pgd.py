@@ -30,7 +30,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from es2fast.attacks.base import Answer, Attack, Target
+from es2fast.attacks.base import GRADIENT_PASSES, Answer, Attack, Cost, Target
 from es2fast.attacks.prompts.embeddings import (
     Batch,
     Row,
@@ -74,6 +74,11 @@ class LatentPgd(Attack):
         super().__init__(settings or self.Settings())
         self.layer = self.settings.layer
         self._trials: list[dict[str, Any]] = []
+
+    def cost(self, target: Target, prompts: int) -> Cost:
+        tried = 0 if self.settings.layer is not None else self.settings.candidates
+        answers = prompts * len(self.settings.epsilons) + tried * TRIALS
+        return Cost(answers, answers * (self.settings.steps + 1) * GRADIENT_PASSES)
 
     def prepare(self, target: Target) -> None:
         """Picks the block, at the middle one of the bounds."""

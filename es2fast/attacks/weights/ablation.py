@@ -30,9 +30,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from es2fast.attacks.base import Answer, Attack, Target
+from es2fast.attacks.base import Answer, Attack, Cost, Target
 from es2fast.attacks.states.ablation import ablated
-from es2fast.attacks.states.directions import Choice, DirectionSettings, choose_direction
+from es2fast.attacks.states.directions import (
+    Choice,
+    DirectionSettings,
+    choose_direction,
+    search_cost,
+)
 from es2fast.data import Prompt
 from es2fast.errors import UserError
 from es2fast.modeling.states import last_token_states
@@ -63,6 +68,10 @@ class AblationWeights(Attack):
         super().__init__(settings or AblationWeightsSettings())
         self.choice: Choice | None = None
         self.component_left: float | None = None
+
+    def cost(self, target: Target, prompts: int) -> Cost:
+        search = search_cost(target, self.settings)
+        return search._replace(answers=prompts + search.answers)
 
     def prepare(self, target: Target) -> None:
         """Chooses the direction; raises UserError when a matrix cannot be found or changed."""

@@ -29,7 +29,14 @@ import torch
 from pydantic import Field, computed_field, field_validator
 from torch import Tensor, nn
 
-from es2fast.attacks.base import Answer, Attack, AttackSettings, Target
+from es2fast.attacks.base import (
+    GRADIENT_PASSES,
+    Answer,
+    Attack,
+    AttackSettings,
+    Cost,
+    Target,
+)
 from es2fast.config import DataSource
 from es2fast.data import Formatter, Prompt
 from es2fast.data.prompts import read_source
@@ -142,6 +149,11 @@ class Finetune(Attack):
         self._saved: dict[int, list[Tensor]] = {}
         self._losses: list[float] = []
         self._count = 0
+
+    def cost(self, target: Target, prompts: int) -> Cost:
+        chosen = self.settings
+        trained = chosen.steps[-1] * min(chosen.batch, chosen.pairs)
+        return Cost(prompts * len(chosen.steps), trained * GRADIENT_PASSES)
 
     def prepare(self, target: Target) -> None:
         """Trains once and keeps the adapter after each of `steps`.
