@@ -121,6 +121,17 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option("--limit", min=2, help="held-out prompts per group")
     ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option("--lm-eval", help="tasks of lm-eval to run as well, with commas between them"),
+    ] = None,
+    lm_eval_tasks_dir: Annotated[
+        Path | None, typer.Option("--lm-eval-tasks-dir", help="folder with task files of your own")
+    ] = None,
+    lm_eval_attacks: Annotated[
+        str | None,
+        typer.Option("--lm-eval-attacks", help="attacks under which the tasks run as well"),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="folder to write; default: runs/evaluation")
     ] = None,
@@ -142,7 +153,11 @@ def evaluate(
     }
     named = [f"{key}={json.dumps(list(files))}" for key, files in sources.items() if files]
     chosen = {"evaluate.attacks": attacks and attacks.split(","), "evaluate.judge": judge,
-              "evaluate.limit": limit}  # fmt: skip
+              "evaluate.limit": limit,
+              "evaluate.lm_eval.tasks": lm_eval and lm_eval.split(","),
+              "evaluate.lm_eval.tasks_dir": lm_eval_tasks_dir and str(lm_eval_tasks_dir),
+              "evaluate.lm_eval.attacks": lm_eval_attacks and lm_eval_attacks.split(","),
+              }  # fmt: skip
     named += [f"{key}={json.dumps(value)}" for key, value in chosen.items() if value is not None]
     named += [item for item in models if "=" in item]
     places = [item for item in models if "=" not in item]

@@ -314,6 +314,23 @@ class TrainConfig(_Section):
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
 
 
+class LmEvalConfig(_Section):
+    """Tasks of lm-evaluation-harness (extra `lm-eval`) on every model."""
+
+    tasks: list[str] = Field(
+        default_factory=list, description="names, or paths of task files or FOLDER/NAME; none: off"
+    )
+    tasks_dir: str | None = Field(None, description="folder with task files of your own")
+    attacks: list[str] = Field(
+        default_factory=list,
+        description="labels of evaluate.attacks under which the tasks run as well: attacks on "
+        "hidden states or weights",
+    )
+    limit: int | None = Field(None, ge=1, description="documents per task; default: all")
+    num_fewshot: int | None = Field(None, ge=0, description="default: the task's own")
+    chat_template: bool = Field(False, description="ask in the model's chat format")
+
+
 class EvaluateConfig(_Section):
     attacks: list[str | dict[str, Any]] = Field(
         ["direct", "scav", "mean_difference"],
@@ -349,6 +366,7 @@ class EvaluateConfig(_Section):
         "every decoding step, or only while the prompt is read",
     )
     seed: int = Field(0, description="of whatever an attack draws")
+    lm_eval: LmEvalConfig = Field(default_factory=LmEvalConfig)
 
     @field_validator("batch_size", mode="before")
     @classmethod

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -266,6 +267,11 @@ class Attack(ABC):
         Several answers are variants of the attack or several tries; the report counts a prompt as
         broken when one of them is useful, and says how many there were.
         """
+
+    def applied(self, model: nn.Module) -> AbstractContextManager[Any] | None:
+        """The prepared attack in place, while the context lasts, for whoever uses the model; None
+        where it consists in what is asked."""
+        return None
 
     def summary(self) -> dict[str, Any]:
         """What the report tells about the attack beside its rates; JSON values."""

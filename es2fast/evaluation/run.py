@@ -31,6 +31,7 @@ from es2fast.evaluation.aggregate import harmless_result, worst_of_suite
 from es2fast.evaluation.answers import AnswerLog
 from es2fast.evaluation.estimate import announcement
 from es2fast.evaluation.judging import check_calibration, judged_attacks
+from es2fast.evaluation.lm_tasks import check as check_tasks
 from es2fast.evaluation.measure import Measured, shift_ranks
 from es2fast.evaluation.subject import (
     TEACHER,
@@ -80,7 +81,8 @@ def evaluate_models(
     if settings.calibration is not None:
         calibration = Calibration.load(settings.calibration)
         check_calibration(calibration, judges[0])
-    make_attacks(settings.attacks, steps=settings.attack_steps)  # mistakes before any model loads
+    # mistakes are said before any model is loaded
+    check_tasks(settings.lm_eval, make_attacks(settings.attacks, steps=settings.attack_steps))
     log = AnswerLog(folder.answers)
     base: ModelAnswers | None = None
     outcomes: dict[str, ModelAnswers] = {}
@@ -152,6 +154,7 @@ def _model_result(
         "attacks": attacks,
         "worst_of_suite": worst_of_suite(attacks),
         "separation": found.measured.separation,
+        "lm_eval": found.lm_eval,
     }
     if base is not None and base is not found and layers and found.measured.tokens.kl is not None:
         states, before = (part.measured.states["harmful"] for part in (found, base))

@@ -10,8 +10,9 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from es2fast.errors import UserError
 from es2fast.evaluation import measure
 from es2fast.evaluation.answers import HARMFUL, HARMLESS, TRIAL, AnswerLog, Scope
 from es2fast.evaluation.estimate import Missing
+from es2fast.evaluation.lm_tasks import PLAIN, SavedScores, Scores, task_scores
 from es2fast.evaluation.measure import Measured
 from es2fast.evaluation.teacher import SavedTeacher, TokenBatch, token_batches, token_stats
 from es2fast.judges.base import Judge
@@ -95,6 +97,7 @@ class ModelAnswers:
     harmless: list[str]
     references: list[str] | None
     attacks: dict[str, AttackAnswers]
+    lm_eval: dict[str, Scores] | None = None
 
 
 class SubjectEvaluation:
@@ -117,6 +120,7 @@ class SubjectEvaluation:
         self._base_subject, self._warnings = base_subject, warnings
         self.loaded: Callable[[Target], None] = lambda target: None  # called with the model
         self._target: Target | None = None
+        self._prepared: dict[str, Callable[[], None]] = {}  # per attack: prepares it if need be
 
     def missing(self) -> Missing:
         """What the log lacks of this model."""
@@ -161,7 +165,31 @@ class SubjectEvaluation:
                         raise
                     self._warnings.append(f"{self._subject.name}, {attack.label}: {error}")
                     tqdm.write(f"warning: {self._warnings[-1]}")
-        return ModelAnswers(measured, harmless, self._references(harmless), attacks)
+            scores = self._lm_eval([attack for attack in made if attack.label in attacks])
+        return ModelAnswers(measured, harmless, self._references(harmless), attacks, scores)
+
+    def _lm_eval(self, attacks: Sequence[Attack]) -> dict[str, Scores] | None:
+        """Scores of the tasks, saved or made now: of the plain model, and under attacks."""
+        wanted = self._settings.lm_eval
+        if not wanted.tasks:
+            return None
+        key = hash_of(self._subject.key, wanted.model_dump(exclude={"attacks"}))
+        saved = SavedScores(self._folder.measured / f"{self._subject.name}.lm_eval.json", key)
+        found: dict[str, Scores] = {}
+        under = {attack.label: attack for attack in attacks if attack.label in wanted.attacks}
+        for name, attack in ({PLAIN: None} | under).items():
+            settings = "" if attack is None else self._scope(attack, HARMFUL).settings
+            scores = saved.get(name, settings)
+            if scores is None:
+                if attack is None:
+                    scores = task_scores(self.target, wanted)
+                else:
+                    self._prepared[name]()
+                    model = self.target.model
+                    scores = task_scores(self.target, wanted, partial(_in_place, attack, model))
+                saved.put(name, settings, scores)
+            found[name] = scores
+        return found
 
     @property
     def target(self) -> Target:
@@ -223,6 +251,7 @@ class SubjectEvaluation:
             prepared, record["summary"] = True, attack.summary()
             spend(time.perf_counter() - started)
 
+        self._prepared[attack.label] = prepare
         if "summary" not in record:
             prepare()
         answers = self._answers(attack, HARMFUL, self._prompts.harmful, prepare, spend)
@@ -379,6 +408,12 @@ class SubjectEvaluation:
             text if prompt.response is None else prompt.response
             for prompt, text in zip(prompts, base)
         ]
+
+
+def _in_place(attack: Attack, model: nn.Module) -> AbstractContextManager[Any]:
+    applied = attack.applied(model)
+    assert applied is not None  # checked before any model was loaded
+    return applied
 
 
 def _saved_record(path: Path, settings: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ rank of about 1) this is an attack whatever the distance.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -67,9 +67,12 @@ class Ablation(Attack):
         self.choice = choose_direction(target, self.label, self.settings, self._edit)
 
     def answers(self, target: Target, prompts: Sequence[Prompt]) -> list[list[Answer]]:
-        assert self.choice is not None, "prepare() comes first"
-        with self._edit(target.model, self.choice.direction):
+        with self.applied(target.model):
             return [[Answer(text)] for text in target.generate(prompts)]
+
+    def applied(self, model: nn.Module) -> AbstractContextManager[None]:
+        assert self.choice is not None, "prepare() comes first"
+        return self._edit(model, self.choice.direction)
 
     def summary(self) -> dict[str, Any]:
         return {"form": self.settings.form} | (self.choice.summary() if self.choice else {})

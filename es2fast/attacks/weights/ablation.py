@@ -22,7 +22,7 @@ Source: Arditi et al., "Refusal in Language Models Is Mediated by a Single Direc
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +98,12 @@ class AblationWeights(Attack):
         return max(((h @ unit).abs() / h.norm(dim=-1)).max().item() for h in states.values())
 
     def answers(self, target: Target, prompts: Sequence[Prompt]) -> list[list[Answer]]:
-        assert self.choice is not None, "prepare() comes first"
-        with orthogonalised(target.model, self.choice.direction.unit):
+        with self.applied(target.model):
             return [[Answer(text)] for text in target.generate(prompts)]
+
+    def applied(self, model: nn.Module) -> AbstractContextManager[None]:
+        assert self.choice is not None, "prepare() comes first"
+        return orthogonalised(model, self.choice.direction.unit)
 
     def summary(self) -> dict[str, Any]:
         found = self.choice.summary() if self.choice else {}

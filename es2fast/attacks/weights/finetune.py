@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -192,15 +192,19 @@ class Finetune(Attack):
         return [training_row(target.formatter, p, i) for i, p in enumerate(chosen)]
 
     def answers(self, target: Target, prompts: Sequence[Prompt]) -> list[list[Answer]]:
-        assert self._adapter is not None, "prepare() comes first"
         found: list[list[Answer]] = [[] for _ in prompts]
-        for step, tensors in self._saved.items():
-            self._adapter.restore(tensors)
-            with self._adapter.on(), torch.no_grad():
+        for step in self._saved:
+            with self.applied(target.model, step), torch.no_grad():
                 texts = target.generate(prompts)
             for answers, text in zip(found, texts):
                 answers.append(Answer(text, {"steps": step}))
         return found
+
+    def applied(self, model: nn.Module, step: int | None = None) -> AbstractContextManager[None]:
+        """The adapter as it was after a step; default: the last."""
+        assert self._adapter is not None, "prepare() comes first"
+        self._adapter.restore(self._saved[self.settings.steps[-1] if step is None else step])
+        return self._adapter.on()
 
     def summary(self) -> dict[str, Any]:
         return {"pairs": self._count, "losses": [round(loss, 4) for loss in self._losses]}

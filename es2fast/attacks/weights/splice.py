@@ -91,14 +91,14 @@ class Splice(Attack):
         return different[-1] - 1
 
     def answers(self, target: Target, prompts: Sequence[Prompt]) -> list[list[Answer]]:
-        with self.spliced(target.model):
+        with self.applied(target.model):
             return [[Answer(text)] for text in target.generate(prompts)]
 
     def summary(self) -> dict[str, Any]:
         return {"layers": list(range(len(self._lower)))}
 
     @contextmanager
-    def spliced(self, model: nn.Module) -> Iterator[None]:
+    def applied(self, model: nn.Module) -> Iterator[None]:
         """The base's lower part in `model` while the context lasts."""
         assert self._embedding is not None, "prepare() comes first"
         decoder, every = backbone(model), blocks(model)
