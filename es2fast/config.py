@@ -360,6 +360,11 @@ class EvaluateConfig(_Section):
         description="prompts that are answered at a time; auto: 32 on a CPU, on a GPU what its "
         "memory holds, halved when that was too much",
     )
+    device_map: str | dict[str, int | str] | None = Field(
+        None,
+        description="for models larger than a GPU: auto spreads the blocks over all GPUs, a "
+        "mapping of modules to devices is taken as transformers has it",
+    )
     attack_steps: Literal["all", "prompt"] = Field(
         "all",
         description="`steps` of attacks on hidden states that do not say it themselves: push at "

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from es2fast.attacks.registry import make_attacks
 from es2fast.config import Config, EvaluateConfig, ModelConfig, load_config
@@ -281,10 +282,16 @@ def _names(models: Sequence[str]) -> list[str]:
 def _subject(name: str, model: ModelConfig, config: Config, formatter: Formatter) -> Subject:
     """A model on disk or on the hub, loaded to this machine's device when asked for."""
     device = torch.device(resolve_device(config.train.device))
-    dtype = resolve_dtype(model.dtype, device.type)
+    dtype, device_map = resolve_dtype(model.dtype, device.type), config.evaluate.device_map
+
+    def load() -> nn.Module:
+        if device_map is not None:
+            return load_causal_lm(model, dtype, device_map)
+        return load_causal_lm(model, dtype).to(device)
+
     return Subject(
         name,
-        lambda: load_causal_lm(model, dtype).to(device),
+        load,
         formatter,
         f"{model_fingerprint(model.name, model.revision)} {dtype}",
     )

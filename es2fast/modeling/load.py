@@ -52,29 +52,42 @@ def load_model_config(model: ModelConfig) -> Any:
         ) from None
 
 
-def load_causal_lm(model: ModelConfig, dtype: str) -> nn.Module:
+def load_causal_lm(
+    model: ModelConfig, dtype: str, device_map: str | dict[str, int | str] | None = None
+) -> nn.Module:
     """The causal language model at `model.name`, or the base model and adapter of a LoRA folder.
 
     Args:
         model: where it is.
         dtype: "bf16" or "fp32".
+        device_map: as transformers has it, "auto" spreads the blocks over the GPUs; default: the
+            model is on the CPU and goes where the caller puts it.
 
     Raises:
-        UserError: a folder without weights; a model that transformers cannot load.
+        UserError: a folder without weights; a model that transformers cannot load; a device map
+            that leaves weights outside of any device's memory.
     """
     from transformers import AutoModelForCausalLM
 
     check_weights(model.name)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             model.name,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
             attn_implementation=model.attn_implementation,
             dtype=DTYPES[dtype],
+            device_map=device_map,
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model.name: {model.name!r} cannot be loaded ({_first(error)})") from None
+    offloaded = [name for name, weight in loaded.named_parameters() if weight.is_meta]
+    if offloaded:
+        raise UserError(
+            f"evaluate.device_map: {device_map!r} leaves {offloaded[0]} (of {len(offloaded)}) in "
+            "the CPU's memory or on disk, where attacks cannot reach it; use more or larger GPUs"
+        )
+    return loaded
 
 
 def check_weights(name: str) -> None:

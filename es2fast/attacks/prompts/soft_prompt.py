@@ -185,7 +185,9 @@ class SoftPrompt(Attack):
             if extra is None or not self.probes:
                 return entropy
             terms = [
-                torch.nn.functional.softplus(probe.logit(states[layer]))  # -log(1 - P)
+                torch.nn.functional.softplus(probe.logit(states[layer])).to(
+                    entropy.device
+                )  # -log(1 - P)
                 for layer, probe in self.probes.items()
             ]
             return extra.weight * entropy + (1 - extra.weight) * torch.stack(terms).mean(0)

@@ -182,7 +182,9 @@ def group_means(target: Target, prompts: Sequence[Prompt], positions: int) -> Gr
             last = torch.stack([h[:, -positions:].double().cpu() for h in states])
             ending = ending + last.sum(1)
             squares = squares + last.square().sum((1, 3))
-            tokens = tokens + torch.stack([h[inner].double().sum(0).cpu() for h in states])
+            tokens = tokens + torch.stack(
+                [h[inner.to(h.device)].double().sum(0).cpu() for h in states]
+            )
             count += int(inner.sum())
     mean = ending / len(prompts)
     spread = (squares / len(prompts) - mean.square().sum(-1)).clamp_min(0.0)
@@ -276,9 +278,9 @@ def next_token_kl(model: nn.Module, clean: Tensor, attacked: Tensor) -> float:
     infinite when the attacked states are not finite."""
     head, transform = lm_head_of(model), read_transform(causal_lm(model).config)
     kl = linear_kl_div(
-        attacked.contiguous(),
+        attacked.to(head.weight.device).contiguous(),
         head.weight.detach(),
-        clean.contiguous(),
+        clean.to(head.weight.device).contiguous(),
         bias=None if head.bias is None else head.bias.detach(),
         logit_scale=transform.logit_scale,
         softcap=transform.softcap,

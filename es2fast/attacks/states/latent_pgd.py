@@ -169,7 +169,7 @@ class LatentPgd(Attack):
             part, found = part.detach(), found.detach()
             better = found < losses
             losses = torch.where(better, found, losses)
-            best = torch.where(better[:, None, None], part, best)
+            best = torch.where(better.to(part.device)[:, None, None], part, best)
             delta = projected(part - self.settings.step * bound[..., None] * _unit(gradient), bound)
         return best, first, losses
 
@@ -196,7 +196,8 @@ def _clean(model: nn.Module, batch: Batch, layer: int, dtype: torch.dtype) -> tu
     """Losses (B,), and |h| of the prompt's tokens (B, P), zero at padding."""
     with tapped(model, [layer], lambda hidden: hidden[:, : batch.width]) as kept:
         losses = target_losses(model, batch, batch.embeddings)
-    return losses, kept[layer].to(dtype).norm(dim=-1) * batch.mask[:, : batch.width]
+    size = kept[layer].to(dtype).norm(dim=-1)
+    return losses, size * batch.mask[:, : batch.width].to(size.device)
 
 
 @contextmanager

@@ -66,9 +66,11 @@ class Splice(Attack):
         depth = self._depth(base, target.model)
         self._embedding = backbone(base).get_input_embeddings()
         self._lower = list(blocks(base))[: depth + 1]
+        own = backbone(target.model).get_input_embeddings(), *blocks(target.model)
+        if getattr(base, "hf_device_map", None) is None:  # else its parts stay where they are
+            for part, place in zip((self._embedding, *self._lower), own):
+                part.to(next(place.parameters()).device)
         del base  # the rest of it can go
-        for part in (self._embedding, *self._lower):
-            part.to(target.device)
 
     def _depth(self, base: nn.Module, model: nn.Module) -> int:
         pairs = list(zip(blocks(base), blocks(model)))
