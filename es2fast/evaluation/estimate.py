@@ -46,12 +46,15 @@ class Speed(NamedTuple):
     prompt: float
 
 
-def announcement(missing: Sequence[Missing], *, prompts: int) -> Callable[[Target], None]:
+def announcement(
+    missing: Sequence[Missing], *, prompts: int, ranks: int = 1
+) -> Callable[[Target], None]:
     """To be called with every model that is loaded; speaks once, and not where nothing is missing.
 
     Args:
         missing: of every model.
         prompts: n, held out, for the factors of the attacks.
+        ranks: that share the work.
     """
     waiting = any(part.anything for part in missing)
 
@@ -59,7 +62,7 @@ def announcement(missing: Sequence[Missing], *, prompts: int) -> Callable[[Targe
         nonlocal waiting
         if waiting:
             waiting = False
-            tqdm.write(line(missing, prompts, target, measured(target)))
+            tqdm.write(line(missing, prompts, target, measured(target), ranks))
 
     return loaded
 
@@ -99,14 +102,17 @@ def seconds(missing: Sequence[Missing], target: Target, speed: Speed) -> float:
     return sum(cost.answers for cost in costs) * speed.answer + passes * speed.prompt
 
 
-def line(missing: Sequence[Missing], prompts: int, target: Target, speed: Speed) -> str:
+def line(
+    missing: Sequence[Missing], prompts: int, target: Target, speed: Speed, ranks: int = 1
+) -> str:
     """What is printed."""
     attacks = {a.label: a for part in missing for a, count in part.attacks if count}
     factors = {name: _cost(a, target, prompts).answers / prompts for name, a in attacks.items()}
     more = ", ".join(f"{name} {factor:.3g}x" for name, factor in factors.items() if factor > 1.05)
     models = sum(part.anything for part in missing)
+    took = _duration(seconds(missing, target, speed) / ranks)
     return (
-        f"about {_duration(seconds(missing, target, speed))}: {_count(models, 'model')} x "
+        f"about {took}{f' on {ranks} ranks' if ranks > 1 else ''}: {_count(models, 'model')} x "
         f"{_count(len(attacks), 'attack')}{f' ({more})' if more else ''}, n = {prompts}, "
         f"{target.max_new_tokens} tokens (upper bound: answers may end early)"
     )

@@ -29,18 +29,20 @@ from es2fast.data import Formatter, Prompt, PromptGroups, load_groups, model_fin
 from es2fast.distributed.runtime import resolve_device, resolve_dtype
 from es2fast.errors import UserError
 from es2fast.evaluation.aggregate import harmless_result, worst_of_suite
+from es2fast.evaluation.answering import (
+    EvaluationPrompts,
+    Subject,
+    hash_of,
+    subject_answers,
+)
 from es2fast.evaluation.answers import AnswerLog
-from es2fast.evaluation.estimate import announcement
 from es2fast.evaluation.judging import check_calibration, judged_attacks
 from es2fast.evaluation.lm_tasks import check as check_tasks
 from es2fast.evaluation.measure import Measured, shift_ranks
 from es2fast.evaluation.subject import (
     TEACHER,
-    EvaluationPrompts,
     ModelAnswers,
-    Subject,
     SubjectEvaluation,
-    hash_of,
 )
 from es2fast.evaluation.teacher import SavedTeacher
 from es2fast.judges.calibration import Calibration
@@ -88,18 +90,11 @@ def evaluate_models(
     base: ModelAnswers | None = None
     outcomes: dict[str, ModelAnswers] = {}
     warnings: list[str] = []
-    before = next((s for s in subjects if s.name == BASE), None)
-    parts = [
-        SubjectEvaluation(
-            s, prompts, settings, folder, log, judges[0], warnings, None if s is before else before
-        )
-        for s in subjects
-    ]
-    loaded = announcement([part.missing() for part in parts], prompts=len(prompts.harmful))
-    for subject, part in zip(subjects, parts):
-        others = [s for s in subjects if s.name != BASE] if subject.name == BASE else []
-        part.loaded = loaded
-        outcomes[subject.name] = part.run(others, base)
+    answers = subject_answers(subjects, prompts, settings, folder, log, judges[0])
+    for part in answers:
+        others = [s for s in subjects if s.name != BASE] if part.subject.name == BASE else []
+        evaluation = SubjectEvaluation(part, folder, warnings)
+        outcomes[part.subject.name] = evaluation.run(others, base)
         base = outcomes.get(BASE)
     SavedTeacher(folder.measured / TEACHER, "").remove()
     attacks = judged_attacks(judges, outcomes, prompts.harmful, calibration)

@@ -18,8 +18,8 @@ from es2fast.attacks.registry import make_attack
 from es2fast.attacks.weights.splice import Splice, SpliceSettings
 from es2fast.config import EvaluateConfig
 from es2fast.errors import UserError
+from es2fast.evaluation.answering import EvaluationPrompts, Subject
 from es2fast.evaluation.run import evaluate_models
-from es2fast.evaluation.subject import EvaluationPrompts, Subject
 from es2fast.modeling.taps import blocks
 from es2fast.report.schema import BASE
 from es2fast.run.folder import RunFolder

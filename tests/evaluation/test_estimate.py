@@ -15,9 +15,9 @@ from es2fast.attacks.base import Target
 from es2fast.attacks.registry import make_attack
 from es2fast.config import DataConfig, EvaluateConfig
 from es2fast.data import Formatter
+from es2fast.evaluation.answering import EvaluationPrompts, Subject
 from es2fast.evaluation.estimate import Missing, Speed, line, measured, seconds
 from es2fast.evaluation.run import evaluate_models
-from es2fast.evaluation.subject import EvaluationPrompts, Subject
 from es2fast.run.folder import RunFolder
 
 ASKED = HARMFUL[:3]

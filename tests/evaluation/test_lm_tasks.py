@@ -20,9 +20,9 @@ from es2fast.attacks.registry import BUILT_IN, attack_class, make_attacks
 from es2fast.config import DataConfig, EvaluateConfig, LmEvalConfig
 from es2fast.data import Formatter
 from es2fast.errors import UserError
+from es2fast.evaluation.answering import EvaluationPrompts, Subject
 from es2fast.evaluation.lm_tasks import check, task_scores
 from es2fast.evaluation.run import evaluate_models
-from es2fast.evaluation.subject import EvaluationPrompts, Subject
 from es2fast.report.schema import BASE
 from es2fast.report.table import table_markdown
 from es2fast.run.folder import RunFolder
