@@ -41,7 +41,12 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from es2fast.distributed.failures import report
+
+            report(error)
+        else:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -140,6 +145,7 @@ def evaluate(
 
     With the folder of a finished run alone, its base and its trained model are attacked and the
     report goes into the run. An evaluation that was interrupted goes on where it was.
+    Several processes share the prompts: torchrun --nproc_per_node 2 -m es2fast.cli evaluate ...
     """
     from es2fast.evaluation.run import evaluate_paths, evaluate_run
     from es2fast.report.table import print_table
@@ -165,12 +171,14 @@ def evaluate(
         raise UserError("evaluate: no model given; name a run's folder, a model folder or an id")
     run = RunFolder(places[0])
     if len(places) == 1 and base is None and out is None and (run.occupied or run.finished):
-        print_table(evaluate_run(run.path, named))
-        folder = run
+        report, folder = evaluate_run(run.path, named), run
     else:
         config = load_config(None, [f"model.name={json.dumps(places[0])}", *named])
         folder = RunFolder(out or Path("runs/evaluation"))
-        print_table(evaluate_paths(places, config, folder, base=base))
+        report = evaluate_paths(places, config, folder, base=base)
+    if report is None:  # rank 0 speaks for all
+        return
+    print_table(report)
     print(f"written: {folder.answers}, {folder.report}, {folder.page}")
 
 

@@ -273,6 +273,19 @@ class Attack(ABC):
         where it consists in what is asked."""
         return None
 
+    def state(self) -> Any:
+        """What `prepare` found, for the attack's copies in other processes: plain values, tensors,
+        dataclasses. Default: all attributes but the settings."""
+        return {name: value for name, value in vars(self).items() if name != "settings"}
+
+    def restore(self, state: Any, target: Target) -> None:
+        """Takes over what `state` gave, in place of `prepare`.
+
+        Args:
+            state: its tensors are on the CPU, or on `target`'s device.
+        """
+        vars(self).update(state)
+
     def summary(self) -> dict[str, Any]:
         """What the report tells about the attack beside its rates; JSON values."""
         return {}

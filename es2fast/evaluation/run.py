@@ -6,7 +6,7 @@ as it exists, so an interrupted evaluation continues, and one that is only judge
 model at all.
 
 Attacks are fitted on training prompts and on the model under attack; every rate is measured on
-held-out prompts. Runs in one process on one device.
+held-out prompts. Several processes can share the answers (`parallel`).
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from es2fast.evaluation.answers import AnswerLog
 from es2fast.evaluation.judging import check_calibration, judged_attacks
 from es2fast.evaluation.lm_tasks import check as check_tasks
 from es2fast.evaluation.measure import Measured, shift_ranks
+from es2fast.evaluation.parallel import answer_shares, collect, ranks, world_size
 from es2fast.evaluation.subject import (
     TEACHER,
     ModelAnswers,
@@ -86,6 +87,7 @@ def evaluate_models(
         check_calibration(calibration, judges[0])
     # mistakes are said before any model is loaded
     check_tasks(settings.lm_eval, make_attacks(settings.attacks, steps=settings.attack_steps))
+    collect(folder.answers)  # of ranks that were stopped
     log = AnswerLog(folder.answers)
     base: ModelAnswers | None = None
     outcomes: dict[str, ModelAnswers] = {}
@@ -158,9 +160,25 @@ def _model_result(
     return result
 
 
-def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> Report:
+def _reported(
+    subjects: Sequence[Subject],
+    prompts: EvaluationPrompts,
+    config: Config,
+    folder: RunFolder,
+    **more: Any,
+) -> Report | None:
+    """`evaluate_models`, the answers shared among a launcher's processes; None but on rank 0."""
+    if world_size() > 1:
+        with ranks(config.train.device, config.evaluate.device_map) as runtime:
+            answer_shares(subjects, prompts, config.evaluate, folder, runtime)
+        if not runtime.is_main:
+            return None
+    return evaluate_models(subjects, prompts, config.evaluate, folder, **more)
+
+
+def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> Report | None:
     """Attacks the base and the tuned model of `run`; writes report.json, report.html and the model
-    card there.
+    card there. Under a launcher (see `parallel`) rank 0 does so and returns the report.
 
     Args:
         run: folder that `train` wrote.
@@ -189,9 +207,10 @@ def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> Report:
         groups.harmful[:fit],
         groups.harmless[:fit],
     )
-    report = evaluate_models(
-        subjects, prompts, config.evaluate, folder, layers=layers, extra={"train": summary}
-    )
+    more = {"layers": layers, "extra": {"train": summary}}
+    report = _reported(subjects, prompts, config, folder, **more)
+    if report is None:
+        return None
     states = saved_states(folder, report.names, layers[-1])
     write_report(folder, report, states=states, config=config)
     write_model_card(
@@ -213,8 +232,9 @@ def evaluate_paths(
     folder: RunFolder,
     *,
     base: str | None = None,
-) -> Report:
-    """Attacks any causal language models; writes answers.jsonl, report.json and report.html.
+) -> Report | None:
+    """Attacks any causal language models; writes answers.jsonl, report.json and report.html. Under
+    a launcher (see `parallel`) rank 0 does so and returns the report.
 
     Args:
         models: model folders, Hugging Face ids, or run folders (their trained model).
@@ -239,7 +259,9 @@ def evaluate_paths(
         formatter = Formatter(load_tokenizer(model), config.data)
         check_weights(model.name)
         subjects.append(_subject(name, model, config, formatter))
-    report = evaluate_models(subjects, prompts, config.evaluate, folder)
+    report = _reported(subjects, prompts, config, folder)
+    if report is None:
+        return None
     middle = report.reported_layers[round(0.6 * len(report.reported_layers)) - 1]
     write_report(folder, report, states=saved_states(folder, report.names, middle))
     return report

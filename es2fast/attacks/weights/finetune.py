@@ -184,6 +184,14 @@ class Finetune(Attack):
                 if step in settings.steps:
                     self._saved[step] = self._adapter.snapshot()
 
+    def state(self) -> dict[str, Any]:
+        """All but the adapter, which belongs to its model's layers."""
+        return {name: value for name, value in super().state().items() if name != "_adapter"}
+
+    def restore(self, state: dict[str, Any], target: Target) -> None:
+        super().restore(state, target)
+        self._adapter = Adapter(target.model, self.settings.rank, target.seed)
+
     def _rows(self, target: Target) -> list[Row]:
         prompts: Sequence[Prompt] = target.harmful
         if self.settings.data is not None:

@@ -72,6 +72,12 @@ class Splice(Attack):
                 part.to(next(place.parameters()).device)
         del base  # the rest of it can go
 
+    def state(self) -> None:
+        """Nothing: every process has its own base model to take blocks from."""
+
+    def restore(self, state: None, target: Target) -> None:
+        self.prepare(target)
+
     def _depth(self, base: nn.Module, model: nn.Module) -> int:
         pairs = list(zip(blocks(base), blocks(model)))
         asked = self.settings.depth
