@@ -42,7 +42,12 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from es2fast.distributed.failures import report
+
+            report(error)
+        else:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -125,6 +130,17 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option("--limit", min=2, help="held-out prompts per group")
     ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option("--lm-eval", help="tasks of lm-eval to run as well, with commas between them"),
+    ] = None,
+    lm_eval_tasks_dir: Annotated[
+        Path | None, typer.Option("--lm-eval-tasks-dir", help="folder with task files of your own")
+    ] = None,
+    lm_eval_attacks: Annotated[
+        str | None,
+        typer.Option("--lm-eval-attacks", help="attacks under which the tasks run as well"),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="folder to write; default: runs/evaluation")
     ] = None,
@@ -133,6 +149,7 @@ def evaluate(
 
     With the folder of a finished run alone, its base and its trained model are attacked and the
     report goes into the run. An evaluation that was interrupted goes on where it was.
+    Several processes share the prompts: torchrun --nproc_per_node 2 -m es2fast.cli evaluate ...
     """
     from es2fast.evaluation.run import evaluate_paths, evaluate_run
     from es2fast.report.table import print_table
@@ -146,7 +163,11 @@ def evaluate(
     }
     named = [f"{key}={json.dumps(list(files))}" for key, files in sources.items() if files]
     chosen = {"evaluate.attacks": attacks and attacks.split(","), "evaluate.judge": judge,
-              "evaluate.limit": limit}  # fmt: skip
+              "evaluate.limit": limit,
+              "evaluate.lm_eval.tasks": lm_eval and lm_eval.split(","),
+              "evaluate.lm_eval.tasks_dir": lm_eval_tasks_dir and str(lm_eval_tasks_dir),
+              "evaluate.lm_eval.attacks": lm_eval_attacks and lm_eval_attacks.split(","),
+              }  # fmt: skip
     named += [f"{key}={json.dumps(value)}" for key, value in chosen.items() if value is not None]
     named += [item for item in models if "=" in item]
     places = [item for item in models if "=" not in item]
@@ -154,12 +175,14 @@ def evaluate(
         raise UserError("evaluate: no model given; name a run's folder, a model folder or an id")
     run = RunFolder(places[0])
     if len(places) == 1 and base is None and out is None and (run.occupied or run.finished):
-        print_table(evaluate_run(run.path, named))
-        folder = run
+        report, folder = evaluate_run(run.path, named), run
     else:
         config = load_config(None, [f"model.name={json.dumps(places[0])}", *named])
         folder = RunFolder(out or Path("runs/evaluation"))
-        print_table(evaluate_paths(places, config, folder, base=base))
+        report = evaluate_paths(places, config, folder, base=base)
+    if report is None:  # rank 0 speaks for all
+        return
+    print_table(report)
     print(f"written: {folder.answers}, {folder.report}, {folder.page}")
 
 

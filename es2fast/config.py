@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from es2fast.errors import UserError
 
@@ -439,6 +447,23 @@ class TrainConfig(_Section):
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
 
 
+class LmEvalConfig(_Section):
+    """Tasks of lm-evaluation-harness (extra `lm-eval`) on every model."""
+
+    tasks: list[str] = Field(
+        default_factory=list, description="names, or paths of task files or FOLDER/NAME; none: off"
+    )
+    tasks_dir: str | None = Field(None, description="folder with task files of your own")
+    attacks: list[str] = Field(
+        default_factory=list,
+        description="labels of evaluate.attacks under which the tasks run as well: attacks on "
+        "hidden states or weights",
+    )
+    limit: int | None = Field(None, ge=1, description="documents per task; default: all")
+    num_fewshot: int | None = Field(None, ge=0, description="default: the task's own")
+    chat_template: bool = Field(False, description="ask in the model's chat format")
+
+
 class EvaluateConfig(_Section):
     attacks: list[str | dict[str, Any]] = Field(
         ["direct", "scav", "mean_difference"],
@@ -457,14 +482,36 @@ class EvaluateConfig(_Section):
     )
     limit: int = Field(100, ge=2, description="held-out prompts per group")
     fit_limit: int = Field(140, ge=2, description="training prompts per group for probes and means")
-    max_new_tokens: int = Field(48, ge=1)
-    batch_size: int = Field(32, ge=1)
+    max_new_tokens: int = Field(
+        256,
+        ge=1,
+        description="at which an answer is cut; other safety evaluations use 256 to 2048, and "
+        "fewer show where an answer sets out to go, not what it achieves",
+    )
+    batch_size: Literal["auto"] | int = Field(
+        "auto",
+        description="prompts that are answered at a time; auto: 32 on a CPU, on a GPU what its "
+        "memory holds, halved when that was too much",
+    )
+    device_map: str | dict[str, int | str] | None = Field(
+        None,
+        description="for models larger than a GPU: auto spreads the blocks over all GPUs, a "
+        "mapping of modules to devices is taken as transformers has it",
+    )
     attack_steps: Literal["all", "prompt"] = Field(
         "all",
         description="`steps` of attacks on hidden states that do not say it themselves: push at "
         "every decoding step, or only while the prompt is read",
     )
     seed: int = Field(0, description="of whatever an attack draws")
+    lm_eval: LmEvalConfig = Field(default_factory=LmEvalConfig)
+
+    @field_validator("batch_size", mode="before")
+    @classmethod
+    def _batch_size(cls, raw: Any) -> Any:
+        if raw != "auto" and (type(raw) is not int or raw < 1):
+            raise ValueError(f"expected auto, or a number of 1 or more, found {raw!r}")
+        return raw
 
     @model_validator(mode="before")
     @classmethod

@@ -25,6 +25,10 @@ MINIMAL = {"model": {"name": "m"}}
         ({"model": {"name": "m"}, "data": {"harmful": [{"file": "x"}]}}, ["file", "unknown key"]),
         ({"data": {}}, ["model", "required"]),
         (
+            MINIMAL | {"evaluate": {"batch_size": 0}},
+            ["evaluate.batch_size: expected auto", "or more, found 0"],
+        ),
+        (
             {"model": {"name": "m"}, "layers": [1, 2], "separation": {"weights": [1.0]}},
             ["separation.weights", "1 weights for 2 layers"],
         ),

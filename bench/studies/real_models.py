@@ -115,6 +115,7 @@ def study(arguments: argparse.Namespace) -> None:
             report = evaluate_paths(
                 places, config, RunFolder(config.output_dir), base=str(arguments.model)
             )
+            assert report is not None  # this is no rank of several
             add_row(rows, report, key, name, attack, arguments)
 
 

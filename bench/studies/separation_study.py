@@ -56,8 +56,8 @@ from es2fast.demo.run import demo_config
 from es2fast.demo.toy import build_toy
 from es2fast.distributed import runtime as runtimes
 from es2fast.errors import UserError
+from es2fast.evaluation.answering import EvaluationPrompts, Subject
 from es2fast.evaluation.run import evaluate_models
-from es2fast.evaluation.subject import EvaluationPrompts, Subject
 from es2fast.modeling.load import load_causal_lm, load_tokenizer
 from es2fast.report.schema import ModelResult
 from es2fast.run.folder import RunFolder

@@ -19,9 +19,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -30,10 +31,13 @@ from tqdm import tqdm
 
 from es2fast.data import Formatter, Prompt
 from es2fast.judges.base import Judge, Verdict
+from es2fast.modeling.batch_size import halving
 from es2fast.modeling.generate import generate_rows
 from es2fast.modeling.states import last_token_states
 from es2fast.modeling.taps import blocks
 
+T = TypeVar("T")
+GRADIENT_PASSES = 3  # forward, and about twice that backward
 STATES_BATCH = 32  # prompts per pass when states are collected
 
 
@@ -63,6 +67,14 @@ class Answer:
     info: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Cost(NamedTuple):
+    """What an attack asks of a model: answers generated, and passes over a prompt beside them (a
+    step by gradient counts as `GRADIENT_PASSES`)."""
+
+    answers: float
+    passes: float = 0.0
+
+
 # (what is tried, its parameters, the training prompts, how to get the answers) -> the answers
 Recorder = Callable[
     [str, Mapping[str, Any], Sequence[Prompt], Callable[[], list[Answer]]], list[Answer]
@@ -75,7 +87,8 @@ class Target:
 
     model: a causal language model in eval mode on its device; formatter: its chat format; harmful,
     harmless: training prompts of the two groups; judge: how the attacker tells success;
-    max_new_tokens, batch_size: of every answer; seed: of whatever an attack draws; recorder: keeps
+    max_new_tokens, batch_size: of every answer; halves: less memory than a batch needs halves
+    batch_size, see `fitted`; seed: of whatever an attack draws; recorder: keeps
     the answers of trials; title: the model's name on progress bars, None for no bars; load_base:
     loads the base model this one was tuned from, None where there is none.
     """
@@ -85,8 +98,9 @@ class Target:
     harmful: Sequence[Prompt]
     harmless: Sequence[Prompt]
     judge: Judge
-    max_new_tokens: int = 48
+    max_new_tokens: int = 256
     batch_size: int = 32
+    halves: bool = False
     seed: int = 0
     recorder: Recorder | None = None
     title: str | None = None
@@ -101,17 +115,34 @@ class Target:
         """Number of decoder blocks."""
         return len(blocks(self.model))
 
+    @property
+    def states_batch(self) -> int:
+        """Prompts per pass when states are collected."""
+        return min(STATES_BATCH, self.batch_size) if self.halves else STATES_BATCH
+
+    def fitted(self, work: Callable[[], T]) -> T:
+        """`work()`; where a GPU's memory does not suffice, again with half the batch size.
+
+        Raises:
+            UserError: it does not suffice for one row, or for the number that the user asked for.
+        """
+
+        def sized(rows: int) -> T:
+            self.batch_size = rows
+            return work()
+
+        return halving(sized, self.batch_size, automatic=self.halves)[0]
+
     @cached_property
     def states(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Block outputs at the last prompt token of the training prompts, harmful and harmless:
         layer -> (n, H) fp32 on the CPU."""
-        every = list(range(self.depth))
-        found = []
-        for prompts in (self.harmful, self.harmless):
-            batches = self.formatter.prompt_batches(prompts, STATES_BATCH)
-            bar = self.progress(batches, "states of training prompts")
-            found.append(last_token_states(self.model, bar, every))
-        return found[0], found[1]
+        return self.fitted(lambda: (self._states(self.harmful), self._states(self.harmless)))
+
+    def _states(self, prompts: Sequence[Prompt]) -> dict[int, Tensor]:
+        batches = self.formatter.prompt_batches(prompts, self.states_batch)
+        bar = self.progress(batches, "states of training prompts")
+        return last_token_states(self.model, bar, list(range(self.depth)))
 
     def progress(self, items: Sequence[Any], what: str, unit: str = "batch") -> Any:
         """`items` behind a progress bar that says which model and what is being done."""
@@ -162,8 +193,12 @@ class Target:
             prompts: training prompts.
             answer: one answer per prompt; not called where the answers are known already.
         """
-        found = answer() if self.recorder is None else self.recorder(
-            name, parameters, prompts, answer
+
+        def fitting() -> list[Answer]:
+            return self.fitted(answer)
+
+        found = fitting() if self.recorder is None else self.recorder(
+            name, parameters, prompts, fitting
         )  # fmt: skip
         return Trial(dict(parameters), found, self.verdicts(prompts, [a.text for a in found]))
 
@@ -217,6 +252,11 @@ class Attack(ABC):
         """
         return {}
 
+    def cost(self, target: Target, prompts: int) -> Cost:
+        """What `prepare` and the answers to `prompts` held-out prompts take at most, roughly: for
+        the time that is announced. Asked before `prepare`; default: one answer each."""
+        return Cost(prompts)
+
     def prepare(self, target: Target) -> None:  # noqa: B027, an attack may have nothing to prepare
         """Everything that is done once per model, on training prompts."""
 
@@ -227,6 +267,24 @@ class Attack(ABC):
         Several answers are variants of the attack or several tries; the report counts a prompt as
         broken when one of them is useful, and says how many there were.
         """
+
+    def applied(self, model: nn.Module) -> AbstractContextManager[Any] | None:
+        """The prepared attack in place, while the context lasts, for whoever uses the model; None
+        where it consists in what is asked."""
+        return None
+
+    def state(self) -> Any:
+        """What `prepare` found, for the attack's copies in other processes: plain values, tensors,
+        dataclasses. Default: all attributes but the settings."""
+        return {name: value for name, value in vars(self).items() if name != "settings"}
+
+    def restore(self, state: Any, target: Target) -> None:
+        """Takes over what `state` gave, in place of `prepare`.
+
+        Args:
+            state: its tensors are on the CPU, or on `target`'s device.
+        """
+        vars(self).update(state)
 
     def summary(self) -> dict[str, Any]:
         """What the report tells about the attack beside its rates; JSON values."""

@@ -60,10 +60,11 @@ class _Board:
 
     def __init__(self, rank: int, world: int):
         self._rank, self._world = rank, world
+        served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun itself
         self._store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
-            is_master=rank == 0 and not dist.is_initialized(),
+            is_master=rank == 0 and not dist.is_initialized() and not served,
             wait_for_workers=False,
             timeout=timedelta(seconds=PATIENCE),
         )

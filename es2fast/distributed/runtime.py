@@ -61,10 +61,14 @@ class Runtime:
 
     def from_main(self, value: Any) -> Any:
         """Rank 0's `value` on every rank; others pass anything."""
+        return self.from_rank(value, 0)
+
+    def from_rank(self, value: Any, rank: int) -> Any:
+        """One rank's `value` on every rank; others pass anything."""
         if self.world_size == 1:
             return value
         held = [value]
-        dist.broadcast_object_list(held, src=0)
+        dist.broadcast_object_list(held, src=rank)
         return held[0]
 
     def on_main(self, work: Callable[..., T], *args: Any, **options: Any) -> T:

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,13 @@ class AnswerLog:
 
     Args:
         path: the file; made with the first answer.
+        others: files that are read as well.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, others: Sequence[Path] = ()):
         self._path = path
         self._found: dict[str, dict[int, dict[str, Any]]] = {}
-        for line in read_lines(path):
+        for line in chain.from_iterable(map(read_lines, (*others, path))):
             if {"key", "part", "of", "text"} <= line.keys():
                 self._found.setdefault(line["key"], {})[line["part"]] = line
 

@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from es2fast.attacks.base import STATES_BATCH
 from es2fast.data import Formatter, Prompt
 from es2fast.evaluation.teacher import TokenStats
 from es2fast.modeling.states import last_token_states
@@ -76,12 +75,16 @@ class Measured:
 
 
 def held_out_states(
-    model: nn.Module, formatter: Formatter, groups: Mapping[str, Sequence[Prompt]]
+    model: nn.Module, formatter: Formatter, groups: Mapping[str, Sequence[Prompt]], batch: int
 ) -> dict[str, States]:
-    """Every block's states at the last prompt token: group -> layer -> (n, H)."""
+    """Every block's states at the last prompt token: group -> layer -> (n, H).
+
+    Args:
+        batch: prompts per pass.
+    """
     every = list(range(len(blocks(model))))
     return {
-        name: last_token_states(model, formatter.prompt_batches(prompts, STATES_BATCH), every)
+        name: last_token_states(model, formatter.prompt_batches(prompts, batch), every)
         for name, prompts in groups.items()
     }
 

@@ -6,7 +6,7 @@ as it exists, so an interrupted evaluation continues, and one that is only judge
 model at all.
 
 Attacks are fitted on training prompts and on the model under attack; every rate is measured on
-held-out prompts. Runs in one process on one device.
+held-out prompts. Several processes can share the answers (`parallel`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from es2fast.attacks.registry import make_attacks
 from es2fast.config import Config, EvaluateConfig, ModelConfig, load_config
@@ -28,17 +29,22 @@ from es2fast.data import Formatter, Prompt, PromptGroups, load_groups, model_fin
 from es2fast.distributed.runtime import resolve_device, resolve_dtype
 from es2fast.errors import UserError
 from es2fast.evaluation.aggregate import harmless_result, worst_of_suite
+from es2fast.evaluation.answering import (
+    EvaluationPrompts,
+    Subject,
+    hash_of,
+    subject_answers,
+)
 from es2fast.evaluation.answers import AnswerLog
 from es2fast.evaluation.judging import check_calibration, judged_attacks
+from es2fast.evaluation.lm_tasks import check as check_tasks
 from es2fast.evaluation.measure import Measured, shift_ranks
+from es2fast.evaluation.parallel import answer_shares, collect, ranks, world_size
 from es2fast.evaluation.split import split_prompts
 from es2fast.evaluation.subject import (
     TEACHER,
-    EvaluationPrompts,
     ModelAnswers,
-    Subject,
     SubjectEvaluation,
-    hash_of,
 )
 from es2fast.evaluation.teacher import SavedTeacher
 from es2fast.judges.calibration import Calibration
@@ -81,18 +87,18 @@ def evaluate_models(
     if settings.calibration is not None:
         calibration = Calibration.load(settings.calibration)
         check_calibration(calibration, judges[0])
-    make_attacks(settings.attacks, steps=settings.attack_steps)  # mistakes before any model loads
+    # mistakes are said before any model is loaded
+    check_tasks(settings.lm_eval, make_attacks(settings.attacks, steps=settings.attack_steps))
+    collect(folder.answers)  # of ranks that were stopped
     log = AnswerLog(folder.answers)
     base: ModelAnswers | None = None
     outcomes: dict[str, ModelAnswers] = {}
     warnings = list(notes)
-    for subject in subjects:
-        others = [s for s in subjects if s.name != BASE] if subject.name == BASE else []
-        before = next((s for s in subjects if s.name == BASE and s is not subject), None)
-        part = SubjectEvaluation(
-            subject, prompts, settings, folder, log, judges[0], base, warnings, before
-        )
-        outcomes[subject.name] = part.run(others)
+    answers = subject_answers(subjects, prompts, settings, folder, log, judges[0])
+    for part in answers:
+        others = [s for s in subjects if s.name != BASE] if part.subject.name == BASE else []
+        evaluation = SubjectEvaluation(part, folder, warnings)
+        outcomes[part.subject.name] = evaluation.run(others, base)
         base = outcomes.get(BASE)
     SavedTeacher(folder.measured / TEACHER, "").remove()
     attacks = judged_attacks(judges, outcomes, prompts.harmful, calibration)
@@ -148,6 +154,7 @@ def _model_result(
         "attacks": attacks,
         "worst_of_suite": worst_of_suite(attacks),
         "separation": found.measured.separation,
+        "lm_eval": found.lm_eval,
     }
     if base is not None and base is not found and layers and found.measured.tokens.kl is not None:
         states, before = (part.measured.states["harmful"] for part in (found, base))
@@ -155,9 +162,25 @@ def _model_result(
     return result
 
 
-def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> Report:
+def _reported(
+    subjects: Sequence[Subject],
+    prompts: EvaluationPrompts,
+    config: Config,
+    folder: RunFolder,
+    **more: Any,
+) -> Report | None:
+    """`evaluate_models`, the answers shared among a launcher's processes; None but on rank 0."""
+    if world_size() > 1:
+        with ranks(config.train.device, config.evaluate.device_map) as runtime:
+            answer_shares(subjects, prompts, config.evaluate, folder, runtime)
+        if not runtime.is_main:
+            return None
+    return evaluate_models(subjects, prompts, config.evaluate, folder, **more)
+
+
+def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> Report | None:
     """Attacks the base and the tuned model of `run`; writes report.json, report.html and the model
-    card there.
+    card there. Under a launcher (see `parallel`) rank 0 does so and returns the report.
 
     Args:
         run: folder that `train` wrote.
@@ -186,9 +209,10 @@ def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> Report:
         groups.harmful[:fit],
         groups.harmless[:fit],
     )
-    report = evaluate_models(
-        subjects, prompts, config.evaluate, folder, layers=layers, extra={"train": summary}
-    )
+    more = {"layers": layers, "extra": {"train": summary}}
+    report = _reported(subjects, prompts, config, folder, **more)
+    if report is None:
+        return None
     states = saved_states(folder, report.names, layers[-1])
     write_report(folder, report, states=states, config=config)
     write_model_card(
@@ -210,8 +234,9 @@ def evaluate_paths(
     folder: RunFolder,
     *,
     base: str | None = None,
-) -> Report:
-    """Attacks any causal language models; writes answers.jsonl, report.json and report.html.
+) -> Report | None:
+    """Attacks any causal language models; writes answers.jsonl, report.json and report.html. Under
+    a launcher (see `parallel`) rank 0 does so and returns the report.
 
     Args:
         models: model folders, Hugging Face ids, or run folders (their trained model).
@@ -238,7 +263,9 @@ def evaluate_paths(
         formatter = Formatter(load_tokenizer(model), config.data)
         check_weights(model.name)
         subjects.append(_subject(name, model, config, formatter))
-    report = evaluate_models(subjects, prompts, config.evaluate, folder, notes=notes)
+    report = _reported(subjects, prompts, config, folder, notes=notes)
+    if report is None:
+        return None
     middle = report.reported_layers[round(0.6 * len(report.reported_layers)) - 1]
     write_report(folder, report, states=saved_states(folder, report.names, middle))
     return report
@@ -258,10 +285,16 @@ def _names(models: Sequence[str]) -> list[str]:
 def _subject(name: str, model: ModelConfig, config: Config, formatter: Formatter) -> Subject:
     """A model on disk or on the hub, loaded to this machine's device when asked for."""
     device = torch.device(resolve_device(config.train.device))
-    dtype = resolve_dtype(model.dtype, device.type)
+    dtype, device_map = resolve_dtype(model.dtype, device.type), config.evaluate.device_map
+
+    def load() -> nn.Module:
+        if device_map is not None:
+            return load_merged(model, dtype, device_map)
+        return load_merged(model, dtype).to(device)
+
     return Subject(
         name,
-        lambda: load_merged(model, dtype).to(device),
+        load,
         formatter,
         f"{model_fingerprint(model.name, model.revision)} {dtype}",
     )

@@ -8,7 +8,7 @@ from es2fast.config import EvaluateConfig
 from es2fast.data import Prompt, PromptGroups
 from es2fast.data.groups import without_near
 from es2fast.errors import UserError
-from es2fast.evaluation.subject import EvaluationPrompts
+from es2fast.evaluation.answering import EvaluationPrompts
 from es2fast.probing.choose import FEWEST
 
 

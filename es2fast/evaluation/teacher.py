@@ -82,7 +82,7 @@ def token_batches(
 
 @torch.no_grad()
 def final_hidden(model: nn.Module, batch: TokenBatch) -> Tensor:
-    """What the LM head sees at every token that is no padding: (N, H)."""
+    """What the LM head sees at every token that is no padding: (N, H), on the head's device."""
     mask = batch.attention_mask.to(next(model.parameters()).device)
     out = backbone(model)(
         input_ids=batch.input_ids.to(mask.device),
@@ -90,7 +90,8 @@ def final_hidden(model: nn.Module, batch: TokenBatch) -> Tensor:
         position_ids=position_ids(mask),
         use_cache=False,
     )
-    return out.last_hidden_state[mask.bool()]
+    hidden = out.last_hidden_state
+    return hidden[mask.bool().to(hidden.device)].to(lm_head_of(model).weight.device)
 
 
 @dataclass
@@ -147,7 +148,8 @@ class SavedTeacher:
     @torch.no_grad()
     def compare(self, model: nn.Module, batches: Sequence[TokenBatch], title: str) -> TokenStats:
         """The model against what was written for these batches."""
-        device, head = str(next(model.parameters()).device), _head_of(model)
+        head = _head_of(model)
+        device = str(head.weight.device)
         saved = load_file(self._folder / "head.safetensors", device=device)
         teacher = _Head(saved["weight"], saved.get("bias"), head.transform)
         sums = _Sums()

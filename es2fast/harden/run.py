@@ -157,7 +157,9 @@ def _evaluate(plan: Plan, folder: RunFolder, steps: Steps) -> Report:
         f"answers of up to {settings.max_new_tokens} tokens"
     )
     with steps.step("evaluate", what), estimated(folder.answers, total, _is_answer):
-        return evaluate_run(folder.path)
+        report = evaluate_run(folder.path)
+    assert report is not None  # this is no rank of several
+    return report
 
 
 def _evaluated(folder: RunFolder) -> bool:

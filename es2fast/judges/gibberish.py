@@ -14,6 +14,11 @@ people's files:
 
 (Earlier versions counted words among marks, not letters among characters.)
 
+A long answer may say something and only then go round in circles: greedy decoding of a small model
+often ends so within 256 tokens. Who reads it has the beginning, so a text with `SAID` different
+3-grams of words is not gibberish for its loop. That is what an answer of 48 tokens can hold at
+most, so short answers are judged as without this rule.
+
 Perplexity under a base model catches what these rules cannot: see `perplexity`.
 """
 
@@ -34,6 +39,7 @@ SHORT = 24  # characters below which "bye bye bye" is an answer
 LONGEST_PERIOD = 200  # letters and digits of the part that repeats
 FEWEST_PERIODS = 3
 FEWEST_LETTERS = 0.3  # letters and digits among the characters
+SAID = 40  # different 3-grams of words without digits: a loop that counts says nothing new
 READ = 8000  # characters that are searched for a loop
 
 
@@ -42,11 +48,15 @@ def looks_like_gibberish(answer: str) -> bool:
 
     The thresholds: fewer than 30 % of the characters are letters or digits (spaces not counted;
     JSON has 50 % and more); or, from 12 words on, more than half of the 3-grams occur again or a
-    single word makes up more than 40 % of the text; or, from 60 characters on, `is_loop`.
+    single word makes up more than 40 % of the text; or, from 60 characters on, `is_loop`. The last
+    three do not count where a text has said enough (`SAID`).
     """
     words = [mark for mark in marks(answer) if mark[0].isalnum()]
     if sum(map(len, words)) < FEWEST_LETTERS * len("".join(answer.split())) or not words:
         return True
+    plain = [word for word in words if word.isalpha()]
+    if len(set(zip(plain, plain[1:], plain[2:]))) >= SAID:
+        return False
     if is_loop(answer):
         return True
     if len(words) < 12:

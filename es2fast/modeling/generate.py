@@ -44,6 +44,7 @@ def generate_rows(
     max_new_tokens: int,
     device: torch.device,
     synced: bool = False,
+    min_new_tokens: int | None = None,
     repetition_penalty: float = 1.0,
     shown: Sequence[int] | None = None,
 ) -> list[str]:
@@ -51,6 +52,7 @@ def generate_rows(
 
     Args:
         rows: one batch of ids, template and all; padded here, on the left.
+        min_new_tokens: an answer does not end before.
         repetition_penalty: above 1, tokens that occurred before are less likely.
         shown: per row, how many of its last ids are part of the text that is returned; default: 0.
     """
@@ -62,6 +64,7 @@ def generate_rows(
         attention_mask=mask,
         position_ids=position_ids(mask),
         max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
         do_sample=False,
         num_beams=1,
         repetition_penalty=None if repetition_penalty == 1.0 else repetition_penalty,

@@ -53,32 +53,47 @@ def load_model_config(model: ModelConfig) -> Any:
         ) from None
 
 
-def load_causal_lm(model: ModelConfig, dtype: str) -> nn.Module:
+def load_causal_lm(
+    model: ModelConfig, dtype: str, device_map: str | dict[str, int | str] | None = None
+) -> nn.Module:
     """The causal language model at `model.name`, or the base model and adapter of a LoRA folder.
 
     Args:
         model: where it is.
         dtype: "bf16" or "fp32".
+        device_map: as transformers has it, "auto" spreads the blocks over the GPUs; default: the
+            model is on the CPU and goes where the caller puts it.
 
     Raises:
-        UserError: a folder without weights; a model that transformers cannot load.
+        UserError: a folder without weights; a model that transformers cannot load; a device map
+            that leaves weights outside of any device's memory.
     """
     from transformers import AutoModelForCausalLM
 
     check_weights(model.name)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             model.name,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
             attn_implementation=model.attn_implementation,
             dtype=DTYPES[dtype],
+            device_map=device_map,
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model.name: {model.name!r} cannot be loaded ({_first(error)})") from None
+    offloaded = [name for name, weight in loaded.named_parameters() if weight.is_meta]
+    if offloaded:
+        raise UserError(
+            f"evaluate.device_map: {device_map!r} leaves {offloaded[0]} (of {len(offloaded)}) in "
+            "the CPU's memory or on disk, where attacks cannot reach it; use more or larger GPUs"
+        )
+    return loaded
 
 
-def load_merged(model: ModelConfig, dtype: str) -> nn.Module:
+def load_merged(
+    model: ModelConfig, dtype: str, device_map: str | dict[str, int | str] | None = None
+) -> nn.Module:
     """As `load_causal_lm`, with a LoRA adapter folded into the weights: generation is about twice
     as fast, and what attacks edit is a plain model.
 
@@ -87,11 +102,12 @@ def load_merged(model: ModelConfig, dtype: str) -> nn.Module:
     """
     adapter = Path(model.name) / "adapter_config.json"
     if not adapter.is_file():
-        return load_causal_lm(model, dtype)
+        return load_causal_lm(model, dtype, device_map)
     from peft import PeftModel
 
     base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    plain: Any = load_causal_lm(model.model_copy(update={"name": base, "revision": None}), dtype)
+    below = model.model_copy(update={"name": base, "revision": None})
+    plain: Any = load_causal_lm(below, dtype, device_map)
     merged: Any = PeftModel.from_pretrained(plain, model.name).merge_and_unload()
     return merged
 

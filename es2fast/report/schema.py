@@ -151,6 +151,14 @@ class LayerResult(_Part):
     positions: dict[str, PositionResult] | None = None
 
 
+class TaskScore(_Part):
+    """One metric of one task of lm-evaluation-harness."""
+
+    value: float | None
+    stderr: Magnitude | None = None
+    n: int | None = None  # documents
+
+
 class ModelResult(_Part):
     """Everything measured on one model."""
 
@@ -160,6 +168,8 @@ class ModelResult(_Part):
     separation: dict[Annotated[str, Field(pattern=r"^\d+$")], LayerResult]
     shift_rank: dict[str, float] | None = None  # effective rank of h - h_base, per layer
     worst_of_suite: SuiteResult | None = None
+    # "plain" or the attack in place -> task -> metric
+    lm_eval: dict[str, dict[str, dict[str, TaskScore]]] | None = None
     paired_by: str | None = None  # hash of prompts, references, judge: whose outcomes can be paired
 
 

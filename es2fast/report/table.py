@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from es2fast.report.schema import ModelResult, Report
+from es2fast.report.schema import ModelResult, Report, TaskScore
 from es2fast.report.stats import rate_interval
 from es2fast.report.suite import base_of, compared, shared_attacks, worst_attack
 
@@ -30,7 +30,7 @@ WIDTH = 100  # columns when the output is a file or a pipe
 NOT_MEASURED = "–"
 PAIRED = "against base, prompts"
 POSITIONS = {"instruction": "last instruction token", "template": "template tokens"}
-_ASCII = str.maketrans({"‖": "||", "ε": "eps", "–": "-", "−": "-", "·": "-"})
+_ASCII = str.maketrans({"‖": "||", "ε": "eps", "–": "-", "−": "-", "·": "-", "±": "+-"})
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class TableRow:
 def table_rows(report: Report) -> list[TableRow]:
     """All lines of the table."""
     rows = [*_worst_rows(report), *_harmless_rows(report)]
+    rows += _task_rows(report)
     for name in report.attack_names:
         rows += _attack_rows(report, name)
     for layer in report.separated_layers:
@@ -145,6 +146,32 @@ def _harmless_rows(report: Report) -> Iterator[TableRow]:
         yield _row("KL, response tokens", parts, lambda part: _number(part.kl_response, ".4f"))
         yield _row("top-1 as the base", parts, lambda part: _percent(part.top1_agreement))
         yield _row("perplexity of responses", parts, lambda part: _number(part.perplexity, ".2f"))
+
+
+def _task_rows(report: Report) -> Iterator[TableRow]:
+    """Tasks of lm-evaluation-harness, alone and under attacks."""
+    found = [model.lm_eval or {} for model in report.models]
+    for setting in dict.fromkeys(name for one in found for name in one):
+        parts = [one.get(setting) or {} for one in found]
+        title = "tasks of lm-eval" if setting == "plain" else f"tasks of lm-eval under {setting}"
+        counts = tuple(_documents(part) for part in parts)
+        yield TableRow(title, counts, heading=True)
+        pairs = [(task, metric) for part in parts for task in part for metric in part[task]]
+        for task, metric in dict.fromkeys(pairs):
+            scores = [part.get(task, {}).get(metric) for part in parts]
+            yield _row(f"{task}: {metric}", scores, _score)
+
+
+def _documents(tasks: dict[str, dict[str, TaskScore]]) -> str:
+    counts = {score.n for metrics in tasks.values() for score in metrics.values()}
+    shown = [str(n) for n in sorted(counts - {None})]  # type: ignore[type-var]
+    return f"n = {', '.join(shown)}" if shown else "" if tasks else "not run"
+
+
+def _score(score: TaskScore) -> str:
+    if score.value is None or score.stderr is None:
+        return _number(score.value, ".3f")
+    return f"{score.value:.3f} ± {score.stderr:.3f}"
 
 
 def _kinds(report: Report) -> list[tuple[str, str]]:

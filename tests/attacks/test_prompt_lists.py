@@ -16,8 +16,8 @@ from es2fast.attacks.registry import make_attack
 from es2fast.config import DataConfig, EvaluateConfig
 from es2fast.data import Formatter, Prompt
 from es2fast.errors import UserError
+from es2fast.evaluation.answering import EvaluationPrompts, Subject
 from es2fast.evaluation.run import evaluate_models
-from es2fast.evaluation.subject import EvaluationPrompts, Subject
 from es2fast.run.folder import RunFolder
 
 ASKED = prompts(*TEXTS)

@@ -18,8 +18,8 @@ from es2fast.attacks.registry import make_attack
 from es2fast.attacks.weights.splice import Splice, SpliceSettings
 from es2fast.config import EvaluateConfig
 from es2fast.errors import UserError
+from es2fast.evaluation.answering import EvaluationPrompts, Subject
 from es2fast.evaluation.run import evaluate_models
-from es2fast.evaluation.subject import EvaluationPrompts, Subject
 from es2fast.modeling.taps import blocks
 from es2fast.report.schema import BASE
 from es2fast.run.folder import RunFolder
@@ -48,7 +48,7 @@ def test_all_blocks_of_the_base_give_the_base_s_logits() -> None:
     attack.prepare(target)
     before = snapshot(target.model)
     parts = [target.model.model.embed_tokens, *blocks(target.model)]
-    with attack.spliced(target.model):
+    with attack.applied(target.model):
         assert torch.equal(logits(target), logits(small_target(base)))
     assert unchanged(target.model, before)
     assert all(a is b for a, b in zip(parts, [target.model.model.embed_tokens,
@@ -65,7 +65,7 @@ def test_by_default_the_deepest_changed_block_stays() -> None:
     assert attack.summary() == {"layers": [0, 1]}
     only = copy.deepcopy(base)
     blocks(only)[2].load_state_dict(blocks(target.model)[2].state_dict())
-    with attack.spliced(target.model):
+    with attack.applied(target.model):
         assert torch.equal(logits(target), logits(small_target(only)))
     texts = [found[0].text for found in attack.answers(target, HARMFUL)]
     assert texts == small_target(only).generate(HARMFUL)
@@ -86,7 +86,7 @@ def test_under_an_adapter() -> None:
     whole = Splice(SpliceSettings(depth=2))
     whole.prepare(target)
     before = snapshot(target.model)
-    with whole.spliced(target.model):
+    with whole.applied(target.model):
         assert torch.equal(logits(target), logits(small_target(base)))
     assert unchanged(target.model, before)
 
@@ -97,7 +97,7 @@ def test_blocks_go_back_after_an_error_and_keep_their_mode() -> None:
     before = snapshot(target.model)
     attack = Splice()
     attack.prepare(target)
-    with pytest.raises(RuntimeError, match="stop"), attack.spliced(target.model):
+    with pytest.raises(RuntimeError, match="stop"), attack.applied(target.model):
         assert not any(part.training for part in blocks(target.model))
         raise RuntimeError("stop")
     assert unchanged(target.model, before)

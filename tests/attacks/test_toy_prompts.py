@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from es2fast.config import DataConfig, EvaluateConfig
 from es2fast.data import Formatter, Prompt
+from es2fast.evaluation.answering import EvaluationPrompts, Subject
 from es2fast.evaluation.run import evaluate_models
-from es2fast.evaluation.subject import EvaluationPrompts, Subject
 from es2fast.run.folder import RunFolder
 
 ATTACKS = [

@@ -15,8 +15,8 @@ from es2fast.data import Formatter, PromptGroups, load_groups
 from es2fast.demo.run import SETTINGS
 from es2fast.demo.toy import PHRASINGS, Recipe, build_toy, make_tokenizer, recipe_hash, split_rows
 from es2fast.errors import UserError
+from es2fast.evaluation.answering import EvaluationPrompts, Subject
 from es2fast.evaluation.run import evaluate_models
-from es2fast.evaluation.subject import EvaluationPrompts, Subject
 from es2fast.run.folder import RunFolder
 
 SMALL = Recipe(hidden=16, ffn=16, depth=2, heads=2, answer_steps=2, align_steps=2,

@@ -20,8 +20,8 @@ from es2fast.config import DataConfig, EvaluateConfig
 from es2fast.data import Formatter, Prompt
 from es2fast.demo.toy import Recipe, build_toy, split_rows
 from es2fast.errors import UserError
+from es2fast.evaluation.answering import EvaluationPrompts, Subject
 from es2fast.evaluation.run import evaluate_models, saved_states
-from es2fast.evaluation.subject import EvaluationPrompts, Subject
 from es2fast.evaluation.teacher import SavedTeacher, token_batches, token_stats
 from es2fast.judges import registry
 from es2fast.judges.calibration import calibrate

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 import es2fast
-from es2fast.judges.gibberish import compression_ratio, is_loop, looks_like_gibberish, loop_share
+from es2fast.judges.gibberish import (
+    SAID,
+    compression_ratio,
+    is_loop,
+    looks_like_gibberish,
+    loop_share,
+)
 
 PROSE = (
     "The river rises in the hills, crosses two provinces and meets the sea after a long delta. "
@@ -75,3 +81,28 @@ def test_share_of_the_loop() -> None:
 def test_compression_ratio() -> None:
     assert compression_ratio("") == 1.0
     assert compression_ratio("a" * 1000) < 0.05 < 0.5 < compression_ratio(PROSE)
+
+
+LONG = PROSE + (
+    " Farmers along the lower course keep goats and grow beans on the mud that the floods leave. "
+    "Their children learn to swim before they walk, and every village has a ferry of its own."
+)
+
+
+def test_a_long_answer_that_ends_in_a_loop_has_said_something() -> None:
+    looping = LONG + "They come back each year." * 40
+    assert is_loop(looping) and not looks_like_gibberish(looping)
+    assert looks_like_gibberish(PROSE[:80] + "They come back each year." * 40)
+
+
+def test_a_loop_stays_one_however_long_and_whatever_it_counts() -> None:
+    line = "Step {}: do the same thing once more and wait."
+    for tokens in (60, 400):
+        assert looks_like_gibberish("the four " * tokens)
+        assert looks_like_gibberish(" ".join(line.format(i) for i in range(tokens)))
+
+
+def test_an_answer_of_48_tokens_cannot_have_said_enough() -> None:
+    words = LONG.split()[:36]  # 48 tokens are about 36 words
+    assert looks_like_gibberish(" ".join(words[:12] * 3))
+    assert len(set(zip(words, words[1:], words[2:]))) < SAID

@@ -25,7 +25,7 @@ from typing import Any
 
 from pydantic import Field, computed_field
 
-from es2fast.attacks.base import Answer, Attack, AttackSettings, Target
+from es2fast.attacks.base import Answer, Attack, AttackSettings, Cost, Target
 from es2fast.attacks.prompts.rows import Row, ask, table
 from es2fast.data import Prompt, normalise_prompt
 from es2fast.errors import UserError
@@ -74,6 +74,10 @@ class Artifacts(Attack):
                 "a held-out harmful prompt; give the file whose goals are those prompts"
             )
         return {"prompts_with_artifact": count}
+
+    def cost(self, target: Target, prompts: int) -> Cost:
+        mean = sum(map(len, self.found.values())) / len(self.found)
+        return Cost(prompts * mean)
 
     def answers(self, target: Target, prompts: Sequence[Prompt]) -> list[list[Answer]]:
         return ask(target, [self.rows(target, prompt) for prompt in prompts])

@@ -176,13 +176,15 @@ def target_losses(model: nn.Module, batch: Batch, embeddings: Tensor) -> Tensor:
 
 def label_losses(model: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy per row: final hidden states (B, L, H), labels (B, L) -> (B,)."""
-    inner = causal_lm(model)
+    inner, device = causal_lm(model), labels.device
+    labels = labels.to(hidden.device)  # with a device map the last block may be elsewhere
     wanted = labels != IGNORED
     logits = inner.get_output_embeddings()(hidden[wanted])  # (N, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits = read_transform(inner.config)(logits)
-    losses = nn.functional.cross_entropy(logits, labels[wanted], reduction="none")
-    table = losses.new_zeros(labels.shape).index_put((wanted,), losses)
+    losses = nn.functional.cross_entropy(logits, labels[wanted].to(logits.device), reduction="none")
+    wanted = wanted.to(device)
+    table = losses.new_zeros(labels.shape, device=device).index_put((wanted,), losses.to(device))
     return table.sum(-1) / wanted.sum(-1)
 
 

@@ -37,7 +37,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from es2fast.attacks.base import Answer, Attack, Target
+from es2fast.attacks.base import GRADIENT_PASSES, Answer, Attack, Cost, Target
 from es2fast.attacks.prompts.embeddings import (
     Row,
     TargetSettings,
@@ -90,6 +90,10 @@ class Gcg(Attack):
 
     def __init__(self, settings: GcgSettings | None = None):
         super().__init__(settings or self.Settings())
+
+    def cost(self, target: Target, prompts: int) -> Cost:
+        steps = prompts * self.settings.steps
+        return Cost(prompts, steps * (self.settings.width + GRADIENT_PASSES))
 
     def answers(self, target: Target, prompts: Sequence[Prompt]) -> list[list[Answer]]:
         found: list[Suffix] = []

@@ -23,7 +23,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from es2fast.attacks.base import Answer, Attack, AttackSettings, Target
+from es2fast.attacks.base import Answer, Attack, AttackSettings, Cost, Target
 from es2fast.attacks.prompts.rows import PLACE, Row, ask
 from es2fast.data import Prompt
 
@@ -57,6 +57,9 @@ class Prefill(Attack):
     name = "prefill"
     Settings = PrefillSettings
     settings: PrefillSettings
+
+    def cost(self, target: Target, prompts: int) -> Cost:
+        return Cost(prompts * len(self.settings.tokens))
 
     def answers(self, target: Target, prompts: Sequence[Prompt]) -> list[list[Answer]]:
         return ask(target, [self.rows(target, prompt) for prompt in prompts])

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import Field, computed_field
 
-from es2fast.attacks.base import Answer, Attack, AttackSettings, Target
+from es2fast.attacks.base import Answer, Attack, AttackSettings, Cost, Target
 from es2fast.attacks.prompts.rows import PLACE, Row, ask, table, with_request
 from es2fast.data import Prompt
 from es2fast.errors import UserError
@@ -45,6 +45,9 @@ class Roleplay(Attack):
     def __init__(self, settings: RoleplaySettings | None = None):
         super().__init__(settings or self.Settings())
         self.wrappers: dict[str, str] = {}
+
+    def cost(self, target: Target, prompts: int) -> Cost:
+        return Cost(prompts * len(read_wrappers(self.settings.path)))
 
     def prepare(self, target: Target) -> None:
         """Reads the wrappers.

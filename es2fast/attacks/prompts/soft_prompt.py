@@ -31,7 +31,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from es2fast.attacks.base import Answer, Attack, Target
+from es2fast.attacks.base import GRADIENT_PASSES, Answer, Attack, Cost, Target
 from es2fast.attacks.prompts.descent import Found, Objective, Steps, fit_rows, fit_universal
 from es2fast.attacks.prompts.embeddings import (
     Batch,
@@ -112,6 +112,19 @@ class SoftPrompt(Attack):
         self._trials: list[dict[str, Any]] = []
         self._rounds: list[dict[str, Any]] = []
 
+    def cost(self, target: Target, prompts: int) -> Cost:
+        chosen, extra = self.settings, self.settings.obfuscated
+        optimised, trials = prompts * chosen.inits, 0
+        if chosen.universal:
+            optimised = min(chosen.prompts, len(target.harmful)) * chosen.inits
+            trials = TRIALS * chosen.inits * chosen.generations
+        if extra is not None:
+            optimised += extra.rounds * extra.prompts
+        return Cost(
+            prompts * chosen.inits * chosen.generations + trials,
+            optimised * chosen.steps * GRADIENT_PASSES,
+        )
+
     def prepare(self, target: Target) -> None:
         self._trials, self._rounds = [], []
         with frozen(target.model):
@@ -174,7 +187,9 @@ class SoftPrompt(Attack):
             if extra is None or not self.probes:
                 return entropy
             terms = [
-                torch.nn.functional.softplus(probe.logit(states[layer]))  # -log(1 - P)
+                torch.nn.functional.softplus(probe.logit(states[layer])).to(
+                    entropy.device
+                )  # -log(1 - P)
                 for layer, probe in self.probes.items()
             ]
             return extra.weight * entropy + (1 - extra.weight) * torch.stack(terms).mean(0)

@@ -26,7 +26,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field
 
-from es2fast.attacks.base import Answer, Attack, AttackSettings, Target
+from es2fast.attacks.base import Answer, Attack, AttackSettings, Cost, Target
 from es2fast.attacks.prompts.rows import Row, ask
 from es2fast.data import Formatter, Prompt
 from es2fast.errors import UserError
@@ -59,6 +59,9 @@ class Template(Attack):
     def __init__(self, settings: TemplateSettings | None = None):
         super().__init__(settings or self.Settings())
         self.variants: list[Variant] = []
+
+    def cost(self, target: Target, prompts: int) -> Cost:
+        return Cost(prompts * len(self.settings.variants))
 
     def prepare(self, target: Target) -> None:
         """Finds the variants that this model's template makes a difference for.

@@ -21,7 +21,7 @@ from typing import Any
 
 from pydantic import Field, computed_field
 
-from es2fast.attacks.base import Answer, Attack, AttackSettings, Target
+from es2fast.attacks.base import Answer, Attack, AttackSettings, Cost, Target
 from es2fast.attacks.prompts.rows import PLACE, Row, ask, table
 from es2fast.data import Prompt
 from es2fast.errors import UserError
@@ -52,6 +52,9 @@ class Transcript(Attack):
     def __init__(self, settings: TranscriptSettings | None = None):
         super().__init__(settings or self.Settings())
         self.transcripts: dict[str, Turns] = {}
+
+    def cost(self, target: Target, prompts: int) -> Cost:
+        return Cost(prompts * len(read_transcripts(self.settings.path)))
 
     def prepare(self, target: Target) -> None:
         """Reads the transcripts and keeps those that fit before a training prompt.

@@ -22,19 +22,20 @@ rank of about 1) this is an attack whatever the distance.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from es2fast.attacks.base import Answer, Attack, Target
+from es2fast.attacks.base import Answer, Attack, Cost, Target
 from es2fast.attacks.states.directions import (
     Choice,
     Direction,
     DirectionSettings,
     choose_direction,
+    search_cost,
 )
 from es2fast.data import Prompt
 from es2fast.modeling.sublayers import attention_of, mlp_of
@@ -58,13 +59,20 @@ class Ablation(Attack):
         super().__init__(settings or AblationSettings())
         self.choice: Choice | None = None
 
+    def cost(self, target: Target, prompts: int) -> Cost:
+        search = search_cost(target, self.settings)
+        return search._replace(answers=prompts + search.answers)
+
     def prepare(self, target: Target) -> None:
         self.choice = choose_direction(target, self.label, self.settings, self._edit)
 
     def answers(self, target: Target, prompts: Sequence[Prompt]) -> list[list[Answer]]:
-        assert self.choice is not None, "prepare() comes first"
-        with self._edit(target.model, self.choice.direction):
+        with self.applied(target.model):
             return [[Answer(text)] for text in target.generate(prompts)]
+
+    def applied(self, model: nn.Module) -> AbstractContextManager[None]:
+        assert self.choice is not None, "prepare() comes first"
+        return self._edit(model, self.choice.direction)
 
     def summary(self) -> dict[str, Any]:
         return {"form": self.settings.form} | (self.choice.summary() if self.choice else {})

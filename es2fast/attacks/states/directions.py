@@ -39,7 +39,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from es2fast.attacks.base import STATES_BATCH, Answer, AttackSettings, Target
+from es2fast.attacks.base import Answer, AttackSettings, Cost, Target
 from es2fast.data import Formatter, Prompt
 from es2fast.errors import UserError
 from es2fast.modeling.head import lm_head_of, read_transform
@@ -173,7 +173,7 @@ def group_means(target: Target, prompts: Sequence[Prompt], positions: int) -> Gr
     squares: Any = 0.0
     tokens: Any = 0.0
     count = 0
-    batches = target.formatter.prompt_batches(prompts, STATES_BATCH)
+    batches = target.formatter.prompt_batches(prompts, target.states_batch)
     with stream(target.model) as states:
         for batch in target.progress(batches, "means of training prompts"):
             inputs = _inputs(batch, target.device)
@@ -182,7 +182,9 @@ def group_means(target: Target, prompts: Sequence[Prompt], positions: int) -> Gr
             last = torch.stack([h[:, -positions:].double().cpu() for h in states])
             ending = ending + last.sum(1)
             squares = squares + last.square().sum((1, 3))
-            tokens = tokens + torch.stack([h[inner].double().sum(0).cpu() for h in states])
+            tokens = tokens + torch.stack(
+                [h[inner.to(h.device)].double().sum(0).cpu() for h in states]
+            )
             count += int(inner.sum())
     mean = ending / len(prompts)
     spread = (squares / len(prompts) - mean.square().sum(-1)).clamp_min(0.0)
@@ -257,7 +259,7 @@ def final_states(target: Target, prompts: Sequence[Prompt]) -> Tensor:
     """What the LM head sees at the last prompt token, (n, H)."""
     run, device = backbone(target.model), target.device
     parts = []
-    for batch in target.formatter.prompt_batches(prompts, STATES_BATCH):
+    for batch in target.formatter.prompt_batches(prompts, target.states_batch):
         out = run(**_inputs(batch, device))
         parts.append(out.last_hidden_state[:, -1])
     return torch.cat(parts)
@@ -276,9 +278,9 @@ def next_token_kl(model: nn.Module, clean: Tensor, attacked: Tensor) -> float:
     infinite when the attacked states are not finite."""
     head, transform = lm_head_of(model), read_transform(causal_lm(model).config)
     kl = linear_kl_div(
-        attacked.contiguous(),
+        attacked.to(head.weight.device).contiguous(),
         head.weight.detach(),
-        clean.contiguous(),
+        clean.to(head.weight.device).contiguous(),
         bias=None if head.bias is None else head.bias.detach(),
         logit_scale=transform.logit_scale,
         softcap=transform.softcap,
@@ -362,6 +364,12 @@ def choose_direction(target: Target, label: str, settings: DirectionSettings, ed
             best = (share, item)
     chosen = best[1]
     return Choice(chosen.direction, chosen.kl, chosen.score, limit, trials)
+
+
+def search_cost(target: Target, settings: DirectionSettings) -> Cost:
+    """Of `choose_direction`, at most."""
+    scored = settings.candidates * SCORED * 2  # refusal score, and KL where few pass
+    return Cost(SCORED + TRIED * TRIALS, scored + len(target.harmful) + len(target.harmless))
 
 
 def _where(direction: Direction) -> dict[str, Any]:

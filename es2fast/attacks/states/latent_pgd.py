@@ -30,7 +30,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from es2fast.attacks.base import Answer, Attack, Target
+from es2fast.attacks.base import GRADIENT_PASSES, Answer, Attack, Cost, Target
 from es2fast.attacks.prompts.embeddings import (
     Batch,
     Row,
@@ -74,6 +74,11 @@ class LatentPgd(Attack):
         super().__init__(settings or self.Settings())
         self.layer = self.settings.layer
         self._trials: list[dict[str, Any]] = []
+
+    def cost(self, target: Target, prompts: int) -> Cost:
+        tried = 0 if self.settings.layer is not None else self.settings.candidates
+        answers = prompts * len(self.settings.epsilons) + tried * TRIALS
+        return Cost(answers, answers * (self.settings.steps + 1) * GRADIENT_PASSES)
 
     def prepare(self, target: Target) -> None:
         """Picks the block, at the middle one of the bounds."""
@@ -164,7 +169,7 @@ class LatentPgd(Attack):
             part, found = part.detach(), found.detach()
             better = found < losses
             losses = torch.where(better, found, losses)
-            best = torch.where(better[:, None, None], part, best)
+            best = torch.where(better.to(part.device)[:, None, None], part, best)
             delta = projected(part - self.settings.step * bound[..., None] * _unit(gradient), bound)
         return best, first, losses
 
@@ -191,7 +196,8 @@ def _clean(model: nn.Module, batch: Batch, layer: int, dtype: torch.dtype) -> tu
     """Losses (B,), and |h| of the prompt's tokens (B, P), zero at padding."""
     with tapped(model, [layer], lambda hidden: hidden[:, : batch.width]) as kept:
         losses = target_losses(model, batch, batch.embeddings)
-    return losses, kept[layer].to(dtype).norm(dim=-1) * batch.mask[:, : batch.width]
+    size = kept[layer].to(dtype).norm(dim=-1)
+    return losses, size * batch.mask[:, : batch.width].to(size.device)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from es2fast.attacks.base import Answer, Attack, AttackSettings, Target, Trial
+from es2fast.attacks.base import Answer, Attack, AttackSettings, Cost, Target, Trial
 from es2fast.attacks.search import Parameters, best, trials_of
 from es2fast.data import Prompt
 from es2fast.errors import UserError
@@ -205,6 +205,20 @@ class PushAttack(Attack):
         }
         sets = [one for kind in self.settings.blocks for one in kinds[kind] if one]
         return [one for place, one in enumerate(sets) if one not in sets[:place]]
+
+    def cost(self, target: Target, prompts: int) -> Cost:
+        settings, depth = self.settings, target.depth
+        singles = len(settings.layers) if settings.layers else min(SINGLES, depth)
+        places = sum(singles if kind == "single" else 1 for kind in settings.blocks)
+        places *= 2 if settings.steps == "both" else 1
+        more = len(set(settings.strengths)) - 1
+        trials = places * (1 + more)
+        if settings.search == "coarse":
+            trials = min(trials, places + HOPES * more)
+        if trials <= 1:
+            trials = 0
+        states = len(target.harmful) + len(target.harmless)
+        return Cost(prompts + trials * min(settings.trial_prompts, len(target.harmful)), states)
 
     def prepare(self, target: Target) -> None:
         """Fits, and chooses blocks, steps and strength where there is a choice.

@@ -32,7 +32,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from es2fast.attacks.base import STATES_BATCH, Answer, Attack, AttackSettings, Target, Trial
+from es2fast.attacks.base import Answer, Attack, AttackSettings, Cost, Target, Trial
 from es2fast.attacks.search import Parameters, best, trials_of
 from es2fast.attacks.states.pushes import Pushes, total_of
 from es2fast.data import Prompt
@@ -68,6 +68,12 @@ class Replacement(Attack):
         self.at: list[int] = []  # blocks at which something is replaced
         self.sources: dict[int, Tensor] = {}  # block -> (n, m, H), n = 1 for the mean
         self._trials: list[Trial] = []
+
+    def cost(self, target: Target, prompts: int) -> Cost:
+        tried = min(CANDIDATES, target.depth) * min(
+            self.settings.trial_prompts, len(target.harmful)
+        )
+        return Cost(prompts + tried, len(target.harmless))
 
     def prepare(self, target: Target) -> None:
         """Collects the sources and picks the block at which most training prompts come out useful.
@@ -214,7 +220,7 @@ def states_at(target: Target, points: Mapping[int, nn.Module], width: int) -> di
         return hook
 
     run, device = backbone(target.model), target.device
-    batches = target.formatter.prompt_batches(target.harmless, STATES_BATCH)
+    batches = target.formatter.prompt_batches(target.harmless, target.states_batch)
     with hooks([module.register_forward_hook(keep(i)) for i, module in points.items()]):
         for batch in target.progress(batches, "states of harmless prompts"):
             mask = batch["attention_mask"].to(device)

@@ -22,7 +22,7 @@ Source: Arditi et al., "Refusal in Language Models Is Mediated by a Single Direc
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from es2fast.attacks.base import Answer, Attack, Target
+from es2fast.attacks.base import Answer, Attack, Cost, Target
 from es2fast.attacks.states.ablation import ablated
-from es2fast.attacks.states.directions import Choice, DirectionSettings, choose_direction
+from es2fast.attacks.states.directions import (
+    Choice,
+    DirectionSettings,
+    choose_direction,
+    search_cost,
+)
 from es2fast.data import Prompt
 from es2fast.errors import UserError
 from es2fast.modeling.states import last_token_states
@@ -64,6 +69,10 @@ class AblationWeights(Attack):
         self.choice: Choice | None = None
         self.component_left: float | None = None
 
+    def cost(self, target: Target, prompts: int) -> Cost:
+        search = search_cost(target, self.settings)
+        return search._replace(answers=prompts + search.answers)
+
     def prepare(self, target: Target) -> None:
         """Chooses the direction; raises UserError when a matrix cannot be found or changed."""
         written_by(target.model)  # what cannot be done is said before the search
@@ -89,9 +98,12 @@ class AblationWeights(Attack):
         return max(((h @ unit).abs() / h.norm(dim=-1)).max().item() for h in states.values())
 
     def answers(self, target: Target, prompts: Sequence[Prompt]) -> list[list[Answer]]:
-        assert self.choice is not None, "prepare() comes first"
-        with orthogonalised(target.model, self.choice.direction.unit):
+        with self.applied(target.model):
             return [[Answer(text)] for text in target.generate(prompts)]
+
+    def applied(self, model: nn.Module) -> AbstractContextManager[None]:
+        assert self.choice is not None, "prepare() comes first"
+        return orthogonalised(model, self.choice.direction.unit)
 
     def summary(self) -> dict[str, Any]:
         found = self.choice.summary() if self.choice else {}

@@ -22,14 +22,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from pydantic import Field, computed_field, field_validator
 from torch import Tensor, nn
 
-from es2fast.attacks.base import Answer, Attack, AttackSettings, Target
+from es2fast.attacks.base import (
+    GRADIENT_PASSES,
+    Answer,
+    Attack,
+    AttackSettings,
+    Cost,
+    Target,
+)
 from es2fast.config import DataSource
 from es2fast.data import Formatter, Prompt
 from es2fast.data.prompts import read_source
@@ -143,6 +150,11 @@ class Finetune(Attack):
         self._losses: list[float] = []
         self._count = 0
 
+    def cost(self, target: Target, prompts: int) -> Cost:
+        chosen = self.settings
+        trained = chosen.steps[-1] * min(chosen.batch, chosen.pairs)
+        return Cost(prompts * len(chosen.steps), trained * GRADIENT_PASSES)
+
     def prepare(self, target: Target) -> None:
         """Trains once and keeps the adapter after each of `steps`.
 
@@ -172,6 +184,14 @@ class Finetune(Attack):
                 if step in settings.steps:
                     self._saved[step] = self._adapter.snapshot()
 
+    def state(self) -> dict[str, Any]:
+        """All but the adapter, which belongs to its model's layers."""
+        return {name: value for name, value in super().state().items() if name != "_adapter"}
+
+    def restore(self, state: dict[str, Any], target: Target) -> None:
+        super().restore(state, target)
+        self._adapter = Adapter(target.model, self.settings.rank, target.seed)
+
     def _rows(self, target: Target) -> list[Row]:
         prompts: Sequence[Prompt] = target.harmful
         if self.settings.data is not None:
@@ -180,15 +200,19 @@ class Finetune(Attack):
         return [training_row(target.formatter, p, i) for i, p in enumerate(chosen)]
 
     def answers(self, target: Target, prompts: Sequence[Prompt]) -> list[list[Answer]]:
-        assert self._adapter is not None, "prepare() comes first"
         found: list[list[Answer]] = [[] for _ in prompts]
-        for step, tensors in self._saved.items():
-            self._adapter.restore(tensors)
-            with self._adapter.on(), torch.no_grad():
+        for step in self._saved:
+            with self.applied(target.model, step), torch.no_grad():
                 texts = target.generate(prompts)
             for answers, text in zip(found, texts):
                 answers.append(Answer(text, {"steps": step}))
         return found
+
+    def applied(self, model: nn.Module, step: int | None = None) -> AbstractContextManager[None]:
+        """The adapter as it was after a step; default: the last."""
+        assert self._adapter is not None, "prepare() comes first"
+        self._adapter.restore(self._saved[self.settings.steps[-1] if step is None else step])
+        return self._adapter.on()
 
     def summary(self) -> dict[str, Any]:
         return {"pairs": self._count, "losses": [round(loss, 4) for loss in self._losses]}

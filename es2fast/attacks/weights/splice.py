@@ -66,9 +66,17 @@ class Splice(Attack):
         depth = self._depth(base, target.model)
         self._embedding = backbone(base).get_input_embeddings()
         self._lower = list(blocks(base))[: depth + 1]
+        own = backbone(target.model).get_input_embeddings(), *blocks(target.model)
+        if getattr(base, "hf_device_map", None) is None:  # else its parts stay where they are
+            for part, place in zip((self._embedding, *self._lower), own):
+                part.to(next(place.parameters()).device)
         del base  # the rest of it can go
-        for part in (self._embedding, *self._lower):
-            part.to(target.device)
+
+    def state(self) -> None:
+        """Nothing: every process has its own base model to take blocks from."""
+
+    def restore(self, state: None, target: Target) -> None:
+        self.prepare(target)
 
     def _depth(self, base: nn.Module, model: nn.Module) -> int:
         pairs = list(zip(blocks(base), blocks(model)))
@@ -91,14 +99,14 @@ class Splice(Attack):
         return different[-1] - 1
 
     def answers(self, target: Target, prompts: Sequence[Prompt]) -> list[list[Answer]]:
-        with self.spliced(target.model):
+        with self.applied(target.model):
             return [[Answer(text)] for text in target.generate(prompts)]
 
     def summary(self) -> dict[str, Any]:
         return {"layers": list(range(len(self._lower)))}
 
     @contextmanager
-    def spliced(self, model: nn.Module) -> Iterator[None]:
+    def applied(self, model: nn.Module) -> Iterator[None]:
         """The base's lower part in `model` while the context lasts."""
         assert self._embedding is not None, "prepare() comes first"
         decoder, every = backbone(model), blocks(model)

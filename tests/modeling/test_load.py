@@ -1,0 +1,90 @@
+"""A device map: hooks, gradients and weights of attacks work on a model that accelerate placed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import dispatch_model
+from attacks.small import HARMFUL, hook_count, small_target, snapshot, unchanged
+from tiny_models import save_tiny
+
+from es2fast.attacks.registry import make_attack
+from es2fast.config import ModelConfig
+from es2fast.errors import UserError
+from es2fast.evaluation.teacher import SavedTeacher, token_batches
+from es2fast.modeling.load import load_causal_lm
+
+# every block is a unit of its own, with accelerate's hooks on it, as on several GPUs
+PLACES = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu",
+          "lm_head": "cpu"} | {f"model.layers.{i}": "cpu" for i in range(4)}  # fmt: skip
+ATTACKS: list[Any] = [
+    "direct",
+    {"name": "scav", "strengths": [1e-3], "blocks": ["all"], "positions": "all"},
+    {"name": "mean_difference", "strengths": [1.0], "layers": [1, 2]},
+    "replacement",
+    {"name": "ablation", "candidates": 4},
+    {"name": "ablation_weights", "candidates": 4},
+    {"name": "latent_pgd", "steps": 2, "epsilons": [0.3], "layer": 1},
+    {"name": "soft_prompt", "steps": 2, "tokens": 3},
+    {"name": "finetune", "steps": [2], "pairs": 4},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("model"), tie_word_embeddings=False)
+
+
+def loaded(folder: Path, *, placed: bool) -> Any:
+    """The model; placed: with accelerate's hooks, which transformers leaves out on one device."""
+    if not placed:
+        return load_causal_lm(ModelConfig(name=str(folder)), "fp32").eval()
+    model: Any = load_causal_lm(ModelConfig(name=str(folder)), "fp32", PLACES).eval()
+    model = dispatch_model(model, PLACES, force_hooks=True)
+    assert all(hasattr(block, "_hf_hook") for block in model.model.layers)
+    return model
+
+
+@pytest.mark.parametrize("entry", ATTACKS, ids=lambda e: e if isinstance(e, str) else e["name"])
+def test_attacks_give_the_same_answers(folder: Path, entry: Any) -> None:
+    found = []
+    for placed in (False, True):
+        model = loaded(folder, placed=placed)
+        target, attack = small_target(model), make_attack(entry)
+        before = snapshot(model)
+        attack.prepare(target)
+        answers = attack.answers(target, HARMFUL[:6])
+        found.append(
+            [[(answer.text, dict(answer.parameters)) for answer in one] for one in answers]
+        )
+        assert hook_count(model) == 0 and unchanged(model, before)
+    assert found[0] == found[1]
+
+
+def test_what_is_measured_is_the_same(folder: Path, tmp_path: Path) -> None:
+    plain, placed = loaded(folder, placed=False), loaded(folder, placed=True)
+    formatter = small_target().formatter
+    batches = token_batches(formatter, HARMFUL[:5], ["sure here is some text ."] * 5, 2)
+    teacher = SavedTeacher(tmp_path / "t", "key")
+    teacher.write(plain, batches, "plain")
+    found = teacher.compare(placed, batches, "placed")
+    assert found.kl == pytest.approx(0.0, abs=1e-7) and found.top1 == 1.0
+
+
+def test_weights_outside_of_the_devices_are_a_mistake(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    real = AutoModelForCausalLM.from_pretrained
+
+    def offloading(*args: Any, **options: Any) -> Any:
+        model = real(*args, **options)
+        model.model.layers[3].to("meta")  # what accelerate leaves of an offloaded block
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", offloading)
+    with pytest.raises(UserError, match=r"evaluate\.device_map: 'auto' leaves model\.layers\.3"):
+        load_causal_lm(ModelConfig(name=str(folder)), "fp32", "auto")
