@@ -28,6 +28,7 @@ LAYERS = (
     ("training", "evaluation"),
     ("train", "environment"),
     ("demo", "harden"),
+    ("tune",),
     ("cli",),
     ("es2fast",),
 )
