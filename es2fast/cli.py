@@ -1,4 +1,4 @@
-"""The command line: `es2fast harden | train | evaluate | attacks | compare | judges ...`.
+"""The command line: `es2fast harden | tune | train | evaluate | attacks | compare | judges ...`.
 
 Heavy imports happen inside the commands, so `--help` answers at once. A user's mistake is one line
 on stderr and exit code 2.
@@ -17,6 +17,7 @@ import typer
 from es2fast.config import load_config
 from es2fast.errors import UserError
 from es2fast.harden.command import harden
+from es2fast.tune.command import tune
 
 app = typer.Typer(
     name="es2fast",
@@ -72,6 +73,7 @@ def options(
 
 
 app.command()(harden)
+app.command()(tune)
 
 
 @app.command()

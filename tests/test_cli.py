@@ -282,6 +282,29 @@ def test_mistakes_of_harden(
     assert not (tmp_path / "out").exists()
 
 
+TUNE_MISTAKES: list[tuple[list[str], list[str]]] = [
+    (["{folder}/run.yaml", "--space={folder}/absent.yaml"], ["--space", "cannot be read"]),
+    (["{folder}/run.yaml", "--harmful=x.csv"], ["run file names its own data", "--harmful"]),
+    (["{folder}/run.yaml", "train.step=3"], ["train.step", "did you mean 'steps'"]),
+    (["{folder}/run.yaml", "--pick=3"], ["holds no search"]),
+    (["{folder}/absent.yaml"], ["absent.yaml", "cannot be read"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), TUNE_MISTAKES)
+def test_mistakes_of_tune(
+    call: Any, project: Path, tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    pytest.importorskip("optuna")
+    filled = [item.format(folder=project) for item in arguments]
+    done = call("tune", *filled, "--out", tmp_path / "out")
+    assert done.returncode == 2, done.stdout + done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    for word in words:
+        assert word in line
+    assert not (tmp_path / "out").exists()
+
+
 EVALUATE_MISTAKES: list[tuple[list[str], list[str]]] = [
     (["{model}"], ["data.eval_harmful", "--harmful"]),
     (["{model}", *["--harmful", "{data}/harmful.jsonl", "--harmless", "{empty}"]], ["empty.txt"]),

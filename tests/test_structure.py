@@ -29,6 +29,7 @@ LAYERS = (
     ("training", "evaluation"),
     ("train", "environment"),
     ("demo", "harden"),
+    ("tune",),
     ("cli",),
     ("es2fast",),
 )

@@ -10,16 +10,32 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from es2fast.distributed.runtime import resolve_device
-from es2fast.errors import UserError
+from es2fast.errors import RunStopped, UserError
+
+STOPPED = 3  # exit code of a training that a safeguard ended
 
 
 def launch(
-    config: Path, overrides: Sequence[str] = (), *, ranks: int | None = None, device: str = "auto"
+    config: Path,
+    overrides: Sequence[str] = (),
+    *,
+    ranks: int | None = None,
+    device: str = "auto",
+    log: Path | None = None,
 ) -> None:
     """Runs the training in `rank_count(ranks, device)` processes and waits.
 
+    Args:
+        config: YAML file of the run.
+        overrides: `key=value`.
+        ranks: processes; default: see `rank_count`.
+        device: "auto", "cpu" or "cuda".
+        log: file for what they print; default: here.
+
     Raises:
-        UserError: more ranks than GPUs; the training failed (its own message is above).
+        UserError: more ranks than GPUs; the training failed (its own message is above, or in
+            `log`).
+        RunStopped: a safeguard ended it.
     """
     resolved = resolve_device(device)
     count = rank_count(ranks, device)
@@ -32,9 +48,21 @@ def launch(
         *("--log_level", "warning", "--num_gpus", str(count), "--master_port", str(free_port())),
         *("--module", "es2fast.train", "--config", str(config), *overrides),
     ]
-    code = subprocess.run(command, env=environment, check=False).returncode
+    code = _run(command, environment, log)
     if code != 0:
-        raise UserError(f"train: the deepspeed launcher ended with code {code}; see above")
+        kind = RunStopped if code == STOPPED else UserError
+        where = "above" if log is None else str(log)
+        raise kind(f"train: the deepspeed launcher ended with code {code}; see {where}")
+
+
+def _run(command: list[str], environment: dict[str, str], log: Path | None) -> int:
+    if log is None:
+        return subprocess.run(command, env=environment, check=False).returncode
+    with log.open("wb") as file:
+        done = subprocess.run(
+            command, env=environment, check=False, stdout=file, stderr=subprocess.STDOUT
+        )
+    return done.returncode
 
 
 def rank_count(wanted: int | None, device: str) -> int:

@@ -55,7 +55,7 @@ def table_rows(report: Report) -> list[TableRow]:
 
 def print_table(report: Report, console: Console | None = None) -> None:
     """Prints the table; it needs about 80 columns."""
-    console = console or _console()
+    console = console or default_console()
     table = Table(box=box.SIMPLE_HEAD, show_header=True, pad_edge=False)
     table.add_column("")
     for name in report.names:
@@ -276,7 +276,8 @@ def _number(value: float | None, spec: str) -> str:
     return NOT_MEASURED if value is None else format(value, spec)
 
 
-def _console() -> Console:
+def default_console() -> Console:
+    """The terminal, or a fixed width for a file or a pipe."""
     console = Console()
     return console if console.is_terminal else Console(width=WIDTH)
 
