@@ -6,8 +6,8 @@ defaults; `recipes/default.yaml` names public prompt sets too. Later ones win:
     recipe < recipes/quick.yaml (with --quick) < prompt files (--harmful ...) < key=value
 
 Prompts have five roles. A file takes the place of the recipe's sources of its role and keeps their
-`limit`. Borderline prompts, which look harmful and are not, are those of `kind: borderline` in
-`data.harmless` and `data.eval_harmless`; one file serves both, every other row each.
+`limit`. Borderline prompts, which look harmful and are not, are `data.borderline`, and held out
+those of `kind: borderline` in `data.eval_harmless`; one file serves both, every other row each.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ NONE = "none"  # for --borderline: do without
 ROLES = {  # option -> the groups of `data` that it fills
     "harmful": ("harmful",),
     "harmless": ("harmless",),
-    BORDERLINE: ("harmless", "eval_harmless"),
+    BORDERLINE: (BORDERLINE, "eval_harmless"),
     "eval-harmful": ("eval_harmful",),
     "eval-harmless": ("eval_harmless",),
 }
-_HALVES = {"harmless": "::2", "eval_harmless": "1::2"}  # rows of a borderline file
+_HALVES = {BORDERLINE: "::2", "eval_harmless": "1::2"}  # rows of a borderline file
 _PLACE = re.compile(r"data\.(\w+)\[(\d+)\]")
 
 
@@ -102,7 +102,7 @@ def _replaced(
 ) -> list[DataSource]:
     """The sources of one group, files in place of those whose role has any."""
     found: list[DataSource] = []
-    for role in (group.replace("_", "-"), BORDERLINE):
+    for role in dict.fromkeys((group.replace("_", "-"), BORDERLINE)):
         own = [source for source in sources if role_of(group, source) == role]
         given = role in chosen and group in ROLES[role]
         found += _files(role, group, own, chosen[role]) if given else own
@@ -124,7 +124,7 @@ def _remote_roles(config: Config) -> list[str]:
     """Roles with a source that is no file or folder here, in the order of `ROLES`."""
     remote = {
         role_of(group, source)
-        for group in ("harmful", "harmless", "eval_harmful", "eval_harmless")
+        for group in ("harmful", "harmless", BORDERLINE, "eval_harmful", "eval_harmless")
         for source in getattr(config.data, group)
         if not Path(source.source).expanduser().exists()
     }

@@ -18,7 +18,7 @@ from es2fast.harden.recipe import BORDERLINE, RECIPES, default_out, resolve, tel
 from es2fast.harden.run import check_folder, differences
 from es2fast.run.folder import RunFolder
 
-GROUPS = ("harmful", "harmless", "eval_harmful", "eval_harmless")
+GROUPS = ("harmful", "harmless", BORDERLINE, "eval_harmful", "eval_harmless")
 
 
 def sources(config: Config) -> dict[str, list[str]]:
@@ -47,8 +47,8 @@ def test_built_in_recipes_are_valid_and_parts_of_a_set_share_nothing(
             seen = parts.setdefault((source.source, source.split), set())
             assert not seen & rows, f"{group}: {source.source} is used twice"
             seen |= rows
-    kinds = [s.kind for s in (*config.data.harmless, *config.data.eval_harmless)]
-    assert kinds.count(BORDERLINE) == 2
+    assert len(config.data.borderline) == 1
+    assert [source.kind for source in config.data.eval_harmless].count(BORDERLINE) == 1
 
 
 def test_recipes_hold_only_what_differs() -> None:
@@ -74,16 +74,16 @@ def test_files_take_the_place_of_their_role_and_overrides_win(tmp_path: Path) ->
     default = resolve("m", tmp_path)
     found, before = sources(config), sources(default)
     assert found["harmful"] == ["a.csv", "b.csv"]
-    assert found["harmless"] == ["c.csv", "d.csv"]
+    assert found["harmless"] == ["c.csv"] and found["borderline"] == ["d.csv"]
     assert found["eval_harmful"] == before["eval_harmful"]
     assert found["eval_harmless"] == [before["eval_harmless"][0], "d.csv"]
     assert [s.limit for s in config.data.harmful] == [default.data.harmful[0].limit] * 2
-    halves = [config.data.harmless[1], config.data.eval_harmless[1]]
+    halves = [config.data.borderline[0], config.data.eval_harmless[1]]
     assert [half.rows for half in halves] == ["::2", "1::2"]
     assert {half.kind for half in halves} == {BORDERLINE}
     assert (config.train.steps, config.kl.weight, config.train.overwrite) == (7, 3, True)
     none = resolve("m", tmp_path, files={BORDERLINE: ["none"]})
-    assert len(none.data.harmless) == len(none.data.eval_harmless) == 1
+    assert not none.data.borderline and len(none.data.eval_harmless) == 1
 
 
 def test_a_recipe_of_ones_own(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     attacked = {"separation": robust | {"weight": 0.5}, "refusal": DEEP}
     two["anchor_robust"] = case(untied, data, **attacked)
     two["anchor_robust_checkpointed"] = case(untied, data, gradient_checkpointing=True, **attacked)
-    wide = {"attacks": ["replacement", "ablation", "mean_difference"], "blocks": "all"}
+    wide = {"attacks": ["mean_difference", "replacement", "ablation"], "blocks": "all"}
     wide |= {"probability": 0.9, "strength": [0.5, 2.0]}
     every: dict[str, Any] = {"separation": {"robust": wide}, "refusal": DEEP}
     two["attacks"] = case(untied, data, **every)
