@@ -51,9 +51,12 @@ ARMS: dict[str, Arm] = {
         {"separation": {"loss": "l2", "margin": None}},
     ),
     "anchor": Arm("refusal anchor alone", {"separation": {"weight": 0.0}, "refusal": ANCHOR}),
-    "both": Arm("separation and anchor", {"refusal": ANCHOR, "layer_choice": {"prompts": 256}}),
+    "both": Arm(
+        "separation and anchor (d0 from all prompts)",
+        {"refusal": ANCHOR, "layer_choice": {"prompts": 256}},
+    ),
     "anchor_robust": Arm(
-        "anchor under simulated attacks",
+        "anchor under simulated attacks; LoRA on every block, KL on response tokens",
         {
             "separation": {"weight": 0.0, "robust": ROBUST},
             "refusal": ANCHOR,
@@ -62,7 +65,8 @@ ARMS: dict[str, Arm] = {
         },
     ),
     "both_robust": Arm(
-        "separation and anchor under simulated attacks",
+        "separation (of the harmful states alone, margin growing, blocks 8 and 16) and anchor, "
+        "under simulated attacks; LoRA on every block, KL on response tokens",
         {
             "layers": [8, 16],
             "separation": {"margin": 4.0, "moves": "harmful", "ramp": 0.5, "robust": ROBUST},

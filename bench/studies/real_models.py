@@ -30,7 +30,7 @@ from bench.studies.circuit_breaker import circuit_breaker
 from bench.studies.real_arms import ARMS, ATTACKS, BASE, CIRCUIT_BREAKER, TRAINING
 from bench.studies.real_prompts import write_harmless
 from bench.studies.real_report import ROWS, write_documents
-from es2fast.config import Config, parse_config, save_config
+from es2fast.config import Config, load_config, merged, parse_config, save_config
 from es2fast.data import model_fingerprint
 from es2fast.distributed.launch import launch
 from es2fast.evaluation.run import evaluate_paths
@@ -46,6 +46,7 @@ def configuration(
 ) -> Config:
     """The run that makes a model; with the arm's changes, and `changes` on top of them."""
     harmless = write_harmless(arguments.work, arguments.borderline)
+    folder = f"{name}-seed{arguments.seed}" if arguments.seed else name
     raw: dict[str, Any] = {
         "model": {"name": str(arguments.model), "dtype": arguments.dtype},
         "data": {
@@ -63,7 +64,7 @@ def configuration(
             "fit_limit": 64,
             "limit": arguments.limit,
         },
-        "output_dir": str(arguments.work / name),
+        "output_dir": str(arguments.work / folder),
     }
     raw = merged(raw, TRAINING)
     if name in ARMS:
@@ -73,25 +74,19 @@ def configuration(
     return parse_config(raw)
 
 
-def merged(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`raw` with the values of `changes`, section by section."""
-    sections = {
-        key: {**raw[key], **value} if isinstance(value, dict) and key in raw else value
-        for key, value in changes.items()
-    }
-    return {**raw, **sections}
-
-
 def trained(arguments: argparse.Namespace, name: str) -> Path:
-    """The model folder of an arm, trained now when it is not there."""
+    """The model folder of an arm, trained now when it is not there as the arm stands."""
     config = configuration(arguments, name)
     folder = RunFolder(config.output_dir)
+    made = folder.config.is_file() and config_hash(load_config(folder.config))
+    if made == config_hash(config) and folder.model.is_dir():
+        return folder.model
+    path = arguments.work / f"{folder.path.name}.yaml"
+    save_config(config, path)
     if name == CIRCUIT_BREAKER:
-        if not folder.model.is_dir():
-            circuit_breaker(config, folder.model)
-    elif not folder.finished:
-        path = arguments.work / f"{name}.yaml"
-        save_config(config, path)
+        circuit_breaker(config, folder.model)
+        save_config(config, folder.config)
+    else:
         launch(path, ranks=1, device="cpu")
     return folder.model
 
@@ -106,7 +101,7 @@ def study(arguments: argparse.Namespace) -> None:
     for name in arguments.only.split(",") if arguments.only else (BASE, *ARMS):
         known = {row["key"] for row in read_lines(arguments.out)}
         for attack, limit in ATTACKS:
-            key = key_of(arguments.label, name, attack, arguments.seed)
+            key = cell_key(arguments, name, attack)
             if (wanted and attack["name"] not in wanted) or key in known:
                 continue
             places = [] if name == BASE else [str(trained(arguments, name))]
@@ -119,9 +114,20 @@ def study(arguments: argparse.Namespace) -> None:
             add_row(rows, report, key, name, attack, arguments)
 
 
-def key_of(base: str, model: str, attack: dict[str, Any], seed: int = 0) -> str:
-    """Of a cell: what it shares with its row."""
-    return f"{base} {model} {seed} {json.dumps(attack, sort_keys=True)}"
+def cell_key(arguments: argparse.Namespace, name: str, attack: dict[str, Any]) -> str:
+    """Of a cell, before it is measured."""
+    made = "" if name == BASE else config_hash(configuration(arguments, name))
+    limit = min(arguments.limit, next(most for one, most in ATTACKS if one == attack))
+    return key_of(arguments.label, name, made, arguments.seed, attack, arguments.tokens, limit)
+
+
+def key_of(
+    base: str, model: str, made: str, seed: int, attack: dict[str, Any], tokens: int, n: int
+) -> str:
+    """Of a cell or of its row: base model, arm, hash of its configuration, seed of the training,
+    attack, tokens of an answer, held-out prompts at most."""
+    parts = (base, model, made, seed, json.dumps(attack, sort_keys=True), tokens, n)
+    return " ".join(str(part) for part in parts)
 
 
 def add_row(
@@ -147,6 +153,7 @@ def add_row(
         settings={key: value for key, value in attack.items() if key != "name"},
         judge=report.judge,
         tokens=arguments.tokens,
+        limit=arguments.limit,
         harmless=harmless_figures(model),
         **found,
     )

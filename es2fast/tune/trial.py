@@ -72,7 +72,9 @@ def run_trial(config: Config, ranks: int | None, earlier: list[Path]) -> Outcome
         raise kind(_reason(log) or str(error)) from None
     for other in earlier[:1]:
         take_base(RunFolder(other), folder)
-    return outcome(evaluate_run(folder.path))
+    report = evaluate_run(folder.path)
+    assert report is not None  # this is no rank of several
+    return outcome(report)
 
 
 def outcome(report: Report) -> Outcome:
