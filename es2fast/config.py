@@ -541,7 +541,9 @@ class Config(_Section):
     safeguards: SafeguardsConfig = Field(default_factory=SafeguardsConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     deepspeed: str | dict[str, Any] = Field(
-        "zero3", description="preset (zero2, zero3, zero3_offload), a JSON file, or a mapping"
+        "auto",
+        description="auto: ZeRO stage 2 if it fits in memory, else 3; a preset (zero2, zero3, "
+        "zero3_offload), a JSON file, or a mapping",
     )
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     output_dir: str = Field("runs/es2", description="where model, metrics and report are written")

@@ -26,6 +26,7 @@ SETTINGS: dict[str, Any] = {
     "separation": {"loss": "hinge", "margin": 6.0},
     "kl": {"weight": 10.0},
     "train": {"steps": 80, "micro_batch_size": 4, "lr": 3e-4},
+    "deepspeed": "zero3",
     "evaluate": {
         "attacks": [  # without their sweeps, which would take as long as the rest of the demo
             "direct",

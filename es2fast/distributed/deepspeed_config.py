@@ -17,6 +17,7 @@ from typing import Any
 from es2fast.config import Config
 from es2fast.errors import UserError
 
+AUTO = "auto"  # one of the presets, by what fits: `training.stage`
 PRESETS = ("zero2", "zero3", "zero3_offload")
 
 _KNOWN = {
@@ -61,8 +62,9 @@ def load_deepspeed(choice: str | dict[str, Any]) -> dict[str, Any]:
 
 def _read_json(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
-        close = difflib.get_close_matches(path, PRESETS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"presets: {', '.join(PRESETS)}"
+        known = (AUTO, *PRESETS)
+        close = difflib.get_close_matches(path, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"presets: {', '.join(known)}"
         raise UserError(f"deepspeed: {path!r} is neither a preset nor a file; {hint}")
     try:
         raw = json.loads(Path(path).read_text())
@@ -102,7 +104,12 @@ def _check_zero_keys(zero: dict[str, Any]) -> None:
 
 
 def build_deepspeed(
-    config: Config, *, world_size: int, dtype: str, model_config: Any | None = None
+    config: Config,
+    *,
+    world_size: int,
+    dtype: str,
+    model_config: Any | None = None,
+    preset: str | None = None,
 ) -> dict[str, Any]:
     """The complete DeepSpeed mapping for a run.
 
@@ -111,11 +118,13 @@ def build_deepspeed(
         world_size: data-parallel ranks.
         dtype: "bf16" or "fp32".
         model_config: a transformers config; fills the `"auto"` bucket sizes (defaults without it).
+        preset: in place of the run's own `deepspeed`, which has to be a choice made when it is
+            `auto`.
 
     Raises:
         UserError: batch sizes that do not multiply; a key that contradicts the run's YAML.
     """
-    raw = load_deepspeed(config.deepspeed)
+    raw = load_deepspeed(preset or config.deepspeed)
     train = config.train
     check_batch_sizes(config, world_size)
     ours = {

@@ -6,13 +6,14 @@ read once per process and nothing is trained on that was not checked.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 from es2fast.attacks.registry import make_attacks
 from es2fast.config import Config
 from es2fast.data import Formatter, PairedSampler, PromptGroups, load_groups
-from es2fast.distributed.deepspeed_config import build_deepspeed
+from es2fast.distributed.deepspeed_config import AUTO, build_deepspeed
 from es2fast.distributed.runtime import resolve_device, resolve_dtype
 from es2fast.judges.registry import make_judges
 from es2fast.modeling.head import read_transform
@@ -22,6 +23,7 @@ from es2fast.modeling.teacher import resolve_teacher
 from es2fast.run.folder import RunFolder
 from es2fast.run.metrics import check_trackers
 from es2fast.training.refusals import anchor_line, check_refusals
+from es2fast.training.stage import choose_stage
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Plan:
 
     world_size: ranks; device: "cpu" or "cuda"; dtype: "bf16" or "fp32"; deepspeed: the complete
     DeepSpeed mapping (copy it before changing it); model: the transformers config; lengths: tokens
-    of every training prompt, harmful ones first.
+    of every training prompt, harmful ones first; why_stage: the line on `deepspeed: auto`, else "".
     """
 
     config: Config
@@ -43,6 +45,7 @@ class Plan:
     model: Any
     deepspeed: dict[str, Any]
     lengths: list[int]
+    why_stage: str = ""
 
     @property
     def zero_stage(self) -> int:
@@ -86,6 +89,7 @@ class Plan:
             f"ZeRO stage {self.zero_stage}; {train.micro_batch_size} pairs x "
             f"{train.gradient_accumulation} micro-batches x {self.world_size} ranks = "
             f"{self.deepspeed['train_batch_size']} pairs per step",
+            *([self.why_stage] if self.why_stage else []),
             f"steps: {train.steps} = {epochs['harmful']:.1f} passes over the harmful and "
             f"{epochs['harmless']:.1f} over the harmless prompts{rare}",
         ]
@@ -96,7 +100,8 @@ def make_plan(config: Config, *, world_size: int = 1) -> Plan:
 
     Args:
         config: the run.
-        world_size: ranks it will have.
+        world_size: ranks it will have. In a process group every rank calls this: with `deepspeed:
+            auto` they agree on the stage.
 
     Raises:
         UserError: the first mistake found.
@@ -112,7 +117,14 @@ def make_plan(config: Config, *, world_size: int = 1) -> Plan:
     dtype = resolve_dtype(config.model.dtype, device)
     model = load_model_config(config.model)
     check_weights(config.model.name)
-    deepspeed = build_deepspeed(config, world_size=world_size, dtype=dtype, model_config=model)
+    auto = config.deepspeed == AUTO
+    deepspeed = build_deepspeed(
+        config,
+        world_size=world_size,
+        dtype=dtype,
+        model_config=model,
+        preset="zero2" if auto else None,
+    )
     if config.layers != "auto":
         check_layers(config.layers, model.get_text_config().num_hidden_layers)
     groups = load_groups(config.data)
@@ -131,4 +143,18 @@ def make_plan(config: Config, *, world_size: int = 1) -> Plan:
         lengths=[len(formatter.prompt_ids(p)) for p in groups.harmful + groups.harmless],
     )
     plan.sampler(0)  # raises where a group or a size is too small
-    return plan
+    return _with_stage(plan) if auto else plan
+
+
+def _with_stage(plan: Plan) -> Plan:
+    """The plan with the ZeRO stage that fits."""
+    data = plan.config.data
+    choice = choose_stage(
+        plan.config,
+        plan.model,
+        world_size=plan.world_size,
+        device=plan.device,
+        dtype=plan.dtype,
+        longest=min(data.max_length, max(plan.lengths) + data.max_response_tokens),
+    )
+    return dataclasses.replace(plan, deepspeed=choice.deepspeed, why_stage=choice.line)

@@ -27,7 +27,8 @@ def run(config: Config) -> tuple[Plan, TrainResult] | None:
     if runtime.is_main:
         plan.folder.claim()
         save_config(config, plan.folder.config)
-        print("\n".join(plan.groups.report.lines()), flush=True)
+        lines = [*plan.groups.report.lines(), *([plan.why_stage] if plan.why_stage else [])]
+        print("\n".join(lines), flush=True)
     runtime.barrier()
     result = train(plan, runtime)
     if runtime.is_main:
@@ -41,4 +42,5 @@ def run(config: Config) -> tuple[Plan, TrainResult] | None:
 
 def summary(plan: Plan, result: TrainResult) -> dict[str, object]:
     """What train.json holds."""
-    return result.to_dict() | {"truncated_prompts": plan.formatter.truncated}
+    told = {"truncated_prompts": plan.formatter.truncated, "zero_stage": plan.zero_stage}
+    return result.to_dict() | told

@@ -73,6 +73,8 @@ def test_auto_values_that_belong_to_the_run_are_filled(tmp_path: Path) -> None:
 def test_missing_and_broken_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'zero3'"):
         load_deepspeed("zero-3")
+    with pytest.raises(UserError, match="did you mean 'auto'"):
+        load_deepspeed("Auto")
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         load_deepspeed(str(tmp_path / "x.json"))

@@ -48,6 +48,7 @@ def run_family(family: str, folder: Path) -> dict[str, Any]:
                 "steps": 3, "micro_batch_size": 2, "lr": 1e-3, "schedule": "constant",
                 "warmup_ratio": 0.0, "device": "cpu",
             },
+            "deepspeed": "zero3",
         }
     )  # fmt: skip
     runtime = runtimes.start(config)

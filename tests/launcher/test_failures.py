@@ -28,7 +28,9 @@ class Broken(LlamaForCausalLM):
 """
 
 
-def run(folder: Path, override: str = "train.seed=0", **changes: Any) -> list[str]:
+def run(
+    folder: Path, override: str = "train.seed=0", deepspeed: str = "zero3", **changes: Any
+) -> list[str]:
     """Lines on stderr of a run that fails; rank 1 has one override more."""
     if not (folder / "model").exists():
         save_tiny(folder / "model")
@@ -36,6 +38,7 @@ def run(folder: Path, override: str = "train.seed=0", **changes: Any) -> list[st
         "model": {"name": str(folder / "model"), "dtype": "fp32", "trust_remote_code": True},
         "data": write_prompts(folder / "data"),
         "train": {"steps": 1, "micro_batch_size": 1, "device": "cpu"},
+        "deepspeed": deepspeed,
         "output_dir": str(folder / "run"),
     }
     for name, change in changes.items():
@@ -58,8 +61,9 @@ def errors(lines: list[str]) -> list[str]:
     return [line for line in lines if line.startswith(("error: ", "[rank "))]
 
 
-def test_a_file_that_only_one_node_lacks(tmp_path: Path) -> None:
-    lines = run(tmp_path, "data.harmful=absent.jsonl")
+@pytest.mark.parametrize("deepspeed", ["zero3", "auto"])  # auto: rank 0 waits for rank 1's memory
+def test_a_file_that_only_one_node_lacks(tmp_path: Path, deepspeed: str) -> None:
+    lines = run(tmp_path, "data.harmful=absent.jsonl", deepspeed)
     first = errors(lines)[0]
     assert first.startswith("[rank 1] error: ") and "absent.jsonl" in first
     assert not any("Traceback" in line for line in lines if line.startswith("[rank 1]"))

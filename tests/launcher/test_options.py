@@ -30,6 +30,7 @@ def test_all_options_together(tmp_path: Path) -> None:
         },
         "refusal": {"weight": 2.0, "prefill": {"probability": 0.5}},
         "train": {"steps": 8, "micro_batch_size": 2, "lr": 1e-2, "device": "cpu"},
+        "deepspeed": "zero3",
         "output_dir": str(tmp_path / "run"),
     }  # fmt: skip
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))

@@ -45,6 +45,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "steps": 4, "micro_batch_size": 1, "trainable": "lora", "lr": 1e-2, "lora": {"r": 4},
             "device": "cpu", "report_to": ["tensorboard"], "gradient_accumulation": 2,
         },
+        "deepspeed": "zero3",
         "output_dir": str(folder / "run"),
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
@@ -74,6 +75,7 @@ def test_metrics_and_resolved_configuration_are_written(run: Path) -> None:
     saved = yaml.safe_load((run / "run/config.yaml").read_text())
     assert saved["train"]["seed"] == 3 and saved["kl"]["direction"] == "forward"
     assert list((run / "run/tensorboard").iterdir())
+    assert json.loads((run / "run/train.json").read_text())["zero_stage"] == 3
 
 
 def test_layers_are_chosen_under_zero_3_as_on_one_rank(run: Path) -> None:

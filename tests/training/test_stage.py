@@ -1,0 +1,156 @@
+"""`deepspeed: auto`: what is counted, what is estimated, what is picked, on all ranks alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_models import save_tiny, tiny_model, write_prompts
+from torch import multiprocessing
+
+from es2fast.config import parse_config
+from es2fast.distributed.memory import cpu_memory, memory_per_rank
+from es2fast.errors import UserError
+from es2fast.modeling.teacher import set_trainable
+from es2fast.training.memory import Estimate, Sizes, estimate, model_sizes
+from es2fast.training.stage import pick
+from training import stage_ranks
+
+SIZES = Sizes(total=10**9, trained=10**8, depth=10, hidden=100, inner=300,
+              vocabulary=1000)  # fmt: skip
+SMALL = Estimate(2, 4e9, 4e9, 1e9, 1e9, 1e9)
+SPLIT = Estimate(3, 1e9, 1e9, 1e9, 1e9, 2e9)
+
+
+def needs(
+    stage: int, ranks: int, device: str, dtype: str, live: int = 10**8, **train: Any
+) -> Estimate:
+    config = parse_config({"model": {"name": "m"}, "train": {"micro_batch_size": 1} | train})
+    zero = {"stage": stage, "reduce_bucket_size": 10**6, "stage3_max_live_parameters": live}
+    return estimate(config, SIZES, zero, world_size=ranks, device=device, dtype=dtype, longest=100)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("train", "layers"),
+    [
+        ({"trainable": "blocks"}, [0, 2]),
+        ({"trainable": "blocks", "trainable_blocks": "all"}, [0, 2]),
+        ({"trainable": "lora", "lora": {"r": 4}}, [1]),
+        ({"trainable": "all"}, [1]),
+    ],
+)
+def test_counts_are_those_of_the_loaded_model(
+    train: dict[str, Any], layers: list[int], tied: bool
+) -> None:
+    config = parse_config({"model": {"name": "m"}, "train": train, "layers": layers})
+    model = tiny_model("qwen3", tie_word_embeddings=tied)
+    found = model_sizes(config, model.config)
+    assert found.total == sum(p.numel() for p in model.parameters())
+    student = set_trainable(model, config.train, max(layers))
+    assert found.trained == sum(p.numel() for p in student.parameters() if p.requires_grad)
+
+
+def test_layers_that_are_chosen_later_count_as_the_deepest_possible() -> None:
+    def trained(layers: Any) -> int:
+        config = parse_config({"model": {"name": "m"}, "layers": layers})
+        return model_sizes(config, tiny_model("llama", num_hidden_layers=10).config).trained
+
+    assert trained("auto") == trained([0, 8]) > trained([0, 7])
+
+
+def test_lora_targets_that_do_not_exist_are_named() -> None:
+    raw = {"model": {"name": "m"}, "train": {"trainable": "lora", "lora": {"targets": ["nowhere"]}}}
+    with pytest.raises(UserError, match=r"train\.lora\.targets.*nowhere"):
+        model_sizes(parse_config(raw), tiny_model("llama").config)
+
+
+@pytest.mark.parametrize(("dtype", "item"), [("bf16", 2), ("fp32", 4)])
+def test_stages_share_what_they_partition(dtype: str, item: int) -> None:
+    for ranks in (1, 4):
+        two, three = (needs(stage, ranks, "cuda", dtype) for stage in (2, 3))
+        assert two.weights == two.teacher == item * 1e9
+        assert three.weights == three.teacher == item * 1e9 / ranks
+        assert two.optimizer == three.optimizer == 12 * 1e8 / ranks
+        assert two.gradients == three.gradients == 8 * 1e8 / ranks
+        assert three.workspace - two.workspace == pytest.approx(item * 10**8)
+        assert needs(3, ranks, "cuda", dtype, live=10**10).total > two.total  # nothing is let go
+
+
+def test_lora_has_no_teacher_and_checkpoints_fewer_activations() -> None:
+    plain = needs(2, 2, "cuda", "bf16")
+    assert needs(2, 2, "cuda", "bf16", trainable="lora").teacher == 0
+    saved = plain.workspace - needs(2, 2, "cuda", "bf16", gradient_checkpointing=True).workspace
+    kept = 12 * 100 + 4 * 300  # elements per token and block
+    assert saved == pytest.approx(2 * 200 * (10 * kept - 10 * 100 - kept), rel=1e-6)
+
+
+def test_a_cpu_also_holds_the_copies_that_a_gpu_leaves_to_it() -> None:
+    assert needs(2, 2, "cpu", "fp32").workspace > 4e9  # the finished model, gathered on rank 0
+
+
+def test_stage_3_only_where_stage_2_does_not_fit() -> None:
+    stage, reason = pick(SMALL, SPLIT, int(14e9), ranks=2)
+    assert stage == 2 and reason.startswith("11 GB per rank of 14 GB (weights 4, teacher 4, ")
+    stage, reason = pick(SMALL, SPLIT, int(13e9), ranks=2)  # 80 % of it are 10.4
+    assert stage == 3 and "may fail" not in reason
+    assert reason.startswith("stage 2 would need 11 GB per rank, stage 3 6 GB per rank of 13 GB")
+
+
+def test_what_fits_nowhere_takes_the_least_and_says_so() -> None:
+    stage, reason = pick(SMALL, SPLIT, int(7e9), ranks=2)
+    assert stage == 3 and "above 80% and may fail" in reason and "train.trainable=lora" in reason
+    stage, reason = pick(SMALL, SPLIT, int(7e9), ranks=1)  # nobody to share with
+    assert stage == 2 and "may fail" in reason
+    wide = dataclasses.replace(SPLIT, workspace=9e9)  # gathers more than it shares
+    assert pick(SMALL, wide, int(7e9), ranks=2)[0] == 2
+
+
+def test_memory_that_is_not_known_counts_as_little() -> None:
+    assert pick(SMALL, SPLIT, None, ranks=2)[0] == 3
+    stage, reason = pick(SMALL, SPLIT, None, ranks=1)
+    assert stage == 2 and "not known" in reason
+
+
+def test_ranks_of_a_machine_share_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meminfo = tmp_path / "meminfo"
+    monkeypatch.setattr("es2fast.distributed.memory.MEMINFO", meminfo)
+    meminfo.write_text("MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable: 1000 kB\n")
+    assert cpu_memory() == 1_024_000
+    assert memory_per_rank("cpu", 4) == 256_000
+    limit = tmp_path / "limit"
+    monkeypatch.setattr("es2fast.distributed.memory.CONTAINER", (limit,))
+    limit.write_text("max\n")
+    assert cpu_memory() == 1_024_000
+    limit.write_text("512000\n")
+    assert cpu_memory() == 512_000
+    meminfo.write_text("MemTotal: 9000 kB\n")
+    assert cpu_memory() is None and memory_per_rank("cpu", 4) is None
+
+
+@pytest.mark.slow
+def test_ranks_with_unequal_memory_take_the_same_stage(tmp_path: Path) -> None:
+    """By its own memory rank 0 would take stage 2, rank 1 stage 3: a run of both would hang."""
+    model = save_tiny(tmp_path / "model")
+    settings = json.loads((model / "config.json").read_text())  # a plan reads no weights
+    settings |= {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+    (model / "config.json").write_text(json.dumps(settings))
+    raw = {
+        "model": {"name": str(model), "dtype": "fp32"},
+        "data": write_prompts(tmp_path / "data"),
+        "train": {"device": "cpu"},
+        "output_dir": str(tmp_path / "run"),
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
+    available = [10**13, 10**11]
+    multiprocessing.spawn(stage_ranks.worker, (available, str(tmp_path)), nprocs=2)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert [one["alone"] for one in found] == [2, 3]
+    assert [one["stage"] for one in found] == [3, 3]
+    assert found[0]["line"] == found[1]["line"]
