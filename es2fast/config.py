@@ -266,6 +266,7 @@ class SeparationConfig(_Section):
         loss, margin, band = self.loss, self.margin, self.norm_band
         if margin is None:
             self.margin = _DEFAULT_MARGINS.get(loss)
+            self.model_fields_set.discard("margin")  # another loss has another default
         elif loss in ("l2", "log"):
             raise ValueError(
                 f"margin={margin:g} with loss={loss!r}, which has none; leave it out or use "
