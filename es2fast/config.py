@@ -59,6 +59,17 @@ class DataSource(_Section):
         "prompts are also counted by it",
     )
 
+    @field_validator("rows", mode="before")
+    @classmethod
+    def _quoted(cls, value: Any) -> Any:
+        """YAML 1.1 reads a bare 10:20 as minutes and seconds."""
+        if isinstance(value, int):
+            raise ValueError(
+                f"{value} is a number, which YAML also makes of a bare 10:20; quote the slice, as "
+                "in rows: '10:20'"
+            )
+        return value
+
 
 def _source_list(value: Any) -> Any:
     """A single source, or a bare string, stands for a list of one."""
