@@ -1,7 +1,7 @@
 """The command line: `es2fast harden | tune | train | evaluate | attacks | compare | judges ...`.
 
 Heavy imports happen inside the commands, so `--help` answers at once. A user's mistake is one line
-on stderr and exit code 2.
+on stderr and exit code 2, or 3 where a safeguard stopped the training.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from es2fast.config import load_config
-from es2fast.errors import UserError
+from es2fast.errors import STOPPED, RunStopped, UserError
 from es2fast.harden.command import harden
 from es2fast.tune.command import tune
 
@@ -49,7 +49,7 @@ def main() -> None:
             report(error)
         else:
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(STOPPED if isinstance(error, RunStopped) else 2)
 
 
 def _print_version(wanted: bool) -> None:

@@ -59,6 +59,17 @@ class DataSource(_Section):
         "prompts are also counted by it",
     )
 
+    @field_validator("rows", mode="before")
+    @classmethod
+    def _quoted(cls, value: Any) -> Any:
+        """YAML 1.1 reads a bare 10:20 as minutes and seconds."""
+        if isinstance(value, int):
+            raise ValueError(
+                f"{value} is a number, which YAML also makes of a bare 10:20; quote the slice, as "
+                "in rows: '10:20'"
+            )
+        return value
+
 
 def _source_list(value: Any) -> Any:
     """A single source, or a bare string, stands for a list of one."""
@@ -266,6 +277,7 @@ class SeparationConfig(_Section):
         loss, margin, band = self.loss, self.margin, self.norm_band
         if margin is None:
             self.margin = _DEFAULT_MARGINS.get(loss)
+            self.model_fields_set.discard("margin")  # another loss has another default
         elif loss in ("l2", "log"):
             raise ValueError(
                 f"margin={margin:g} with loss={loss!r}, which has none; leave it out or use "

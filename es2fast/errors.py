@@ -9,5 +9,8 @@ class UserError(ValueError):
     """
 
 
+STOPPED = 3  # exit code of a training that a safeguard ended
+
+
 class RunStopped(UserError):
-    """A safeguard ended the training, on every rank together; exit code 3."""
+    """A safeguard ended the training, on every rank together; exit code `STOPPED`."""

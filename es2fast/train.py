@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from es2fast.config import Config, load_config
 from es2fast.distributed.failures import report
 from es2fast.distributed.runtime import stop
-from es2fast.errors import RunStopped, UserError
+from es2fast.errors import STOPPED, RunStopped, UserError
 
 if TYPE_CHECKING:
     from es2fast.training.loop import TrainResult
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunStopped as error:
         report(error)
         stop()  # every rank is here
-        return 3
+        return STOPPED
     except Exception as error:
         report(error)
         return 2 if isinstance(error, UserError) else 1

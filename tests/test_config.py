@@ -52,6 +52,10 @@ MINIMAL = {"model": {"name": "m"}}
             {"model": {"name": "m"}, "separation": {"loss": "cosine", "margin": 4.0}},
             ["separation", "margin=4", "cosine"],
         ),
+        (
+            {"model": {"name": "m"}, "data": {"harmful": [{"source": "x.txt", "rows": 620}]}},
+            ["data.harmful", "rows", "620", "rows: '10:20'"],
+        ),
         ({"model": {"name": "m"}, "separation": {"margin": -1}}, ["margin=-1", "greater than 0"]),
         (
             {"model": {"name": "m"}, "separation": {"norm_band": [1.5, 2.0]}},

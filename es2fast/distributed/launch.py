@@ -10,9 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from es2fast.distributed.runtime import resolve_device
-from es2fast.errors import RunStopped, UserError
-
-STOPPED = 3  # exit code of a training that a safeguard ended
+from es2fast.errors import STOPPED, RunStopped, UserError
 
 
 def launch(

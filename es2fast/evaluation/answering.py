@@ -74,15 +74,15 @@ class Preparation:
 
     Args:
         attack: unprepared.
-        settings: what the file's content must have been made with.
+        key: of what the file's content must have been made with.
         path: the file.
         prepare: prepares the attack on its model and says how many seconds that took.
     """
 
-    def __init__(self, attack: Attack, settings: str, path: Path, prepare: Callable[[], float]):
-        self.attack, self._settings, self._path = attack, settings, path
+    def __init__(self, attack: Attack, key: str, path: Path, prepare: Callable[[], float]):
+        self.attack, self._key, self._path = attack, key, path
         self._prepare, self._done = prepare, False
-        self._record = _saved_record(path, settings)
+        self._record = _saved_record(path, key)
 
     @property
     def told(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class Preparation:
     def spend(self, seconds: float) -> None:
         """Adds to what the attack took."""
         self._record["seconds"] = self._record.get("seconds", 0.0) + seconds
-        plain = {"settings": self._settings, **self._record}
+        plain = {"key": self._key, **self._record}
         write_text(self._path, json.dumps(plain, indent=1) + "\n")
 
 
@@ -206,7 +206,9 @@ class SubjectAnswers:
             return time.perf_counter() - started
 
         path = self._folder.measured / f"{self.subject.name}.{attack.label}.json"
-        return Preparation(attack, self.scope(attack, HARMFUL).settings, path, prepare)
+        scope = self.scope(attack, HARMFUL)
+        key = hash_of(scope.fingerprint, scope.settings, scope.seed)
+        return Preparation(attack, key, path, prepare)
 
     def answers(
         self,
@@ -317,13 +319,13 @@ def subject_answers(
     return found
 
 
-def _saved_record(path: Path, settings: str) -> dict[str, Any]:
-    """`summary` and `seconds` of an attack with these settings that was prepared before."""
+def _saved_record(path: Path, key: str) -> dict[str, Any]:
+    """`summary` and `seconds` of an attack that was prepared before under this key."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    if record.pop("settings", None) != settings:
+    if record.pop("key", None) != key:
         return {}
     return record
 

@@ -131,11 +131,10 @@ class SubjectEvaluation:
         """The answers under one attack, and what it tells about itself."""
         coverage = attack.coverage(self._prompts.harmful)
         ready = self._prepared[attack.label] = self._answers.preparation(attack)
-        told = ready.told  # an attack that cannot be prepared says so before anything else
         answers = self._answers.answers(
             attack, HARMFUL, self._prompts.harmful, ready.ensure, ready.spend
         )
-        return AttackAnswers(answers, {**told, **coverage, "seconds": ready.told["seconds"]})
+        return AttackAnswers(answers, {**ready.told, **coverage})
 
     def _measured(self, harmless: Sequence[str], others: Sequence[Subject]) -> Measured:
         """Geometry and KL: what was saved, or measured now."""

@@ -48,7 +48,8 @@ def refusal_starts(
             for phrase in refusal_phrases()
             if phrase.split()[0] in FIRST_PERSON
         ]
-    ids = {formatter.opening_ids(prompt, text, 1)[0] for text in refusals if text.strip()}
+    found = [formatter.opening_ids(prompt, text, 1) for text in refusals if text.strip()]
+    ids = {start[0] for start in found if start}  # a prompt of data.max_length leaves no room
     return sorted(ids - {formatter.tokenizer.unk_token_id})
 
 

@@ -153,7 +153,7 @@ def measure_effects(
         return Effects(
             None, f"separation.space={config.separation.space}, where no push enters the stream"
         )
-    starts = refusal_starts(formatter, harmful[0], refusals)
+    starts = refusal_starts(formatter, Prompt.of("..."), refusals)
     if not starts:
         return Effects(None, "the tokenizer knows no word that a refusal starts with")
     gaps = {one.row.layer: one.gap for one in probed}

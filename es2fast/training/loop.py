@@ -32,7 +32,7 @@ from es2fast.training.refusals import (
     refusal_metrics,
 )
 from es2fast.training.robust import SimulatedAttack
-from es2fast.training.safeguards import CollapseMonitor, EarlyStop
+from es2fast.training.safeguards import CollapseMonitor, EarlyStop, remedy
 from es2fast.training.step import measure_kl, train_step
 from es2fast.training.weights import GoodWeights, TrainableWeights
 
@@ -97,7 +97,7 @@ def train(plan: Plan, runtime: Runtime) -> TrainResult:
             good.restore()
             _save(engine, plan, folder.last_good, runtime)
         runtime.barrier()
-        raise RunStopped(_stop_message(result, good, folder))
+        raise RunStopped(_stop_message(result, result.trouble, good, folder))
     _save(engine, plan, folder.model, runtime)
     if runtime.is_main and result.scale < 1:
         print(
@@ -117,7 +117,7 @@ def _save(engine: Any, plan: Plan, target: Path, runtime: Runtime) -> None:
         save_config(plan.config, target / "es2fast.yaml")
 
 
-def _stop_message(result: TrainResult, good: GoodWeights, folder: RunFolder) -> str:
+def _stop_message(result: TrainResult, trouble: str, good: GoodWeights, folder: RunFolder) -> str:
     if good.copy is None:
         kept = "no weights were measured to be sane, nothing was saved"
     elif good.copy.step == 0:
@@ -127,9 +127,8 @@ def _stop_message(result: TrainResult, good: GoodWeights, folder: RunFolder) -> 
         kept = f"the weights of step {good.copy.step} (KL {good.copy.kl:.2g}) {where}"
     earlier = ", the earlier run is in previous/" if folder.previous.is_dir() else ""
     return (
-        f"training stopped at step {result.steps}: {result.trouble}; {kept}; model/ was not "
-        f"written{earlier}. Lower train.lr, raise kl.weight, set kl.budget or use "
-        "separation.loss=hinge"
+        f"training stopped at step {result.steps}: {trouble}; {kept}; model/ was not "
+        f"written{earlier}. {remedy(trouble)}"
     )
 
 
@@ -181,7 +180,7 @@ def _loop(
     began = time.perf_counter()
     steps = config.train.steps
     dual, target = DualAscent(config), EarlyStop(config.train.early_stop)
-    monitor = CollapseMonitor(config)
+    monitor = CollapseMonitor(config, runtime.world_size)
     depth = len(blocks(engine.module.student))
     simulated = SimulatedAttack(config, prepared.layers, runtime, depth)
     weights = TrainableWeights(engine.module.student)
@@ -202,9 +201,9 @@ def _loop(
         row = _row(step, sums, dual.weight, prepared, engine, time.perf_counter() - started)
         if config.separation.robust.probability:
             row["attacked"] = float(attack is not None)
-        good.measured(monitor.sane(row), row["kl"])
         trouble = monitor.verdict(row)
-        met = target.reached(row, prepared.layers)
+        good.measured(monitor.sane(row), row["kl"])
+        met = target.reached(row, prepared.layers, margin == config.separation.margin)
         ended = trouble is not None or met or step == steps
         if ended or step % config.train.log_every == 0:
             writer.log(row)
@@ -241,8 +240,8 @@ def margin_at(config: Config, step: int) -> float | None:
     section = config.separation
     if section.margin is None or not section.ramp:
         return section.margin
-    share = min(1.0, step / (section.ramp * config.train.steps))
-    return 1.0 + share * (section.margin - 1.0)
+    share = step / (section.ramp * config.train.steps)
+    return section.margin if share >= 1 else 1.0 + share * (section.margin - 1.0)
 
 
 def _row(

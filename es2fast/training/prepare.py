@@ -108,13 +108,14 @@ def prepare(plan: Plan, runtime: Runtime) -> tuple[Prepared, list[Prompt], Ancho
         check_layers(config.layers, len(blocks(model)))
     harmless = fill_responses(plan, model, runtime)
     texts = own_refusals(plan, model, runtime)
+    own = texts.refusals if texts and wants_answers(config) and not texts.borrowed else None
     prepared = measure(
         plan,
         model,
         lambda **inputs: run("states", **inputs),
         runtime,
         logits=lambda **inputs: run("logits", **inputs),
-        refusals=texts.refusals if texts and wants_answers(config) else None,
+        refusals=own,
     )
     release()
     return prepared, harmless, texts

@@ -8,8 +8,9 @@ again; with a refusal anchor the answer has to refuse all the same.
 
     mean_difference   h <- h + c (mean_B - mean_A)    at one block, last prompt token onwards
     replacement       h <- mean_B                     at one block, last prompt token
-    ablation          h <- h - r r^T h                at every block and token, r one block's
-                                                      difference of the means, of length 1
+    ablation          h <- h - r r^T h                at every token and block (without a refusal
+                                                      anchor up to the deepest separated one), r one
+                                                      block's difference of the means, of length 1
     scav              h <- h + push(h)                at every separated block whose probe is
                                                       accurate enough, last prompt token onwards
 
@@ -33,6 +34,8 @@ from es2fast.attacks.states.scav import Scav
 from es2fast.config import Config
 from es2fast.distributed.runtime import Runtime
 from es2fast.modeling.taps import Intervention
+
+FEWEST = 4  # states per group that a probe is fitted on
 
 
 class SimulatedAttack:
@@ -69,12 +72,18 @@ class SimulatedAttack:
         name = draw.choice(settings.attacks)
         layer = draw.choice(self._reached if settings.blocks == "all" else self._layers)
         strength = draw.uniform(*settings.strength)
-        if not attacked or not self._kept:
+        if not attacked or not self._known():
             return None
         if self._fitted is None or step - self._fitted >= settings.refit_every:
             self._fit()
             self._fitted = step
         return self._made(name, layer, strength)
+
+    def _known(self) -> bool:
+        """There are states to fit on; as many on every rank, so all ranks say the same."""
+        fewest = FEWEST if "scav" in self._settings.attacks else 1
+        counts = [len(rows) for pair in self._kept.values() for rows in pair]
+        return min(counts, default=0) * self._runtime.world_size >= fewest
 
     def observe(self, outputs: dict[int, Tensor], num_harmful: int) -> None:
         """Keeps the block outputs (layer -> (n + m, H), harmful first) of a clean micro-batch."""

@@ -1,6 +1,6 @@
 """When a run ends before its last step: its target is met, or the model is breaking.
 
-Both see the same numbers on every rank (sums over ranks, see `loop.train_step`), so all ranks
+Both see the same numbers on every rank (sums over ranks, see `step.train_step`), so all ranks
 decide alike and stop together.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 from es2fast.config import Config
 
 AT_REST = 0.01  # of d0: what is left of a bounded loss when its target counts as met
+MOST_REFUSALS = "safeguards.max_harmless_refusals"
 REFUSED = 0.99  # share of the refusals' first tokens that are predicted
 
 
@@ -24,8 +25,9 @@ class EarlyStop:
         self._enabled = enabled
         self._met = 0
 
-    def reached(self, row: dict[str, Any], layers: Sequence[int]) -> bool:
-        met = all(row[f"sep/{layer}"] <= AT_REST for layer in layers)
+    def reached(self, row: dict[str, Any], layers: Sequence[int], full: bool = True) -> bool:
+        """After each step; full: its margin was the whole one, see `separation.ramp`."""
+        met = full and all(row[f"sep/{layer}"] <= AT_REST for layer in layers)
         met = met and row.get("refusal_top1", 1.0) >= REFUSED
         self._met = self._met + 1 if met else 0
         return self._enabled and self._met >= 5
@@ -39,21 +41,26 @@ class CollapseMonitor:
     last for `patience` steps. There is no separate watch on the entropy of the next-token
     distribution: one that collapses is far from the base model's, which is what the KL measures.
     Refusals of harmless prompts, which only a refusal anchor teaches, count as a running mean.
+
+    Args:
+        world_size: ranks whose rows a step's share of refusals is over.
     """
 
     FIRST = 10
     MEMORY = 50.0  # harmless rows that the running mean of their refusals goes back
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, world_size: int = 1):
         self._guard = config.safeguards
         self._steps = 0
         self._in_a_row = 0
         self._largest = 0.0
-        self._rows = config.train.micro_batch_size * config.train.gradient_accumulation
+        train = config.train
+        self._rows = train.micro_batch_size * train.gradient_accumulation * world_size
         self._refusals: float | None = None
 
     def sane(self, row: dict[str, Any]) -> bool:
-        """These numbers are those of weights worth keeping."""
+        """These numbers are those of weights worth keeping; asked after `verdict`, which has the
+        step's refusals in the running mean."""
         return self._complaint(row) is None
 
     def verdict(self, row: dict[str, Any]) -> str | None:
@@ -91,7 +98,7 @@ class CollapseMonitor:
         if most is not None and self._refusals is not None and self._refusals > most:
             return (
                 f"{self._refusals:.0%} of the harmless prompts were about to be refused, above "
-                f"safeguards.max_harmless_refusals={most:g}"
+                f"{MOST_REFUSALS}={most:g}"
             )
         if not math.isfinite(norm):
             return f"the gradient norm was {norm}"
@@ -102,3 +109,10 @@ class CollapseMonitor:
                 f"times that of the first steps ({self._largest:.3g})"
             )
         return None
+
+
+def remedy(trouble: str) -> str:
+    """What to change where the monitor said `trouble`."""
+    if MOST_REFUSALS in trouble:
+        return "Add prompts to data.borderline, lower refusal.weight or raise kl.weight"
+    return "Lower train.lr, raise kl.weight, set kl.budget or use separation.loss=hinge"

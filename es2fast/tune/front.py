@@ -121,5 +121,6 @@ def pick(study: Any, folder: StudyFolder, number: int) -> Path:
     config = load_config(folder.trial(number) / RECIPE)
     target = folder.picked(number)
     output = str(folder.path / f"pick-{number}")
-    save_config(config.model_copy(update={"output_dir": output}), target)
+    train = config.train.model_copy(update={"overwrite": False})
+    save_config(config.model_copy(update={"output_dir": output, "train": train}), target)
     return target

@@ -105,7 +105,7 @@ class Space:
                 message = first["msg"].removeprefix("Value error, ")
                 raise UserError(f"--space {path}: {where}: {message}") from None
             try:
-                load_config(config.model_dump(mode="json"), [f"{key}={_sample(dimensions[key])}"])
+                load_config(varied(config), [f"{key}={_sample(dimensions[key])}"])
             except UserError as error:
                 raise UserError(f"--space {path}: {error}") from None
         return cls(dimensions)
@@ -132,6 +132,11 @@ class Space:
             if dimension.holds(value):
                 point[key] = value
         return point
+
+
+def varied(config: Config) -> dict[str, Any]:
+    """What was set in a configuration: defaults that follow from other keys stay free to do so."""
+    return config.model_dump(mode="json", exclude_unset=True)
 
 
 def _sample(dimension: Dimension) -> str:

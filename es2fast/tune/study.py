@@ -23,7 +23,7 @@ from es2fast.config import Config, load_config, save_config
 from es2fast.errors import RunStopped, UserError
 from es2fast.modeling.load import load_model_config
 from es2fast.run.files import write_text
-from es2fast.tune.space import Space
+from es2fast.tune.space import Space, varied
 from es2fast.tune.trial import describe, run_trial
 
 NAME = "es2fast"
@@ -150,7 +150,7 @@ def _one(
     path = folder.trial(trial.number)
     print(f"trial {trial.number}: {describe(trial.params)}", flush=True)
     try:
-        raw = config.model_dump(mode="json") | {"output_dir": str(path)}
+        raw = varied(config) | {"output_dir": str(path)}
         found = run_trial(load_config(raw, overrides), ranks, _finished(study, folder))
     except UserError as error:
         state = TrialState.PRUNED if isinstance(error, RunStopped) else TrialState.FAIL

@@ -201,6 +201,29 @@ def test_what_is_known_needs_no_model(parts: Parts, tmp_path: Path) -> None:
     assert plain(evaluate_models(subjects, parts[2], CONFIG, folder, layers=[1])) == plain(first)
 
 
+@pytest.mark.parametrize("factor, seed", [(50.0, 0), (1.0, 1)])
+def test_what_is_told_of_an_attack_is_of_this_model_and_seed(
+    parts: Parts, factor: float, seed: int, tmp_path: Path
+) -> None:
+    """Two models of one name, or two seeds, one after the other in one folder."""
+    model, formatter, prompts = parts
+
+    def told(factor: float, seed: int, folder: Path) -> Any:
+        subjects = [Subject.of("model", scaled(model, factor), formatter)]
+        settings = EvaluateConfig(max_new_tokens=4, attacks=["scav"], seed=seed)
+        report = evaluate_models(subjects, prompts, settings, RunFolder(folder))
+        return report.models[0].attacks["scav"].model_dump()
+
+    told(1.0, 0, tmp_path / "one")
+    record = tmp_path / "one" / "measured" / "model.scav.json"
+    first = json.loads(record.read_text())
+    first["summary"]["relative_push"] = first["seconds"] = 1000.0
+    record.write_text(json.dumps(first))
+    second, alone = (told(factor, seed, tmp_path / name) for name in ("one", "two"))
+    assert 0 < second.pop("seconds") < 1000 and alone.pop("seconds")
+    assert second == alone
+
+
 def test_other_settings_mean_other_answers(parts: Parts, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     subjects = pair(parts)[:1]

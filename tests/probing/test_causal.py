@@ -95,6 +95,8 @@ def test_what_a_refusal_starts_with(refusing: Any) -> None:
     assert refusal_starts(plain_words, HARMFUL[0]) == []  # not in its vocabulary
     own = refusal_starts(plain_words, HARMFUL[0], ["please draw .", "sure .", "sure here"])
     assert words.convert_ids_to_tokens(own) == ["please", "sure"]
+    full = Formatter(tokenizer(), DataConfig(max_length=8))
+    assert refusal_starts(full, Prompt.of("draw " * 20), ["sure ."]) == []  # no room
 
 
 class Stopped(Exception):

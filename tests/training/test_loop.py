@@ -20,5 +20,6 @@ def margins(separation: dict[str, Any], steps: int = 10) -> list[float | None]:
 def test_the_margin_grows_from_the_base_distance_to_its_full_size() -> None:
     found = margins({"margin": 4.0, "ramp": 0.5})
     assert found == pytest.approx([1.6, 2.2, 2.8, 3.4, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0])
+    assert margins({"margin": 0.3, "ramp": 0.5})[4:] == [0.3] * 6  # to the last digit
     assert margins({"margin": 3.0}) == [3.0] * 10
     assert margins({"loss": "l2"}) == [None] * 10

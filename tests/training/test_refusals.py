@@ -20,7 +20,7 @@ from es2fast.judges.rules import is_refusal
 from es2fast.modeling.load import load_causal_lm
 from es2fast.training.loop import Feed
 from es2fast.training.plan import Plan, make_plan
-from es2fast.training.prepare import own_refusals
+from es2fast.training.prepare import own_refusals, prepare
 from es2fast.training.refusals import (
     AnchorTexts,
     RefusalAnchor,
@@ -83,6 +83,13 @@ def test_a_model_that_refuses_nothing_learns_the_fallback(
     none = plan_of(tmp_path, tmp_path / "model", fallback=[])
     with pytest.raises(UserError, match=r"refuses none of the 6 .* refusal\.fallback"):
         own_refusals(none, model, ALONE)
+
+
+def test_a_fallback_is_not_taken_for_what_the_model_starts_a_refusal_with(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model")
+    plans = [plan_of(tmp_path, folder, fallback=[text]) for text in ("please .", "draw .")]
+    first, second = (prepare(plan, ALONE)[0] for plan in plans)
+    assert first.table == second.table and first.reason == second.reason
 
 
 def test_the_fallback_is_refusals_and_stays_unused_where_the_model_refuses() -> None:

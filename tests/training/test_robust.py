@@ -49,6 +49,14 @@ def test_the_same_steps_are_attacked_everywhere_and_none_before_states_are_known
     assert all(never.for_step(step) is None for step in range(1, 50))
 
 
+def test_steps_are_clean_until_a_probe_can_be_fitted() -> None:
+    simulated = SimulatedAttack(config(attacks=["scav"], probability=0.9), [1, 3], ALONE)
+    for _ in range(4):
+        assert all(simulated.for_step(step) is None for step in range(1, 20))
+        simulated.observe(states(1), 1)
+    assert any(simulated.for_step(step) is not None for step in range(1, 20))
+
+
 def attacks_of(simulated: SimulatedAttack, count: int = 200) -> list[Intervention]:
     found = (simulated.for_step(step) for step in range(1, count))
     return [attack for attack in found if attack is not None]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from es2fast.config import parse_config
-from es2fast.training.safeguards import CollapseMonitor, EarlyStop
+from es2fast.training.safeguards import CollapseMonitor, EarlyStop, remedy
 
 NAN = math.nan
 
@@ -20,6 +20,12 @@ def test_early_stop_wants_every_layer_at_rest_five_times_in_a_row() -> None:
     assert not stop.reached(busy, [1, 2])
     assert [stop.reached(rest, [1, 2]) for _ in range(5)] == [False] * 4 + [True]
     assert not any(EarlyStop(enabled=False).reached(rest, [1]) for _ in range(9))
+
+
+def test_early_stop_waits_for_the_whole_margin() -> None:
+    stop = EarlyStop(enabled=True)
+    assert not any(stop.reached({"sep/1": 0.0}, [1], full=False) for _ in range(9))
+    assert [stop.reached({"sep/1": 0.0}, [1]) for _ in range(5)] == [False] * 4 + [True]
 
 
 def test_early_stop_waits_for_the_refusals() -> None:
@@ -80,5 +86,19 @@ def test_refusals_of_harmless_prompts_stop_when_they_last() -> None:
     assert not any(found)
     words = [watch.verdict(row() | {"harmless_refusal": 0.75}) for _ in range(20)]
     assert words[0] is None and "safeguards.max_harmless_refusals=0.3" in (words[-1] or "")
+    assert "data.borderline" in remedy(words[-1] or "")
+    assert "data.borderline" not in remedy("the KL was 3")
     free = monitor(max_harmless_refusals=None)
     assert not any(free.verdict(row() | {"harmless_refusal": 1.0}) for _ in range(50))
+
+
+def test_the_mean_of_the_refusals_weighs_all_ranks_rows_and_this_step() -> None:
+    config = parse_config({"model": {"name": "m"}, "train": {"micro_batch_size": 5},
+                           "safeguards": {"max_harmless_refusals": 0.3}})  # fmt: skip
+    bad = row() | {"harmless_refusal": 1.0}
+    for ranks, steps in ((1, 4), (2, 2), (4, 1)):  # 1 - 0.9^4 = 0.34; 1 - 0.8^2 = 0.36; 0.4
+        watch, sane = CollapseMonitor(config, ranks), []
+        for _ in range(steps):
+            watch.verdict(bad)
+            sane.append(watch.sane(bad))
+        assert sane == [True] * (steps - 1) + [False]

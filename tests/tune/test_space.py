@@ -9,7 +9,7 @@ import pytest
 
 from es2fast.config import Config, load_config, parse_config
 from es2fast.errors import UserError
-from es2fast.tune.space import DEFAULT, Space
+from es2fast.tune.space import DEFAULT, Space, varied
 
 
 class Chosen:
@@ -54,6 +54,15 @@ def test_a_trial_is_an_ordinary_configuration(tmp_path: Path) -> None:
     assert found.kl.direction == "jsd" and found.train.betas == (0.8, 0.9)
     trial.values["layers"] = 0
     assert space.suggest(trial, depth=24)[0] == "layers=[12, 17]"
+
+
+def test_a_loss_brings_its_own_margin() -> None:
+    for base in (config(), config(separation={"ramp": 0.0})):
+        assert base.separation.margin == 4.0
+        found = load_config(varied(base), ["separation.loss=l2"])
+        assert found.separation.margin is None
+    kept = varied(config(separation={"margin": 3.0}, train={"lr": 1e-5}))
+    assert load_config(kept).separation.margin == 3.0 and kept["train"] == {"lr": 1e-5}
 
 
 def test_the_built_in_space_fits_the_recipes() -> None:

@@ -83,11 +83,12 @@ def test_the_front_is_what_nothing_beats(
     assert "trial 3: train.lr=0.001" in printed
     save_front(study, folder.front)
     assert folder.front.read_bytes().startswith(b"\x89PNG")
-    config = parse_config({"model": {"name": "m"}, "train": {"lr": 3e-4}})
+    config = parse_config({"model": {"name": "m"}, "train": {"lr": 3e-4, "overwrite": True}})
     folder.trial(3).mkdir(parents=True)
     save_config(config, folder.trial(3) / RECIPE)
     picked = yaml.safe_load(pick(study, folder, 3).read_text())
     assert picked["train"]["lr"] == 3e-4 and picked["output_dir"] == str(tmp_path / "pick-3")
+    assert picked["train"]["overwrite"] is False  # of the trials alone
     with pytest.raises(UserError, match=r"--pick: trial 9 has no result; those with one: 0, 1, 2"):
         pick(study, folder, 9)
 
