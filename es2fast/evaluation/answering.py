@@ -55,7 +55,8 @@ class Subject:
     @property
     def key(self) -> str:
         """What its answers depend on apart from the prompts."""
-        return hash_of(self.fingerprint, self.formatter.template_hash)
+        formatter = self.formatter
+        return hash_of(self.fingerprint, formatter.template_hash, formatter.data.max_length)
 
 
 @dataclass
@@ -269,11 +270,14 @@ class SubjectAnswers:
         """Settings hold all that an answer depends on beside model and prompt."""
         settings = self.settings
         fitted = [] if group == HARMLESS else [
-            prompt.turns for prompt in (*self.prompts.fit_harmful, *self.prompts.fit_harmless)
+            (prompt.turns, prompt.response)
+            for prompt in (*self.prompts.fit_harmful, *self.prompts.fit_harmless)
         ]  # fmt: skip
         chosen = attack.settings.model_dump(mode="json", exclude={"label"})
         base = self._base_subject.key if attack.needs_base and self._base_subject else ""
         more = [base] if base else []
+        if type(attack).prepare is not Attack.prepare:  # it may search, by the judge's verdicts
+            more.append(self._judge.identity)
         return Scope(
             model=self.subject.name,
             fingerprint=self.subject.key,

@@ -38,7 +38,7 @@ from es2fast.distributed.runtime import resolve_device, resolve_dtype
 from es2fast.errors import UserError
 from es2fast.judges.registry import make_judges
 from es2fast.modeling.batch_size import starting_rows
-from es2fast.modeling.load import load_causal_lm, load_tokenizer
+from es2fast.modeling.load import load_merged, load_tokenizer
 from es2fast.run.folder import RunFolder
 
 
@@ -124,7 +124,7 @@ def _target(config: Config, place: str, *, fitted: bool) -> Target:
 
     def load(name: str) -> Any:
         model = config.model.model_copy(update={"name": name, "revision": None})
-        loaded = load_causal_lm(model, dtype, settings.device_map).eval()
+        loaded = load_merged(model, dtype, settings.device_map).eval()
         return loaded if settings.device_map is not None else loaded.to(device)
 
     model, base = load(place), config.model.name

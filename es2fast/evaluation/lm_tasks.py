@@ -12,6 +12,7 @@ rows on the right without telling the model, so tasks under an attack run one ro
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -28,6 +29,7 @@ from es2fast.errors import UserError
 from es2fast.run.files import write_text
 
 PLAIN = "plain"  # no attack
+YAML = (".yaml", ".yml")
 Scores = dict[str, dict[str, dict[str, float | int | None]]]  # task -> metric -> value, stderr, n
 
 
@@ -35,8 +37,8 @@ def check(settings: LmEvalConfig, attacks: Sequence[Attack]) -> None:
     """What can be known before a model is loaded.
 
     Raises:
-        UserError: lm-eval is not installed; no such folder; an attack that is not in the list, or
-            cannot be in place while something else uses the model.
+        UserError: lm-eval is not installed; no such folder or task; an attack that is not in the
+            list, or cannot be in place while something else uses the model.
     """
     if not settings.tasks:
         return
@@ -58,6 +60,16 @@ def check(settings: LmEvalConfig, attacks: Sequence[Attack]) -> None:
                 f"evaluate.lm_eval.attacks: {name!r} changes what is asked, not the model, so "
                 "tasks cannot run under it; name an attack on states or weights"
             )
+    _manager(settings)
+
+
+def task_files(settings: LmEvalConfig) -> list[str]:
+    """Digests of the task files that are named: in `tasks_dir`, by path or by FOLDER/NAME."""
+    found = {path for path in map(Path, settings.tasks) if path.suffix in YAML}
+    folders = [path.parent for path in map(Path, settings.tasks) if path.parent != Path(".")]
+    for folder in [*folders, *([Path(settings.tasks_dir)] if settings.tasks_dir else [])]:
+        found |= {path for path in folder.rglob("*") if path.suffix in (*YAML, ".py")}
+    return sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in found if path.is_file())
 
 
 def task_scores(
@@ -134,11 +146,11 @@ def _manager(settings: LmEvalConfig) -> tuple[list[str], Any]:
     names = []
     for given in settings.tasks:
         path = Path(given)
-        if path.suffix in (".yaml", ".yml"):
+        if path.suffix in YAML:
             names.append(_name_in(path))
         else:
             names.append(path.name)
-        if path.parent != Path("."):
+        if path.parent != Path(".") or path.suffix in YAML:
             folders.append(str(path.parent))
     if folders:
         own = TaskManager(include_path=list(folders), include_defaults=False)

@@ -49,20 +49,20 @@ class Measured:
             for layer, rows in states.items()
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path.with_suffix(".safetensors"))
+        save_file(tensors, _with(path, ".safetensors"))
         plain = {
             "fingerprint": self.fingerprint,
             "separation": self.separation,
             "tokens": asdict(self.tokens),
         }
-        write_text(path.with_suffix(".json"), json.dumps(plain, indent=1) + "\n")
+        write_text(_with(path, ".json"), json.dumps(plain, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path, fingerprint: str | None = None) -> Measured | None:
         """What `save` wrote (for this fingerprint); None when there is nothing of the kind."""
         try:
-            plain = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-            tensors = load_file(path.with_suffix(".safetensors"))
+            plain = json.loads(_with(path, ".json").read_text(encoding="utf-8"))
+            tensors = load_file(_with(path, ".safetensors"))
         except (OSError, ValueError):
             return None
         if "tokens" not in plain or fingerprint not in (None, plain.get("fingerprint")):
@@ -72,6 +72,11 @@ class Measured:
             group, _, layer = name.partition(".")
             states.setdefault(group, {})[int(layer)] = rows
         return cls(plain["fingerprint"], plain["separation"], TokenStats(**plain["tokens"]), states)
+
+
+def _with(path: Path, suffix: str) -> Path:
+    """A model's name may hold dots of its own."""
+    return path.with_name(path.name + suffix)
 
 
 def held_out_states(

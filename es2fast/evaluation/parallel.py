@@ -56,6 +56,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_main() -> bool:
+    """This process speaks for all."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 @contextmanager
 def ranks(device: str, device_map: Any = None) -> Iterator[Runtime]:
     """The launcher's processes as a group that exchanges plain objects; this one's GPU is chosen.
@@ -133,7 +138,7 @@ def _share(part: SubjectAnswers, runtime: Runtime) -> None:
     ready = [part.preparation(attack) for attack in part.attacks() if attack.label in missing]
     owners = [number % runtime.world_size for number in range(len(ready))]
     found = {
-        number: _prepared(one)
+        number: _prepared(one, part.prompts)
         for number, (one, owner) in enumerate(zip(ready, owners))
         if owner == runtime.rank
     }
@@ -141,17 +146,17 @@ def _share(part: SubjectAnswers, runtime: Runtime) -> None:
         state = runtime.from_rank(found.get(number), owner)
         if state is None:  # it cannot be prepared, as rank 0 will find and say
             continue
-        if owner != runtime.rank:
-            one.attack.restore(_unpacked(state, part), part.target)
-        took = _answered(part, one.attack, runtime)
-        seconds = max(runtime.gather_objects(took))
-        if owner == runtime.rank:
-            one.spend(seconds)
+        took = runtime.gather_objects(
+            _answered(part, one.attack, runtime, None if owner == runtime.rank else state)
+        )
+        if owner == runtime.rank and None not in took:
+            one.spend(max(took))
 
 
-def _prepared(ready: Preparation) -> bytes | None:
+def _prepared(ready: Preparation, prompts: EvaluationPrompts) -> bytes | None:
     """The attack's state once it is prepared; None where that is a user's mistake."""
     try:
+        ready.attack.coverage(prompts.harmful)
         ready.ensure()
     except UserError:
         return None
@@ -167,13 +172,25 @@ def _unpacked(state: bytes, part: SubjectAnswers) -> Any:
     return torch.load(io.BytesIO(state), map_location=places, weights_only=False)
 
 
-def _answered(part: SubjectAnswers, attack: Attack, runtime: Runtime) -> float:
-    """Seconds in which the rank's share was answered."""
+def _answered(
+    part: SubjectAnswers, attack: Attack, runtime: Runtime, state: bytes | None
+) -> float | None:
+    """Seconds in which the rank's share was answered; None where that is a user's mistake, as rank
+    0, which then has to answer what is missing, will find and say.
+
+    Args:
+        state: of the attack, where another rank prepared it.
+    """
     took = 0.0
 
     def spend(seconds: float) -> None:
         nonlocal took
         took += seconds
 
-    part.answers(attack, HARMFUL, _own(part.prompts.harmful, runtime), lambda: None, spend)
+    try:
+        if state is not None:
+            attack.restore(_unpacked(state, part), part.target)
+        part.answers(attack, HARMFUL, _own(part.prompts.harmful, runtime), lambda: None, spend)
+    except UserError:
+        return None
     return took

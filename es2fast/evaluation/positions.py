@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from es2fast.data import Formatter, Prompt
 from es2fast.distributed.runtime import Runtime
-from es2fast.modeling.states import STATE_BYTES, states_by_block
+from es2fast.modeling.states import BATCH, STATE_BYTES, states_by_block
 from es2fast.probing.crossval import accuracy_interval, draws, held_out
 from es2fast.probing.probes import mean_distance
 
@@ -37,6 +37,7 @@ def more_positions(
     fit: tuple[Sequence[Prompt], Sequence[Prompt]],
     base: Mapping[str, Any] | None,
     memory: int = STATE_BYTES,
+    batch: int = BATCH,
 ) -> dict[str, Rows]:
     """Distances and cross-validated probes at the other positions, per block.
 
@@ -47,6 +48,7 @@ def more_positions(
         fit: training prompts, harmful and harmless, for the probes.
         base: the base model's `separation`; None when this is the base model.
         memory: bytes of states at a time.
+        batch: prompts per pass.
 
     Returns:
         block -> position -> {distance, distance_over_base, probe_accuracy, probe_interval};
@@ -69,7 +71,14 @@ def more_positions(
     found: dict[str, Rows] = {}
     kept = PARTS if tail > 1 else PARTS[:1]
     for states in states_by_block(
-        model, formatter, prompts, alone, memory=memory, select=select, parts=len(PARTS)
+        model,
+        formatter,
+        prompts,
+        alone,
+        memory=memory,
+        select=select,
+        parts=len(PARTS),
+        batch=batch,
     ):
         for layer, rows in states.items():
             before = None if base is None else base.get(str(layer), {}).get("positions", {})

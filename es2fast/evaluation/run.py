@@ -39,7 +39,7 @@ from es2fast.evaluation.answers import AnswerLog
 from es2fast.evaluation.judging import check_calibration, judged_attacks
 from es2fast.evaluation.lm_tasks import check as check_tasks
 from es2fast.evaluation.measure import Measured, shift_ranks
-from es2fast.evaluation.parallel import answer_shares, collect, ranks, world_size
+from es2fast.evaluation.parallel import answer_shares, collect, is_main, ranks, world_size
 from es2fast.evaluation.split import split_prompts
 from es2fast.evaluation.subject import (
     TEACHER,
@@ -87,8 +87,7 @@ def evaluate_models(
     if settings.calibration is not None:
         calibration = Calibration.load(settings.calibration)
         check_calibration(calibration, judges[0])
-    # mistakes are said before any model is loaded
-    check_tasks(settings.lm_eval, make_attacks(settings.attacks, steps=settings.attack_steps))
+    _check(settings)
     collect(folder.answers)  # of ranks that were stopped
     log = AnswerLog(folder.answers)
     base: ModelAnswers | None = None
@@ -171,6 +170,7 @@ def _reported(
 ) -> Report | None:
     """`evaluate_models`, the answers shared among a launcher's processes; None but on rank 0."""
     if world_size() > 1:
+        _check(config.evaluate)
         with ranks(config.train.device, config.evaluate.device_map) as runtime:
             answer_shares(subjects, prompts, config.evaluate, folder, runtime)
         if not runtime.is_main:
@@ -251,7 +251,7 @@ def evaluate_paths(
     groups = load_groups(config.data, need_train=False)
     _check_held_out(groups)
     prompts, notes = split_prompts(groups, config.evaluate, config.data.near_duplicates)
-    for note in notes:
+    for note in notes if is_main() else ():
         print(f"note: {note}")
     names = _names(models)
     named = [*([(BASE, base)] if base is not None else []), *zip(names, models)]
@@ -298,6 +298,11 @@ def _subject(name: str, model: ModelConfig, config: Config, formatter: Formatter
         formatter,
         f"{model_fingerprint(model.name, model.revision)} {dtype}",
     )
+
+
+def _check(settings: EvaluateConfig) -> None:
+    """Says mistakes before any model is loaded."""
+    check_tasks(settings.lm_eval, make_attacks(settings.attacks, steps=settings.attack_steps))
 
 
 def _check_held_out(groups: PromptGroups) -> None:

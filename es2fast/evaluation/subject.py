@@ -5,12 +5,12 @@ The model is loaded when something of it is missing, and not at all when everyth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from tqdm import tqdm
@@ -26,13 +26,15 @@ from es2fast.evaluation.answering import (
     hash_of,
 )
 from es2fast.evaluation.answers import HARMFUL, HARMLESS
-from es2fast.evaluation.lm_tasks import PLAIN, SavedScores, Scores, task_scores
+from es2fast.evaluation.lm_tasks import PLAIN, SavedScores, Scores, task_files, task_scores
 from es2fast.evaluation.measure import Measured
 from es2fast.evaluation.positions import more_positions
 from es2fast.evaluation.teacher import SavedTeacher, TokenBatch, token_batches, token_stats
+from es2fast.modeling.batch_size import halving
 from es2fast.report.schema import BASE
 from es2fast.run.folder import RunFolder
 
+T = TypeVar("T")
 MEASURES = 2  # goes up when other things are measured than what a folder may hold
 TOKEN_ROWS = 8  # per pass over harmless tokens when the batch size is found automatically
 TEACHER = "teacher"  # folder of what the base model leaves for the KL
@@ -105,7 +107,8 @@ class SubjectEvaluation:
         wanted = self._settings.lm_eval
         if not wanted.tasks:
             return None
-        key = hash_of(self._subject.key, wanted.model_dump(exclude={"attacks"}))
+        tasks = [wanted.model_dump(exclude={"attacks"}), task_files(wanted)]
+        key = hash_of(self._subject.key, self._settings.seed, *tasks)
         saved = SavedScores(self._folder.measured / f"{self._subject.name}.lm_eval.json", key)
         found: dict[str, Scores] = {}
         under = {attack.label: attack for attack in attacks if attack.label in wanted.attacks}
@@ -142,7 +145,8 @@ class SubjectEvaluation:
         references = self._references(harmless)
         key = self._measured_key(self._subject, references, base)
         found = Measured.load(self._path(self._subject), key)
-        teacher = SavedTeacher(self._folder.measured / TEACHER, (base or Measured(key)).fingerprint)
+        of = hash_of((base or Measured(key)).fingerprint, self._token_rows)
+        teacher = SavedTeacher(self._folder.measured / TEACHER, of)
         wanted = references if references is not None else harmless
         batches = token_batches(
             self._subject.formatter, self._prompts.harmless, wanted, self._token_rows
@@ -153,7 +157,8 @@ class SubjectEvaluation:
         keys = [(self._path(s), self._measured_key(s, references, found)) for s in others]
         missing = any(Measured.load(path, key) is None for path, key in keys)
         if missing and not teacher.complete:
-            teacher.write(self._target.model, batches, f"{self._subject.name}: harmless tokens")
+            model, title = self._target.model, f"{self._subject.name}: harmless tokens"
+            self._passing(lambda: teacher.write(model, batches, title))
         return found
 
     def _measure(
@@ -178,19 +183,24 @@ class SubjectEvaluation:
             )
             base = None
         found = Measured(key, measure.geometry(states, self._target.states, base), states=states)
-        more = more_positions(
-            model,
-            self._subject.formatter,
-            {"harmful": self._prompts.harmful, "harmless": self._prompts.harmless},
-            (self._prompts.fit_harmful, self._prompts.fit_harmless),
-            None if base is None else base.separation,
+        more = target.fitted(
+            lambda: more_positions(
+                model,
+                self._subject.formatter,
+                groups,
+                (self._prompts.fit_harmful, self._prompts.fit_harmless),
+                None if base is None else base.separation,
+                batch=target.states_batch,
+            )
         )
         for layer, positions in more.items():
             found.separation[layer]["positions"] = positions
         if name != BASE and base is not None:
-            found.tokens = teacher.compare(model, batches, f"{name}: KL to base")
+            title = f"{name}: KL to base"
+            found.tokens = self._passing(lambda: teacher.compare(model, batches, title))
         else:
-            found.tokens = token_stats(model, batches, f"{name}: harmless tokens")
+            title = f"{name}: harmless tokens"
+            found.tokens = self._passing(lambda: token_stats(model, batches, title))
             if name == BASE:
                 found.tokens.kl = found.tokens.kl_response = 0.0
                 found.tokens.top1 = 1.0
@@ -204,6 +214,11 @@ class SubjectEvaluation:
 
     def _path(self, subject: Subject) -> Path:
         return self._folder.measured / subject.name
+
+    def _passing(self, work: Callable[[], T]) -> T:
+        """`work()` on the harmless tokens, whose batches are fixed: a memory that does not suffice
+        is one line."""
+        return halving(lambda rows: work(), self._token_rows, automatic=False)[0]
 
     @property
     def _token_rows(self) -> int:

@@ -93,6 +93,7 @@ def states_by_block(
     progress: bool = False,
     select: Select = last_position,
     parts: int = 1,
+    batch: int = BATCH,
 ) -> Iterator[dict[int, Tensor]]:
     """Last-prompt-token states, as many blocks at a time as `memory` bytes hold.
 
@@ -110,6 +111,7 @@ def states_by_block(
         progress: show a bar on rank 0, one step per batch.
         select: what is kept of a batch, if it is something else than the last prompt token.
         parts: K / H of what it keeps.
+        batch: prompts per pass.
 
     Yields:
         block -> fp32 on the CPU, (n, H) on rank 0 in the order of `prompts`, (0, H) elsewhere; K
@@ -117,7 +119,7 @@ def states_by_block(
     """
     ids = [formatter.prompt_ids(prompt) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+    batches = [order[start : start + batch] for start in range(0, len(order), batch)]
     rounds = -(-len(batches) // runtime.world_size)
     own = [batches[(i * runtime.world_size + runtime.rank) % len(batches)] for i in range(rounds)]
     width = causal_lm(model).config.get_text_config().hidden_size
@@ -125,28 +127,29 @@ def states_by_block(
     every = list(range(len(blocks(model))) if layers is None else layers)
     for start in range(0, len(every), at_once):
         part = every[start : start + at_once]
-        padded = (formatter.pad([ids[i] for i in batch]) for batch in own)
+        padded = (formatter.pad([ids[i] for i in some]) for some in own)
         title = f"states of blocks {part[0]}..{part[-1]}"
         silent = not (progress and runtime.is_main)
         bar = tqdm(padded, title, total=rounds, unit="batch", disable=silent)
         found = last_token_states(model, bar, part, forward, runtime.device, space, select)
         # one block at a time is held twice
-        yield {layer: _on_main(found.pop(layer), order, rounds, runtime) for layer in part}
+        yield {layer: _on_main(found.pop(layer), order, rounds, batch, runtime) for layer in part}
 
 
-def _on_main(own: Tensor, order: list[int], rounds: int, runtime: Runtime) -> Tensor:
+def _on_main(own: Tensor, order: list[int], rounds: int, batch: int, runtime: Runtime) -> Tensor:
     """One block on rank 0, (n, H): the k-th row over batches is row `order[k]`; (0, H) elsewhere.
 
     Args:
         own: this rank's (rows, H), batch i of it being batch i * ranks + rank of all.
         order: prompt number per row, n of them.
         rounds: batches per rank.
+        batch: rows per batch.
     """
-    missing = rounds * BATCH - len(own)  # at the end: only the last batch of all is not full
+    missing = rounds * batch - len(own)  # at the end: only the last batch of all is not full
     parts = runtime.gather_rows(nn.functional.pad(own, (0, 0, 0, missing)))
     if not parts:
         return own[:0].clone()
-    stacked = torch.stack([part.view(rounds, BATCH, -1) for part in parts], dim=1)
+    stacked = torch.stack([part.view(rounds, batch, -1) for part in parts], dim=1)
     rows = torch.empty(len(order), own.shape[1])
     rows[torch.tensor(order)] = stacked.view(-1, own.shape[1])[: len(order)]
     return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import json
 import weakref
@@ -14,13 +15,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from es2fast.attacks.registry import make_attacks
 from es2fast.attacks.states.mean_difference import MeanDifference
 from es2fast.attacks.states.scav import Scav
 from es2fast.config import DataConfig, EvaluateConfig
 from es2fast.data import Formatter, Prompt
 from es2fast.demo.toy import Recipe, build_toy, split_rows
 from es2fast.errors import UserError
-from es2fast.evaluation.answering import EvaluationPrompts, Subject
+from es2fast.evaluation.answering import EvaluationPrompts, Subject, SubjectAnswers
+from es2fast.evaluation.answers import HARMFUL, AnswerLog, Scope
+from es2fast.evaluation.measure import Measured
 from es2fast.evaluation.run import evaluate_models, saved_states
 from es2fast.evaluation.teacher import SavedTeacher, token_batches, token_stats
 from es2fast.judges import registry
@@ -233,6 +237,54 @@ def test_other_settings_mean_other_answers(parts: Parts, tmp_path: Path) -> None
         evaluate_models(subjects, parts[2], settings, folder)
         count.append(len(folder.answers.read_text().splitlines()))
     assert count == [14, 21, 21]  # 7 harmless answers, then 7 of each attack
+
+
+def test_answers_are_kept_under_all_that_they_depend_on(parts: Parts, tmp_path: Path) -> None:
+    model, formatter, prompts = parts
+
+    def scopes(judge: str = "rules", response: str | None = None, length: int = 512) -> list[Scope]:
+        data = DataConfig(max_length=length)
+        subject = Subject.of(BASE, model, Formatter(formatter.tokenizer, data))
+        fit = [Prompt.of(prompt.text, response) for prompt in prompts.fit_harmful]
+        asked = dataclasses.replace(prompts, fit_harmful=fit)
+        folder, decides = RunFolder(tmp_path), registry.make_judges(judge)[0]
+        log = AnswerLog(folder.answers)
+        part = SubjectAnswers(subject, asked, CONFIG, folder, log, decides)
+        return [part.scope(attack, HARMFUL) for attack in make_attacks(["direct", "scav"])]
+
+    direct, scav = scopes()
+    assert scopes() == [direct, scav]
+    other = scopes(judge="rules:gcg")
+    assert other[0] == direct and other[1] != scav  # the one that searches
+    assert scopes(response="sure")[1] != scav
+    assert next(iter(scopes(length=64))).key(prompts.harmful[0]) != direct.key(prompts.harmful[0])
+
+
+def test_what_is_measured_stays_apart_where_names_hold_dots(tmp_path: Path) -> None:
+    names = ["Qwen2.5-0.5B", "Qwen2.5-0.5B-Instruct"]
+    for name in names:
+        Measured(name, states={"harmful": {0: torch.zeros(1, 2)}}).save(tmp_path / name)
+    found = [Measured.load(tmp_path / name) for name in names]
+    assert [one and one.fingerprint for one in found] == names
+
+
+def test_what_the_base_left_is_not_compared_in_other_batches(parts: Parts, tmp_path: Path) -> None:
+    """An evaluation that was stopped before the comparison goes on with another batch size."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SavedTeacher, "compare", _stopped)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_models(pair(parts), parts[2], CONFIG, RunFolder(tmp_path / "one"))
+    settings = CONFIG.model_copy(update={"batch_size": 3})
+    found = [
+        evaluate_models(pair(parts), parts[2], settings, RunFolder(tmp_path / name))
+        for name in ("one", "two")
+    ]
+    kl, wanted = (report.model("tuned").harmless.kl_to_base for report in found)
+    assert kl == pytest.approx(wanted, rel=1e-6)
+
+
+def _stopped(*arguments: Any) -> Any:
+    raise KeyboardInterrupt
 
 
 def test_one_model_is_in_memory_at_a_time(parts: Parts, tmp_path: Path) -> None:

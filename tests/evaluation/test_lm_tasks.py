@@ -21,7 +21,7 @@ from es2fast.config import DataConfig, EvaluateConfig, LmEvalConfig
 from es2fast.data import Formatter
 from es2fast.errors import UserError
 from es2fast.evaluation.answering import EvaluationPrompts, Subject
-from es2fast.evaluation.lm_tasks import check, task_scores
+from es2fast.evaluation.lm_tasks import check, task_files, task_scores
 from es2fast.evaluation.run import evaluate_models
 from es2fast.report.schema import BASE
 from es2fast.report.table import table_markdown
@@ -154,7 +154,31 @@ def test_mistakes_are_said_before_any_model_is_loaded(
     ):
         with pytest.raises(UserError, match=words):
             check(LmEvalConfig(tasks=["arc_easy"], **wrong), attacks)
-    check(LmEvalConfig(tasks=["arc_easy"], attacks=["ablation"]), attacks)
+
+
+@needs_harness
+def test_tasks_are_looked_for_before_any_model_is_loaded(
+    tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attacks = make_attacks(["ablation"])
+    with pytest.raises(UserError, match="lm-eval has no task 'chose'"):
+        check(LmEvalConfig(tasks=["chose"], tasks_dir=str(tasks)), attacks)
+    monkeypatch.chdir(tasks)
+    check(LmEvalConfig(tasks=["choose_task.yaml"], attacks=["ablation"]), attacks)
+
+
+def test_task_files_count_by_content(tmp_path: Path) -> None:
+    one, other = tmp_path / "one.yaml", tmp_path / "own" / "other.yaml"
+    other.parent.mkdir()
+    one.write_text("task: one")
+    other.write_text("task: other")
+    assert task_files(LmEvalConfig(tasks=["arc_easy"])) == []
+    by_path = LmEvalConfig(tasks=[str(one)])
+    by_folder = LmEvalConfig(tasks=["other"], tasks_dir=str(other.parent))
+    for settings, file in ((by_path, one), (by_folder, other)):
+        before = task_files(settings)
+        file.write_text(file.read_text() + "\n# changed")
+        assert before and task_files(settings) != before
 
 
 def test_which_attacks_can_be_in_place() -> None:

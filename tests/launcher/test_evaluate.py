@@ -97,3 +97,22 @@ def test_a_mistake_is_said_once(project: Path, tmp_path: Path) -> None:
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if "error: evaluate" in line]
     assert len(said) == 1 and said[0].startswith("error: evaluate.device_map: 'auto' under")
+
+
+@pytest.mark.launcher
+@pytest.mark.slow
+def test_an_attack_that_cannot_answer_is_left_out_as_in_one_process(
+    project: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "goals.jsonl").write_text('{"goal": "other", "attack": "please"}\n')
+    attacks = (
+        f"evaluate.attacks=[direct, {{name: artifacts, path: {tmp_path / 'goals.jsonl'}}}, "
+        "{name: gcg, initial: zebra, steps: 1}, prefill]"
+    )
+    for ranks in (1, 2):
+        done = run(project, tmp_path / str(ranks), attacks, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    one, two = (report(tmp_path / name) for name in ("1", "2"))
+    assert two == one and list(one["models"][0]["attacks"]) == ["direct", "prefill"]
+    assert len([text for text in one["warnings"] if "artifacts" in text or "gcg" in text]) == 4
+    assert answers(tmp_path / "2") == answers(tmp_path / "1")

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
-from attacks.small import HARMFUL, hook_count, small_target
-from tiny_models import tiny_model
+from attacks.small import HARMFUL, HARMLESS, hook_count, small_target
+from tiny_models import tiny_model, tokenizer
 from torch import nn
 
 from es2fast.attacks.states.mean_difference import MeanDifference
 from es2fast.attacks.states.pushes import PushSettings, total_of
+from es2fast.config import DataConfig, EvaluateConfig
+from es2fast.data import Formatter, Prompt
 from es2fast.errors import UserError
+from es2fast.evaluation.answering import EvaluationPrompts, Subject
+from es2fast.evaluation.run import evaluate_models
 from es2fast.modeling.batch_size import CPU_ROWS, rows_within, starting_rows
 from es2fast.modeling.taps import blocks, hooks
+from es2fast.run.folder import RunFolder
 
 
 @contextmanager
@@ -79,3 +85,17 @@ def test_what_cannot_be_halved_is_said(halves: bool, remedy: str) -> None:
     target = small_target(batch_size=16, halves=halves)
     with memory_for(target.model, 0), pytest.raises(UserError, match=remedy):
         target.fitted(lambda: target.generate(HARMFUL))
+
+
+def test_what_is_measured_fits_or_is_one_line(tmp_path: Path) -> None:
+    """States at all positions come in halved batches; harmless tokens are not halved."""
+    model, formatter = tiny_model("llama"), Formatter(tokenizer(), DataConfig())
+    asked = [Prompt.of(prompt.text, "sure .") for prompt in HARMLESS]
+    prompts = EvaluationPrompts(HARMFUL[:6], asked[:6], HARMFUL[6:], asked[6:])
+    subjects = [Subject.of("model", model, formatter)]
+    settings = EvaluateConfig(max_new_tokens=3, attacks=["direct"])
+    with memory_for(model, 6):
+        report = evaluate_models(subjects, prompts, settings, RunFolder(tmp_path / "six"))
+    assert report.models[0].separation["1"].positions is not None
+    with memory_for(model, 3), pytest.raises(UserError, match="out of memory with 8 rows; use"):
+        evaluate_models(subjects, prompts, settings, RunFolder(tmp_path / "three"))

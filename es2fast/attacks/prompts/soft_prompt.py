@@ -66,7 +66,7 @@ class Obfuscated(BaseModel):
         0.1, gt=0, lt=1, description="of the cross-entropy; the probe has the rest"
     )
     layers: list[int] | None = Field(
-        None, min_length=1, description="blocks with a probe; default: as `layers: auto` would pick"
+        None, min_length=1, description="blocks with a probe; default: chosen by probes alone"
     )
     rounds: int = Field(3, ge=0, description="times the probes are refitted on attacked prompts")
     prompts: int = Field(16, ge=2, description="training prompts that are attacked for that")
