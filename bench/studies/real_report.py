@@ -29,10 +29,16 @@ Row = dict[str, Any]
 def table(rows: Sequence[Row], models: Sequence[str]) -> str:
     """Useful answers per attack and model, in Markdown."""
     models = [name for name in models if any(row["model"] == name for row in rows)]
+    if not models:
+        return "Nothing measured yet.\n"
     lines = ["| useful answers under | " + " | ".join(models) + " | s per prompt |",
              "|:--|" + "--:|" * (len(models) + 1)]  # fmt: skip
     for attack, _ in ATTACKS:
-        cells = {row["model"]: row for row in rows if row["attack"] == attack["name"]}
+        cells = {
+            row["model"]: row
+            for row in rows
+            if row["attack"] == attack["name"] and row["model"] in models
+        }
         seconds = [row["seconds"] / row["n"] for row in cells.values() if "seconds" in row]
         if not seconds:
             continue
