@@ -3,7 +3,8 @@
 A line holds the model, group, attack, parameters, seed, prompt and text, and a key: a hash over
 everything that the answer depends on. An evaluation that is started again takes the lines whose
 keys it would write and goes on where it was stopped; one with other settings adds lines beside the
-old ones, and reads only its own. Judging, and judging again, needs nothing but this file.
+old ones, and reads only its own. Judging, and judging again, needs nothing but this file,
+unless another judge decides: attacks that search chose by the verdicts of the one they were given.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Models come one after the other, and a model is gone before the next one comes: what others need of
 it (`measure.Measured`, `measure.SavedTeacher`) is on disk. Every answer is in answers.jsonl as soon
 as it exists, so an interrupted evaluation continues, and one that is only judged anew loads no
-model at all.
+model at all (but attacks that search by a judge's verdicts are run again where another decides).
 
 Attacks are fitted on training prompts and on the model under attack; every rate is measured on
 held-out prompts. Several processes can share the answers (`parallel`).

@@ -257,7 +257,7 @@ def test_answers_are_kept_under_all_that_they_depend_on(parts: Parts, tmp_path: 
     other = scopes(judge="rules:gcg")
     assert other[0] == direct and other[1] != scav  # the one that searches
     assert scopes(response="sure")[1] != scav
-    assert next(iter(scopes(length=64))).key(prompts.harmful[0]) != direct.key(prompts.harmful[0])
+    assert scopes(length=64)[0].fingerprint != direct.fingerprint
 
 
 def test_what_is_measured_stays_apart_where_names_hold_dots(tmp_path: Path) -> None:
