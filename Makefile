@@ -26,7 +26,7 @@ real: $(VENV)/installed
 
 # Two processes, one thread each: more threads than cores make tiny matrices wait for each other.
 test: $(VENV)/installed lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -20,3 +20,14 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         root = root.parent  # what the processes share
     with FileLock(root / "toy-seed-0.lock"):
         return build_toy(root / "toy-seed-0", seed=0, progress=False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start launchers or are slow come first, so that no process ends long after the
+    others."""
+    slow = {
+        item.path
+        for item in items
+        if any(mark.name in ("launcher", "slow") for mark in item.iter_markers())
+    }
+    items.sort(key=lambda item: item.path not in slow)

@@ -9,5 +9,6 @@ from tests.ops.interpreter import check_in_interpreter
 pytest.importorskip("triton", reason="the kernels need triton")
 
 
+@pytest.mark.slow
 def test_matrix_in_the_interpreter():
     check_in_interpreter("tests/ops/separation/test_separation.py", "triton")
