@@ -20,12 +20,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 demo: $(VENV)/installed
 	$(BIN)/es2fast demo $(DEMO)
 
+ifeq ($(MODEL),)
+real:
+	$(error MODEL is not set; make real MODEL=DIR, a folder or a Hugging Face id)
+else
 real: $(VENV)/installed
-	$(if $(MODEL),,$(error MODEL is not set; make real MODEL=DIR, a folder or a Hugging Face id))
 	$(BIN)/es2fast harden $(MODEL) $(REAL)
+endif
 
 # Two processes, one thread each: more threads than cores make tiny matrices wait for each other.
-test: $(VENV)/installed lint
+test: $(VENV)/extras lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 lint: $(VENV)/installed
@@ -56,6 +60,11 @@ $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PIP) install -q "$(TORCH)" numpy
 	$(PIP) install -q --no-build-isolation "deepspeed>=0.19.8"
 	$(PIP) install -q --no-build-isolation -e ".[test]"
+	touch $@
+
+# Packages of optional features, whose tests would skip without them; the demo needs none.
+$(VENV)/extras: $(VENV)/installed
+	$(PIP) install -q --no-build-isolation -e ".[lm-eval,inspect]"
 	touch $@
 
 clean:

@@ -44,6 +44,15 @@ class Done:
     stderr: str
 
 
+def refused(done: Done, words: list[str]) -> None:
+    """A user's mistake: exit code 2 and one line that holds all of `words`, no traceback."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    for word in words:
+        assert word in line
+
+
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """The console entry point in this process: exit code and what was printed."""
@@ -152,10 +161,7 @@ def test_mistakes_of_layers(
     if not any(item.startswith("--plot") for item in filled):
         filled.append(f"--plot={tmp_path}/layers.png")
     done = call("layers", *filled)
-    assert done.returncode == 2, done.stdout + done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    for word in words:
-        assert word in line
+    refused(done, words)
     assert not (tmp_path / "layers.png").exists()
 
 
@@ -192,12 +198,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
         pytest.skip("this machine has a GPU")
     arguments = [item.format(folder=project) for item in overrides]
     done = call(command, project / "run.yaml", *arguments)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, done.stderr
-    for word in words:
-        assert word in lines[0]
+    refused(done, words)
     assert (project / "taken" / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
@@ -275,10 +276,7 @@ def test_mistakes_of_harden(
     if "--out" not in given:
         filled.append(f"--out={tmp_path}/out")
     done = call("harden", project / "model", "--borderline=none", *filled)
-    assert done.returncode == 2, done.stdout + done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    for word in words:
-        assert word in line
+    refused(done, words)
     assert not (tmp_path / "out").exists()
 
 
@@ -298,10 +296,7 @@ def test_mistakes_of_tune(
     pytest.importorskip("optuna")
     filled = [item.format(folder=project) for item in arguments]
     done = call("tune", *filled, "--out", tmp_path / "out")
-    assert done.returncode == 2, done.stdout + done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    for word in words:
-        assert word in line
+    refused(done, words)
     assert not (tmp_path / "out").exists()
 
 
@@ -327,10 +322,7 @@ def test_mistakes_of_evaluate(
         for name in ("harmful", "harmless"):
             filled += [f"--{name}", f"{project}/data/{name}.jsonl"]
     done = call("evaluate", *filled, "--out", tmp_path / "out")
-    assert done.returncode == 2, done.stdout + done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    for word in words:
-        assert word in line
+    refused(done, words)
     assert not (tmp_path / "out").exists()
 
 

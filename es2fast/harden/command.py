@@ -7,7 +7,30 @@ from typing import Annotated
 
 import typer
 
-_FILES = "a file, folder or dataset id; may be repeated"
+Harmful = Annotated[
+    list[str] | None,
+    typer.Option("--harmful", help="prompts to refuse: a file, folder or dataset id; repeatable"),
+]
+Harmless = Annotated[
+    list[str] | None, typer.Option("--harmless", help="prompts to go on answering; likewise")
+]
+Borderline = Annotated[
+    list[str] | None,
+    typer.Option("--borderline", help="harmless ones that look harmful; 'none': without"),
+]
+EvalHarmful = Annotated[
+    list[str] | None, typer.Option("--eval-harmful", help="held-out prompts to attack with")
+]
+EvalHarmless = Annotated[
+    list[str] | None, typer.Option("--eval-harmless", help="held-out harmless prompts")
+]
+
+
+def by_role(*files: list[str] | None) -> dict[str, list[str]]:
+    """What the five options above were given, in their order, by the roles of `recipe.ROLES`."""
+    from es2fast.harden.recipe import ROLES
+
+    return {role: places or [] for role, places in zip(ROLES, files, strict=True)}
 
 
 def harden(
@@ -27,22 +50,11 @@ def harden(
     recipe: Annotated[
         Path | None, typer.Option("--recipe", help="YAML file in place of the built-in recipe")
     ] = None,
-    harmful: Annotated[
-        list[str] | None, typer.Option("--harmful", help=f"prompts to refuse: {_FILES}")
-    ] = None,
-    harmless: Annotated[
-        list[str] | None, typer.Option("--harmless", help="prompts to go on answering; likewise")
-    ] = None,
-    borderline: Annotated[
-        list[str] | None,
-        typer.Option("--borderline", help="harmless ones that look harmful; 'none': without"),
-    ] = None,
-    eval_harmful: Annotated[
-        list[str] | None, typer.Option("--eval-harmful", help="held-out prompts to attack with")
-    ] = None,
-    eval_harmless: Annotated[
-        list[str] | None, typer.Option("--eval-harmless", help="held-out harmless prompts")
-    ] = None,
+    harmful: Harmful = None,
+    harmless: Harmless = None,
+    borderline: Borderline = None,
+    eval_harmful: EvalHarmful = None,
+    eval_harmless: EvalHarmless = None,
     ranks: Annotated[
         int | None,
         typer.Option("--ranks", min=1, help="processes; default: one per GPU, 2 on a CPU"),
@@ -59,19 +71,12 @@ def harden(
     from es2fast.harden.recipe import default_out, resolve
     from es2fast.harden.run import run_harden
 
-    files = {
-        "harmful": harmful,
-        "harmless": harmless,
-        "borderline": borderline,
-        "eval-harmful": eval_harmful,
-        "eval-harmless": eval_harmless,
-    }
     config = resolve(
         model,
         out or default_out(model),
         recipe=recipe,
         quick=quick,
-        files={role: places or [] for role, places in files.items()},
+        files=by_role(harmful, harmless, borderline, eval_harmful, eval_harmless),
         overrides=overrides or (),
     )
     run_harden(config, ranks=ranks, overwrite=overwrite)

@@ -207,17 +207,22 @@ class RefusalTokens:
         if weights is None:
             return None
         width = weights.shape[1]
-        rows, columns = weights.nonzero(as_tuple=True)
-        first = torch.ones_like(rows)
-        first[1:] = (rows[1:] != rows[:-1]).long()
+        rows, columns, first = _learned(weights)
         targets = batch.input_ids[rows, columns + 1]
         watch, openings = _watched(batch)
         task = CETask(
             torch.cat([targets, openings]).to(device),
             torch.cat([weights[rows, columns], torch.zeros(len(watch))]).to(device),
-            torch.cat([first, torch.full_like(watch, 2)]).to(device),
+            torch.cat([first.long(), torch.full_like(watch, 2)]).to(device),
         )
         return cls((rows * width + columns).to(device), watch.to(device), task, total)
+
+
+def _learned(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and columns of (n, T) at which a refusal's token is predicted, row by row, and whether
+    it is the first of its row."""
+    rows, columns = weights.nonzero(as_tuple=True)
+    return rows, columns, rows.diff(prepend=rows.new_full((1,), -1)) != 0
 
 
 def _watched(batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -225,12 +230,9 @@ def _watched(batch: MicroBatch) -> tuple[Tensor, Tensor]:
     first token each is watched for: that of one of the batch's refusals."""
     weights, width = batch.refusal_weights, batch.input_ids.shape[1]
     assert weights is not None
-    rows, columns = weights.nonzero(as_tuple=True)
-    none = torch.zeros(0, dtype=torch.long)
+    rows, columns, first = _learned(weights)
     if not len(rows):
-        return none, none
-    first = torch.ones_like(rows, dtype=torch.bool)
-    first[1:] = rows[1:] != rows[:-1]
+        return rows, columns
     openings = batch.input_ids[rows[first], columns[first] + 1]
     last = batch.prompt_last[batch.num_harmful :]
     row = (last < width - 1).nonzero().squeeze(1)  # those with a response

@@ -10,6 +10,14 @@ import typer
 
 from es2fast.config import Config, load_config
 from es2fast.errors import UserError
+from es2fast.harden.command import (
+    Borderline,
+    EvalHarmful,
+    EvalHarmless,
+    Harmful,
+    Harmless,
+    by_role,
+)
 
 
 def tune(
@@ -44,15 +52,11 @@ def tune(
     recipe: Annotated[
         Path | None, typer.Option("--recipe", help="of a model: in place of the built-in recipe")
     ] = None,
-    harmful: Annotated[list[str] | None, typer.Option("--harmful", help="as of harden")] = None,
-    harmless: Annotated[list[str] | None, typer.Option("--harmless", help="likewise")] = None,
-    borderline: Annotated[list[str] | None, typer.Option("--borderline", help="likewise")] = None,
-    eval_harmful: Annotated[
-        list[str] | None, typer.Option("--eval-harmful", help="likewise")
-    ] = None,
-    eval_harmless: Annotated[
-        list[str] | None, typer.Option("--eval-harmless", help="likewise")
-    ] = None,
+    harmful: Harmful = None,
+    harmless: Harmless = None,
+    borderline: Borderline = None,
+    eval_harmful: EvalHarmful = None,
+    eval_harmless: EvalHarmless = None,
     ranks: Annotated[
         int | None, typer.Option("--ranks", min=1, help="processes of a training")
     ] = None,
@@ -83,13 +87,7 @@ def tune(
     if StudyFolder(Path(target)).journal.is_file():
         print_front(open_study(StudyFolder(Path(target))))
         return
-    files = {
-        "harmful": harmful or [],
-        "harmless": harmless or [],
-        "borderline": borderline or [],
-        "eval-harmful": eval_harmful or [],
-        "eval-harmless": eval_harmless or [],
-    }
+    files = by_role(harmful, harmless, borderline, eval_harmful, eval_harmless)
     chosen = {"train.steps": steps, "evaluate.limit": limit,
               "evaluate.attacks": attacks and attacks.split(",")}  # fmt: skip
     named = [f"{key}={json.dumps(value)}" for key, value in chosen.items() if value is not None]
