@@ -166,8 +166,8 @@ def measure(
     logits: Callable[..., Tensor] | None = None,
     refusals: Sequence[str] | None = None,
 ) -> Prepared:
-    """Layers from the states of all blocks, then d0, norm0 and whitening of those; the same on
-    every rank, since rank 0 finds them.
+    """Layers from the states of all blocks, or those that the configuration names; then d0, norm0
+    and whitening of these. The same on every rank, since rank 0 finds them.
 
     Args:
         plan: the run, with at most `layer_choice.prompts` prompts per group used.
@@ -198,7 +198,7 @@ def measure(
 
     probed: list[Probed] = []
     part: dict[int, Tensor] = {}
-    for part in states():
+    for part in states(None if config.layers == "auto" else sorted(config.layers)):
         probed += runtime.on_main(table_of, config, part, len(harmful))
     effects = Effects(None)
     if config.layers == "auto":

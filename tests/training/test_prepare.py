@@ -53,6 +53,15 @@ def last_states(model: Any, plan: Plan, prompts: Any, layer: int) -> Tensor:
     return torch.stack(rows)
 
 
+def test_only_the_named_layers_are_looked_at(plan: Plan) -> None:
+    named = plan.config.model_copy(update={"layers": [3, 1]})
+    _, found = measured(dataclasses.replace(plan, config=named))
+    _, every = measured(plan)
+    assert found.layers == [1, 3] == sorted(found.d0)
+    assert found.table == [dataclasses.replace(every.table[i], effect=None, effect_interval=None)
+                           for i in (1, 3)]  # fmt: skip
+
+
 @pytest.mark.parametrize("blocks_at_once", [1, 4])
 def test_whatever_memory_there_is_the_measures_are_those_of_plain_loops(
     plan: Plan, blocks_at_once: int
