@@ -75,6 +75,16 @@ ARMS: dict[str, Arm] = {
             "train": EVERY_BLOCK,
         },
     ),
+    "longer": Arm(
+        "as both_robust, with three times the steps and kl.weight 20",
+        {
+            "layers": [8, 16],
+            "separation": {"margin": 4.0, "moves": "harmful", "ramp": 0.5, "robust": ROBUST},
+            "refusal": ANCHOR,
+            "kl": {"weight": 20.0, "positions": "response"},
+            "train": EVERY_BLOCK | {"steps": 120},
+        },
+    ),
     CIRCUIT_BREAKER: Arm("circuit breaker, from its formula"),
     "default": Arm(
         "es2fast's defaults: hinge, whole blocks, lr 5e-5",

@@ -160,8 +160,10 @@ def add_row(
 
 
 def config_hash(config: Config) -> str:
-    """12 hexadecimal digits over what a model is made with, wherever its files lie."""
-    plain = config.model_dump(mode="json", exclude={"model", "data", "output_dir", "evaluate"})
+    """12 hexadecimal digits over what of the defaults a model is not made with, wherever its files
+    lie; so a key that comes with a later version leaves it as it is."""
+    elsewhere = {"model", "data", "output_dir", "evaluate"}
+    plain = config.model_dump(mode="json", exclude=elsewhere, exclude_defaults=True)
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
 
