@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from es2fast.config import load_config
-from es2fast.errors import STOPPED, RunStopped, UserError
+from es2fast.errors import STOPPED, RunStopped, UserError, disk_message
 from es2fast.harden.command import harden
 from es2fast.tune.command import tune
 
@@ -25,6 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run", show_default=False)]
@@ -33,7 +34,8 @@ Overrides = Annotated[
     typer.Argument(help="key=value, for example train.lr=1e-4", show_default=False),
 ]
 Ranks = Annotated[
-    int | None, typer.Option("--ranks", min=1, help="processes; default: one per GPU, 2 on a CPU")
+    int | None,
+    typer.Option("--ranks", min=1, max=1024, help="processes; default: one per GPU, 2 on a CPU"),
 ]
 
 
@@ -50,6 +52,12 @@ def main() -> None:
         else:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(STOPPED if isinstance(error, RunStopped) else 2)
+    except OSError as error:
+        message = disk_message(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _print_version(wanted: bool) -> None:

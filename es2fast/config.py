@@ -21,15 +21,30 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from es2fast.errors import UserError
+from es2fast.yaml_text import parse_yaml
+
+_NUMBERS = (int, float, int | None, float | None)
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic makes 1 of true; text that is no UTF-8 fails where it is written."""
+        name = info.field_name or ""
+        if isinstance(value, bool) and cls.model_fields[name].annotation in _NUMBERS:
+            raise ValueError(f"{str(value).lower()} is no number; give one")
+        if isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+            raise ValueError(f"{value!r} holds a character that is no text; remove it")
+        return value
 
 
 class DataSource(_Section):
@@ -118,7 +133,7 @@ class DataConfig(_Section):
         None, description="a Jinja file to use in place of the tokenizer's own chat template"
     )
     max_length: int = Field(
-        512, ge=8, description="tokens of prompt + response; longer rows are cut"
+        512, ge=8, le=2**22, description="tokens of prompt + response; longer rows are cut"
     )
     max_response_tokens: int = Field(
         128, ge=1, description="tokens of the response, given or written by the base model"
@@ -235,7 +250,9 @@ class SeparationConfig(_Section):
         "distance; cosine: a cosine); default 4 for hinge and softplus, 0 for cosine; squared, "
         "centroid and fisher are unbounded without one",
     )
-    weights: list[float] | None = Field(None, description="one weight per layer; default: 1 each")
+    weights: list[Annotated[float, Field(ge=0)]] | None = Field(
+        None, description="one weight per layer, not all 0; default: 1 each"
+    )
     space: Literal["residual", "normed"] = Field(
         "residual",
         description="residual: the block's output; normed: after the next block's input norm, "
@@ -287,6 +304,10 @@ class SeparationConfig(_Section):
             raise ValueError(f"margin={margin:g} with loss='cosine' must be a cosine below 1")
         elif loss != "cosine" and margin <= 0:
             raise ValueError(f"margin={margin:g} must be greater than 0; it is in units of d0")
+        if self.weights is not None and not any(self.weights):
+            raise ValueError(
+                f"weights={self.weights} switches every layer off; give one above 0, or weight=0"
+            )
         if self.ramp and (self.margin is None or loss == "cosine"):
             raise ValueError(
                 f"ramp={self.ramp:g} with loss={loss!r} has no margin in units of d0 to grow; "
@@ -417,23 +438,36 @@ class SafeguardsConfig(_Section):
 
 
 class LoraSection(_Section):
-    r: int = Field(16, ge=1)
-    alpha: int = Field(32, ge=1)
+    r: int = Field(16, ge=1, le=2**14)
+    alpha: int = Field(32, ge=1, le=2**20)
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: str | list[str] = Field("all-linear", description="as peft's target_modules")
 
 
 class TrainConfig(_Section):
-    steps: int = Field(150, ge=1, description="optimizer steps")
-    micro_batch_size: int = Field(4, ge=1, description="harmful + harmless pairs per rank and pass")
-    gradient_accumulation: int = Field(1, ge=1)
+    steps: int = Field(150, ge=1, le=10**7, description="optimizer steps")
+    micro_batch_size: int = Field(
+        4, ge=1, le=2**16, description="harmful + harmless pairs per rank and pass"
+    )
+    gradient_accumulation: int = Field(1, ge=1, le=2**16)
     global_batch_size: int | None = Field(
         None, ge=1, description="pairs per optimizer step; checked against the product when given"
     )
     lr: float = Field(5e-5, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    schedule: str = Field("cosine", description="a transformers scheduler name")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.999,
+    )
+    schedule: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+    ] = Field("cosine", description="of the learning rate, as transformers names it")
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
     trainable: Literal["blocks", "lora", "all"] = Field(
@@ -453,7 +487,7 @@ class TrainConfig(_Section):
         False, description="stop when a bounded loss has reached its target on every layer"
     )
     overwrite: bool = Field(False, description="replace a run that output_dir already holds")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: int = Field(1, ge=1)
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
@@ -560,6 +594,31 @@ class Config(_Section):
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     output_dir: str = Field("runs/es2", description="where model, metrics and report are written")
 
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _block_numbers(cls, raw: Any) -> Any:
+        """`layers: 4` and the command line's `layers=4,8` are lists too."""
+        if isinstance(raw, bool) or raw == "auto":
+            return raw
+        if isinstance(raw, int):
+            return [raw]
+        if isinstance(raw, str):
+            parts = [part.strip() for part in raw.split(",")]
+            if not all(part.isdecimal() for part in parts):
+                raise ValueError(f"{raw!r} is neither 'auto' nor block numbers such as [8, 16]")
+            return [int(part) for part in parts]
+        for item in raw if isinstance(raw, list) else []:
+            if isinstance(item, bool) or not isinstance(item, int):
+                raise ValueError(f"{item!r} is no block number; give numbers such as [8, 16]")
+        return raw
+
+    @field_validator("output_dir")
+    @classmethod
+    def _home(cls, path: str) -> str:
+        if not path.strip():
+            raise ValueError("is blank; name a folder, such as runs/es2")
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         if isinstance(self.layers, list):
@@ -633,7 +692,7 @@ def read_yaml(path: str | Path | None, name: str = "config") -> dict[str, Any]:
     raw: Any = {}
     if path is not None:
         try:
-            raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            raw = parse_yaml(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"{name} {path}: cannot be read ({error.strerror})") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -676,13 +735,39 @@ def _apply_override(raw: dict[str, Any], item: str) -> None:
         raise UserError(f"override {item!r}: expected key=value, for example train.lr=1e-4")
     value = _yaml_value(key, text)
     *parents, last = key.strip().split(".")
-    node = raw
-    for part in parents:
-        child = node.setdefault(part, {})
-        if not isinstance(child, dict):
-            raise UserError(f"override {item!r}: {part} is not a section")
-        node = child
-    node[last] = value
+    node: Any = raw
+    for part, following in zip(parents, [*parents[1:], last]):
+        node = _inside(node, part, following, item)
+    if isinstance(node, list):
+        node[_place(node, last, item)] = value
+    else:
+        node[last] = value
+
+
+def _inside(node: Any, part: str, following: str, item: str) -> Any:
+    """What stands at `part`; a bare source of prompts becomes the mapping that it is short for."""
+    place: Any = _place(node, part, item) if isinstance(node, list) else part
+    child = node[place] if isinstance(node, list) else node.setdefault(part, {})
+    if isinstance(child, str) and following in DataSource.model_fields:
+        child = node[place] = {"source": child}
+    elif following.isdecimal() and not isinstance(child, list) and child:
+        child = node[place] = [child]
+    if isinstance(child, list) and not following.isdecimal():
+        raise UserError(
+            f"override {item!r}: {part} is a list; name one of its entries, as in {part}.0."
+            f"{following}"
+        )
+    if not isinstance(child, dict | list):
+        raise UserError(f"override {item!r}: {part} is not a section")
+    return child
+
+
+def _place(entries: list[Any], part: str, item: str) -> int:
+    if not part.isdecimal() or int(part) >= len(entries):
+        raise UserError(
+            f"override {item!r}: there is no entry {part}; there are {len(entries)}, counted from 0"
+        )
+    return int(part)
 
 
 def _yaml_value(key: str, text: str) -> Any:
@@ -690,7 +775,7 @@ def _yaml_value(key: str, text: str) -> Any:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"override {key}: {text!r} is not a valid value") from None
-    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+    if isinstance(value, str) and value == text.strip():  # YAML 1.1 reads 1e-4 as a string
         try:
             return float(value)
         except ValueError:

@@ -1,8 +1,9 @@
 """The tokenizer's chat template, applied the same way everywhere.
 
-The template is the only thing that writes special tokens: its text is encoded with
-`add_special_tokens=False`, so a tokenizer that prepends BOS on its own adds no second one, and
-the ids equal those of `apply_chat_template(tokenize=True)`.
+The template is the only thing that writes special tokens: those that stand in the text of a user or
+a system are broken up. Its text is encoded with `add_special_tokens=False`, so a tokenizer that
+prepends BOS on its own adds no second one, and otherwise the ids equal those of
+`apply_chat_template(tokenize=True)`.
 
 System prompt: put first unless the row brings a system message of its own. A template that raises
 on a system message, or drops it silently, gets it folded into the first user turn, followed by a
@@ -57,6 +58,8 @@ class Formatter:
         self.pad_token_id = _first(tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self._cut: set[tuple[tuple[str, str], ...]] = set()
         self._special = _special_ids(tokenizer)
+        tokens = tokenizer.convert_ids_to_tokens(sorted(self._special))
+        self._special_texts = sorted((t for t in tokens if len(t) > 1), key=len, reverse=True)
         self._system_role = self._has_system_role()
         self._tail = self._after_content()
         self._ends = self._specials_after_answer()
@@ -170,12 +173,22 @@ class Formatter:
         """The template's text; the system prompt put first, or folded into the first user turn."""
         try:
             turns = self._with_system(messages) if system else [dict(turn) for turn in messages]
+            for turn in turns:
+                if turn["role"] != "assistant":
+                    turn["content"] = self._escaped(turn["content"])
             return self._render_raw(turns, generation)
         except Exception as error:  # templates raise jinja2 errors, but also TypeError and others
             raise UserError(
                 f"chat template: cannot render {one_line(messages[-1]['content'], 40)!r} "
                 f"({one_line(error)}); set data.chat_template to a template that can"
             ) from None
+
+    def _escaped(self, content: str) -> str:
+        """Content that cannot end its own turn: a space after the first character of what would
+        be read as a special token ("< |im_end|>")."""
+        for text in self._special_texts:
+            content = content.replace(text, f"{text[0]} {text[1:]}")
+        return content
 
     def _render_raw(self, messages: Messages, generation: bool) -> str:
         return self.tokenizer.apply_chat_template(
@@ -210,6 +223,11 @@ class Formatter:
     def _after_content(self) -> list[int]:
         """Ids of what the template writes after the last user turn's content."""
         x, y = (self._render(Prompt.of(content).messages) for content in ("x", "y"))
+        if x == y:
+            raise UserError(
+                f"chat template: it writes {one_line(x, 40)!r} whatever the prompt says; set "
+                "data.chat_template to one that writes the messages' content"
+            )
         length = _common_suffix(x, y)
         return self._encode(x[len(x) - length :])
 

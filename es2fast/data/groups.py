@@ -123,10 +123,11 @@ def load_groups(config: DataConfig, *, need_train: bool = True) -> PromptGroups:
     groups: dict[str, list[Prompt]] = {name: [] for name in GROUPS}
     for name in GROUPS:
         for number, source in enumerate(getattr(config, name)):
-            groups[name] += _read(source, f"data.{name}[{number}]", report)[0]
+            side = None if name.startswith("eval_") else name  # held-out kinds are told apart
+            groups[name] += _read(source, f"data.{name}[{number}]", report, side=side)[0]
     borderline: set[str] = set()
     for number, source in enumerate(config.borderline):
-        prompts = _read(source, f"data.borderline[{number}]", report)[0]
+        prompts = _read(source, f"data.borderline[{number}]", report, side="harmless")[0]
         groups["harmless"] += prompts
         borderline |= {prompt.key for prompt in prompts}
     for number, source in enumerate(config.labelled):
@@ -149,9 +150,13 @@ def load_groups(config: DataConfig, *, need_train: bool = True) -> PromptGroups:
 
 
 def _read(
-    source: DataSource, path: str, report: DataReport, labelled: bool = False
+    source: DataSource,
+    path: str,
+    report: DataReport,
+    labelled: bool = False,
+    side: str | None = None,
 ) -> tuple[list[Prompt], list[bool]]:
-    found = read_source(source, path, labelled)
+    found = read_source(source, path, labelled, side)
     report.sources.append(
         SourceReport(
             field=path,

@@ -101,17 +101,21 @@ class SourceRows:
     labels: dict[str, int]
 
 
-def read_source(source: DataSource, field: str, labelled: bool = False) -> SourceRows:
+def read_source(
+    source: DataSource, field: str, labelled: bool = False, group: str | None = None
+) -> SourceRows:
     """Reads one source into prompts.
 
     Args:
         source: what to read.
         field: configuration path for error messages.
         labelled: also read `label`; 1, true, harmful and unsafe mean harmful.
+        group: "harmful" or "harmless", what the rows are to be: none may be labelled the other.
 
     Raises:
         UserError: unreadable source, no (such) column, a cell that is no text or conversation, an
-            unknown label. Rows are counted from 1.
+            unknown label, rows labelled harmful among harmless ones or the reverse. Rows are
+            counted from 1.
     """
     table = read_table(source, field, lambda name: name == source.column or _is_known(name))
     where = f"{field}: {source.source!r}"
@@ -121,6 +125,8 @@ def read_source(source: DataSource, field: str, labelled: bool = False) -> Sourc
             f"{where} has no column {LABEL_COLUMN!r}; its columns are {_names(table.columns)}"
         )
     response = _response_column(table, column)
+    if not labelled and group is not None:
+        _check_labels(table, group, where)
     label_of = _labels(table, where) if labelled else None
     kinds = [] if labelled else _kind_columns(table)
     found = SourceRows([], [], len(table.rows), 0, column, response, {})
@@ -189,6 +195,22 @@ def _kind_columns(table: Table) -> list[str]:
     return found
 
 
+def _check_labels(table: Table, group: str, where: str) -> None:
+    """Refuses rows whose column `label` says that they belong to the other group."""
+    other = _HARMLESS_LABELS if group == "harmful" else _HARMFUL_LABELS
+    cells = [str(row.get(LABEL_COLUMN)).strip().casefold() for row in table.rows]
+    if not set(cells) <= _HARMFUL_LABELS | _HARMLESS_LABELS:
+        return  # a label of another kind
+    wrong = [cell for cell in cells if cell in other]
+    if wrong and LABEL_COLUMN in table.columns:
+        own = next((cell for cell in cells if cell not in other), None)
+        keep = f"where: {{{LABEL_COLUMN}: {own}}}, or read" if own else "read"
+        raise UserError(
+            f"{where} has {len(wrong)} of {len(cells)} rows labelled {wrong[0]!r} among the "
+            f"{group} ones; keep the others with {keep} it as data.labelled"
+        )
+
+
 def _labels(table: Table, where: str) -> list[str]:
     labels = [str(row.get(LABEL_COLUMN)).strip().casefold() for row in table.rows]
     unknown = sorted(set(labels) - _HARMFUL_LABELS - _HARMLESS_LABELS)
@@ -218,6 +240,11 @@ def _prompt(
         raise UserError(f"{where}: column {column!r} holds {_kind(cell)}; expected {wanted}")
     if not cell.strip():
         return None
+    if any("\ud800" <= character <= "\udfff" for character in cell):
+        raise UserError(
+            f"{where}: column {column!r} holds half of a character (a lone surrogate), which is no "
+            "text; remove it"
+        )
     extra = row.get("input") if column.lower() == "instruction" else None
     if isinstance(extra, str) and extra.strip():
         cell = f"{cell.strip()}\n\n{extra.strip()}"

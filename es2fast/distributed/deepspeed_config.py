@@ -14,6 +14,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from es2fast.config import Config
 from es2fast.errors import UserError
 
@@ -84,10 +86,15 @@ def _check_keys(raw: dict[str, Any]) -> None:
             hint = f"did you mean {close[0]!r}?" if close else "leave it out"
             raise UserError(f"deepspeed.{key}: unknown key; {hint}")
     zero = raw.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise UserError(
+            f"deepspeed.zero_optimization: {zero!r} is no mapping; give one such as {{stage: 2}}"
+        )
     for key, reason in _REFUSED_ZERO.items():
         if zero.get(key) not in (None, False, -1):
             raise UserError(f"deepspeed.zero_optimization.{key}: {reason}; leave it out")
     _check_zero_keys(zero)
+    _check_optimizer(raw)
 
 
 def _check_zero_keys(zero: dict[str, Any]) -> None:
@@ -101,6 +108,48 @@ def _check_zero_keys(zero: dict[str, Any]) -> None:
             close = difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.5)
             hint = f"did you mean {close[0]!r}?" if close else "leave it out"
             raise UserError(f"deepspeed.zero_optimization.{key}: unknown key; {hint}")
+    _check_zero_values(zero, DeepSpeedZeroConfig)
+
+
+def _check_zero_values(zero: dict[str, Any], schema: Any) -> None:
+    """What DeepSpeed's own schema says of the values, and what only its engine would."""
+    known = {key: value for key, value in zero.items() if value != "auto"}
+    try:
+        schema(**known)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        path = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"deepspeed.zero_optimization.{path}: {first['msg'].lower()}, found {first['input']!r}"
+        ) from None
+    for key, value in zero.items():
+        if isinstance(value, int) and not isinstance(value, bool) and value < 0:
+            raise UserError(
+                f"deepspeed.zero_optimization.{key}: {value} is negative; give a positive number"
+            )
+    for part in ("offload_optimizer", "offload_param"):
+        place = zero.get(part) or {}
+        disk = place.get("nvme_path")
+        if place.get("device") == "nvme" and not (disk and Path(disk).is_dir()):
+            raise UserError(
+                f"deepspeed.zero_optimization.{part}.nvme_path: {disk!r} is no folder; name "
+                "an existing one on the NVMe disk"
+            )
+
+
+_OPTIMIZERS = ("adam", "adamw", "lamb", "lion", "muon", "onebitadam", "onebitlamb", "zerooneadam")
+
+
+def _check_optimizer(raw: dict[str, Any]) -> None:
+    optimizer = raw.get("optimizer")
+    if optimizer is None:
+        return
+    name = optimizer.get("type") if isinstance(optimizer, dict) else None
+    if str(name).lower() not in _OPTIMIZERS:
+        raise UserError(
+            f"deepspeed.optimizer: {optimizer!r} names no optimizer of DeepSpeed "
+            f"({', '.join(_OPTIMIZERS)}); leave it out for AdamW with train.lr"
+        )
 
 
 def build_deepspeed(

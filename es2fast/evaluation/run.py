@@ -191,6 +191,7 @@ def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> Report | None:
     """
     folder = RunFolder(run)
     folder.check_finished("evaluate")
+    _check_overrides(overrides)
     config = load_config(folder.config, overrides)
     summary = json.loads(folder.summary.read_text())
     layers = sorted(int(layer) for layer in summary["layers"])
@@ -226,6 +227,20 @@ def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> Report | None:
         train=summary,
     )
     return report
+
+
+_OF_EVALUATION = ("evaluate", "data", "model", "train.device")
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    """Only what an evaluation reads can be changed of a run that is over."""
+    for item in overrides:
+        key = item.partition("=")[0].strip()
+        if not any(key == name or key.startswith(f"{name}.") for name in _OF_EVALUATION):
+            raise UserError(
+                f"{key}: the run is trained, and evaluating it reads {', '.join(_OF_EVALUATION)} "
+                "alone; leave it out"
+            )
 
 
 def evaluate_paths(

@@ -11,8 +11,9 @@ from torch import nn
 
 from es2fast.config import ModelConfig
 from es2fast.errors import UserError
+from es2fast.modeling.skeleton import missing_tensors
 
-_WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -29,7 +30,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
         return AutoTokenizer.from_pretrained(
             model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"model.name: no tokenizer at {model.name!r} ({_first(error)})") from None
 
 
@@ -42,6 +43,11 @@ def load_model_config(model: ModelConfig) -> Any:
     from transformers import AutoConfig
 
     _check_folder(model.name)
+    if model.revision is not None and Path(model.name).is_dir():
+        raise UserError(
+            f"model.revision: {model.revision!r} is for a Hugging Face id, and {model.name!r} is a "
+            "folder; leave it out"
+        )
     try:
         return AutoConfig.from_pretrained(
             model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
@@ -65,23 +71,35 @@ def load_causal_lm(
             model is on the CPU and goes where the caller puts it.
 
     Raises:
-        UserError: a folder without weights; a model that transformers cannot load; a device map
-            that leaves weights outside of any device's memory.
+        UserError: a folder without weights; a model that transformers cannot load; missing or
+            non-finite weights; a device map that leaves weights outside of any device's memory.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     check_weights(model.name)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        pair: Any = AutoModelForCausalLM.from_pretrained(
             model.name,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
             attn_implementation=model.attn_implementation,
             dtype=DTYPES[dtype],
             device_map=device_map,
+            use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.name: {model.name!r} cannot be loaded ({_first(error)})") from None
+    loaded, found = pair
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(missing_tensors(model.name, missing))
+    for name, weight in loaded.named_parameters():
+        if not weight.is_meta and not weight.detach().sum().isfinite():
+            raise UserError(
+                f"model.name: {model.name!r} holds weights that are no finite numbers ({name}); "
+                "give an intact checkpoint"
+            )
     offloaded = [name for name, weight in loaded.named_parameters() if weight.is_meta]
     if offloaded:
         raise UserError(
@@ -117,8 +135,8 @@ def check_weights(name: str) -> None:
     folder = Path(name)
     if folder.is_dir() and not any(next(folder.glob(p), None) for p in _WEIGHTS):
         raise UserError(
-            f"model.name: folder {name!r} has no weights (*.safetensors); "
-            "give the folder that save_pretrained wrote"
+            f"model.name: folder {name!r} has no weights (*.safetensors; pickled ones are not "
+            "read); give the folder that save_pretrained wrote"
         )
 
 

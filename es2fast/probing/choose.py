@@ -80,7 +80,11 @@ def check_targets(plot: Path, table: Path | None) -> None:
     """UserError when a file to be written cannot be: found out before the work, not after it."""
     if plot.suffix.lower() not in PLOT_SUFFIXES:
         raise UserError(f"--plot: {str(plot)!r} must end in one of {', '.join(PLOT_SUFFIXES)}")
+    if table is not None and table.resolve() == plot.resolve():
+        raise UserError(f"--json: {str(table)!r} is also the file of --plot; choose another")
     for option, path in (("--plot", plot), ("--json", table)):
+        if path is not None and path.is_dir():
+            raise UserError(f"{option}: {str(path)!r} is a folder; name a file in it")
         if path is not None and not path.parent.is_dir():
             raise UserError(f"{option}: folder {str(path.parent)!r} does not exist")
 

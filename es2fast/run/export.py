@@ -21,14 +21,19 @@ from es2fast.modeling.load import load_causal_lm, load_tokenizer
 from es2fast.run.files import remove
 from es2fast.run.folder import RunFolder
 
+CHAT_TEMPLATE = "chat_template.jinja"  # where transformers looks for it
 
-def save_model(model: nn.Module, tokenizer: Any, folder: Path, *, main: bool) -> None:
+
+def save_model(
+    model: nn.Module, tokenizer: Any, folder: Path, *, main: bool, template: str | None = None
+) -> None:
     """Writes weights (or the adapter), config and tokenizer; complete or not at all.
 
     Args:
         model: the student, possibly wrapped by peft and partitioned; call on every rank.
         folder: replaced when it exists.
         main: this rank writes.
+        template: the chat template that the model was trained on; default: the tokenizer's.
     """
     state = full_state_dict(model, main=main)
     if not main:
@@ -37,9 +42,14 @@ def save_model(model: nn.Module, tokenizer: Any, folder: Path, *, main: bool) ->
     remove(partial)
     model.save_pretrained(partial, state_dict=state)  # type: ignore[operator]
     tokenizer.save_pretrained(partial)
+    if template is not None:
+        (partial / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
     (partial / "README.md").unlink(missing_ok=True)  # peft's generic card
     remove(folder)
     partial.rename(folder)
+
+
+_BESIDE = ("README.md", "es2fast.yaml")  # the model card, and what the model was made with
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -68,6 +78,9 @@ def export_merged(source: str, out: Path, *, dtype: str) -> None:
     merged = PeftModel.from_pretrained(plain, source).merge_and_unload()
     with torch.no_grad():
         save_model(merged, load_tokenizer(ModelConfig(name=source)), out, main=True)
+    for name in _BESIDE:
+        if (Path(source) / name).is_file():
+            shutil.copy2(Path(source) / name, out)
 
 
 def export_run(run: Path, out: Path, *, merge: bool) -> None:
@@ -83,6 +96,8 @@ def export_run(run: Path, out: Path, *, merge: bool) -> None:
         export_merged(str(source), out, dtype="bf16" if _is_bf16(source) else "fp32")
         return
     _must_not_exist(out)
+    if source.resolve() in out.resolve().parents:
+        raise UserError(f"export: {str(out)!r} lies inside the model itself; choose another --out")
     shutil.copytree(source, out)
 
 

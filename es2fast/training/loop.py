@@ -111,8 +111,13 @@ def train(plan: Plan, runtime: Runtime) -> TrainResult:
 
 def _save(engine: Any, plan: Plan, target: Path, runtime: Runtime) -> None:
     """The student's weights, and the configuration that they come from beside them."""
-    student, tokenizer = engine.module.student, plan.formatter.tokenizer
-    save_model(student, tokenizer, target, main=runtime.is_main)
+    save_model(
+        engine.module.student,
+        plan.formatter.tokenizer,
+        target,
+        main=runtime.is_main,
+        template=plan.formatter.template if plan.config.data.chat_template else None,
+    )
     if runtime.is_main:
         save_config(plan.config, target / "es2fast.yaml")
 

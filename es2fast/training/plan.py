@@ -13,11 +13,13 @@ from typing import Any
 from es2fast.attacks.registry import make_attacks
 from es2fast.config import Config
 from es2fast.data import Formatter, PairedSampler, PromptGroups, load_groups
+from es2fast.data.checks import prompt_lengths
 from es2fast.distributed.deepspeed_config import AUTO, build_deepspeed
 from es2fast.distributed.runtime import resolve_device, resolve_dtype
 from es2fast.judges.registry import make_judges
 from es2fast.modeling.head import read_transform
 from es2fast.modeling.load import check_weights, load_model_config, load_tokenizer
+from es2fast.modeling.skeleton import check_lora_targets, check_weight_files, make_skeleton
 from es2fast.modeling.taps import check_layers
 from es2fast.modeling.teacher import resolve_teacher
 from es2fast.run.folder import RunFolder
@@ -117,6 +119,9 @@ def make_plan(config: Config, *, world_size: int = 1) -> Plan:
     dtype = resolve_dtype(config.model.dtype, device)
     model = load_model_config(config.model)
     check_weights(config.model.name)
+    skeleton = make_skeleton(config.model, model)
+    check_weight_files(skeleton, config.model, model)
+    check_lora_targets(skeleton, config.train)
     auto = config.deepspeed == AUTO
     deepspeed = build_deepspeed(
         config,
@@ -140,7 +145,7 @@ def make_plan(config: Config, *, world_size: int = 1) -> Plan:
         formatter=formatter,
         model=model,
         deepspeed=deepspeed,
-        lengths=[len(formatter.prompt_ids(p)) for p in groups.harmful + groups.harmless],
+        lengths=prompt_lengths(groups, formatter, model.get_text_config().vocab_size),
     )
     plan.sampler(0)  # raises where a group or a size is too small
     return _with_stage(plan) if auto else plan

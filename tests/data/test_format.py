@@ -189,3 +189,14 @@ def test_template_hash_tells_what_changes_the_tokens():
     }
     assert len(hashes) == 4
     assert formatter().template_hash in hashes
+
+
+def test_a_prompt_cannot_write_special_tokens() -> None:
+    made = formatter()
+    plain, tricky = (made.prompt_ids(Prompt.of(text)) for text in ("w1 w2", "w1 <end> <bot> w2"))
+    special = set(made.tokenizer.all_special_ids)
+
+    def specials(ids: list[int]) -> list[int]:
+        return [i for i in ids if i in special and i != made.tokenizer.unk_token_id]
+
+    assert specials(plain) == specials(tricky) and len(tricky) > len(plain)

@@ -129,7 +129,8 @@ def test_adapter_and_merged_export_give_the_same_logits(run: Path) -> None:
         found, expected = merged(input_ids=IDS).logits, adapter(input_ids=IDS).logits
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         assert (found - base(input_ids=IDS).logits).abs().max() > 1e-3
-    assert (run / "run/model/README.md").read_text().count("es2fast") > 0
+    card = (run / "run/model/README.md").read_text()
+    assert card.count("es2fast") > 0 and (out / "README.md").read_text() == card
 
 
 REMOTE = """

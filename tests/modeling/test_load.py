@@ -14,7 +14,8 @@ from es2fast.attacks.registry import make_attack
 from es2fast.config import ModelConfig
 from es2fast.errors import UserError
 from es2fast.evaluation.teacher import SavedTeacher, token_batches
-from es2fast.modeling.load import load_causal_lm
+from es2fast.modeling.load import load_causal_lm, load_tokenizer
+from es2fast.run.export import save_model
 
 # every block is a unit of its own, with accelerate's hooks on it, as on several GPUs
 PLACES = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu",
@@ -81,10 +82,26 @@ def test_weights_outside_of_the_devices_are_a_mistake(
     real = AutoModelForCausalLM.from_pretrained
 
     def offloading(*args: Any, **options: Any) -> Any:
-        model = real(*args, **options)
+        model, found = real(*args, **options)
         model.model.layers[3].to("meta")  # what accelerate leaves of an offloaded block
-        return model
+        return model, found
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", offloading)
     with pytest.raises(UserError, match=r"evaluate\.device_map: 'auto' leaves model\.layers\.3"):
         load_causal_lm(ModelConfig(name=str(folder)), "fp32", "auto")
+
+
+def test_the_template_that_a_run_named_is_saved_with_the_model(
+    folder: Path, tmp_path: Path
+) -> None:
+    name = ModelConfig(name=str(folder))
+    template = "<s><user> {{ messages[0]['content'] }} <bot>"
+    save_model(
+        load_causal_lm(name, "fp32"),
+        load_tokenizer(name),
+        tmp_path / "saved",
+        main=True,
+        template=template,
+    )
+    assert load_tokenizer(ModelConfig(name=str(tmp_path / "saved"))).chat_template == template
+    assert load_tokenizer(name).chat_template != template

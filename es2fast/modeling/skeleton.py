@@ -1,0 +1,138 @@
+"""A model without its weights: what can be said about a run before anything large is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from es2fast.config import ModelConfig, TrainConfig
+from es2fast.errors import UserError
+from es2fast.modeling.taps import blocks
+
+
+def make_skeleton(model: ModelConfig, config: Any) -> nn.Module:
+    """The model of a transformers config on the meta device.
+
+    Raises:
+        UserError: no decoder-only causal language model; an unknown or missing attention
+            implementation; no decoder blocks.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    _check_kind(model.name, config, AutoModelForCausalLM, AutoModelForMaskedLM)
+    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
+    if model.attn_implementation is not None:
+        options["attn_implementation"] = model.attn_implementation
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, **options)
+    except (ValueError, ImportError) as error:
+        if model.attn_implementation is None:
+            raise UserError(
+                f"model.name: {model.name!r} cannot be built ({_line(error)})"
+            ) from None
+        raise UserError(
+            f"model.attn_implementation: {model.attn_implementation!r} cannot be used "
+            f"({_line(error)}); use sdpa or eager, or leave it out"
+        ) from None
+    blocks(skeleton)
+    return skeleton
+
+
+def _check_kind(name: str, config: Any, causal: Any, masked: Any) -> None:
+    kind = type(config)
+    text = f"model.name: {name!r} is a {config.model_type!r} model"
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{text}, which has an encoder; use a decoder-only chat model")
+    if kind in masked._model_mapping and not getattr(config, "is_decoder", False):
+        raise UserError(f"{text}, which fills masks; use a decoder-only chat model")
+    remote = hasattr(config, "auto_map")  # code of its own, which the mapping does not know
+    if kind not in causal._model_mapping and not remote:
+        raise UserError(f"{text}, which is no causal language model; use a decoder-only chat model")
+    if config.get_text_config().num_hidden_layers < 1:
+        raise UserError(f"model.name: {name!r} has no blocks (num_hidden_layers in config.json)")
+
+
+def check_lora_targets(skeleton: nn.Module, train: TrainConfig) -> None:
+    """UserError when `train.lora.targets` matches no module of the model."""
+    targets = train.lora.targets
+    if train.trainable != "lora" or targets == "all-linear":
+        return
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    config = LoraConfig(target_modules=targets)
+    linear = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
+    if not any(check_target_module_exists(config, name) for name in linear):
+        known = sorted({name.rpartition(".")[2] for name in linear})
+        raise UserError(
+            f"train.lora.targets: {targets!r} matches no linear layer; there are {', '.join(known)}"
+        )
+
+
+def check_weight_files(skeleton: nn.Module, model: ModelConfig, config: Any) -> None:
+    """Compares the headers of a folder's safetensors with the model they belong to.
+
+    Names are compared only where transformers loads them as they stand. What is not seen here is
+    refused when the weights are loaded.
+
+    Raises:
+        UserError: a damaged file; a tensor of another shape; missing tensors.
+    """
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    shapes = _stored_shapes(Path(model.name))
+    converted = get_checkpoint_conversion_mapping(config.model_type) is not None
+    if not shapes or converted or getattr(config, "quantization_config", None) is not None:
+        return
+    expected = {name: tuple(weight.shape) for name, weight in skeleton.named_parameters()}
+    common = expected.keys() & shapes.keys()
+    for name in sorted(common):
+        if shapes[name] != expected[name]:
+            raise UserError(
+                f"model.name: {model.name!r} stores {name} as {list(shapes[name])}, but its "
+                f"config.json makes it {list(expected[name])}; weights and config do not belong "
+                "together"
+            )
+    missing = sorted(expected.keys() - shapes.keys() - _tied(skeleton))
+    if 2 * len(common) > len(expected) and missing:  # else stored under names of another layout
+        raise UserError(missing_tensors(model.name, missing))
+
+
+def missing_tensors(name: str, missing: list[str]) -> str:
+    """The sentence about a checkpoint that lacks tensors."""
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    return (
+        f"model.name: {name!r} lacks the weights {missing[0]}{more}, which would be random; "
+        "give a complete checkpoint"
+    )
+
+
+def _tied(skeleton: nn.Module) -> set[str]:
+    tied = getattr(skeleton, "all_tied_weights_keys", None) or {}
+    return set(tied) | set(tied.values())
+
+
+def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Tensor shapes of all `*.safetensors` in a folder; {} where there is none."""
+    from safetensors import SafetensorError, safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
+        try:
+            with safe_open(path, framework="pt") as file:
+                stored = list(file.keys())
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in stored}
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"model.name: {str(path)!r} is damaged ({_line(error)}); copy or download it anew"
+            ) from None
+    return shapes
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
