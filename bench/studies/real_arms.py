@@ -85,6 +85,17 @@ ARMS: dict[str, Arm] = {
             "train": EVERY_BLOCK | {"steps": 120},
         },
     ),
+    "closer": Arm(
+        "as both_robust, with margin 2, kl.weight 20, twice the steps, and ablation simulated inside "
+        "of blocks as well, of directions from the middle",
+        {
+            "layers": [8, 16],
+            "separation": {"margin": 2.0, "moves": "harmful", "ramp": 0.5, "robust": ROBUST},
+            "refusal": ANCHOR,
+            "kl": {"weight": 20.0, "positions": "response"},
+            "train": EVERY_BLOCK | {"steps": 80},
+        },
+    ),
     CIRCUIT_BREAKER: Arm("circuit breaker, from its formula"),
     "default": Arm(
         "es2fast's defaults: hinge, whole blocks, lr 5e-5",

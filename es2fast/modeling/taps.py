@@ -28,13 +28,16 @@ class Intervention:
 
     layers: blocks at whose output it acts; change: (layer, states (k, H) fp32) -> the states in
     their place, (k, H); where: at the last prompt token, at it and all later ones (an answer's,
-    which an attack changes while it is decoded), or at every token; name: of the attack.
+    which an attack changes while it is decoded), or at every token; name: of the attack; inside: it
+    also acts on what attention and MLP of these blocks add to the stream, and on the first block's
+    input, so that nothing in a block reads another one.
     """
 
     layers: frozenset[int]
     change: Callable[[int, Tensor], Tensor]
     where: Literal["last", "onwards", "all"] = "onwards"
     name: str = ""
+    inside: bool = False
 
     def positions(self, last: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Rows and columns of the changed states, each (k,).
@@ -229,6 +232,8 @@ class SeparationTaps:
         layers: tapped blocks, ascending.
         space: "residual" or "normed", see `tap_points`.
         attacked: blocks at whose outputs an attack may act; default: the tapped ones.
+        parts: block numbers and what in these blocks adds to the stream, where attacks may act
+            inside of blocks.
     """
 
     def __init__(
@@ -237,6 +242,7 @@ class SeparationTaps:
         layers: Sequence[int],
         space: str = "residual",
         attacked: Sequence[int] | None = None,
+        parts: Sequence[tuple[int, nn.Module]] = (),
     ):
         self.states: dict[int, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
@@ -249,6 +255,10 @@ class SeparationTaps:
         every, points = blocks(model), tap_points(model, layers, space)
         hit = layers if attacked is None else attacked
         self._handles = [every[i].register_forward_hook(self._attack(i)) for i in hit]
+        self._handles += [part.register_forward_hook(self._attack_inside(i)) for i, part in parts]
+        if parts:
+            start = every[0].register_forward_pre_hook(self._attack_input, with_kwargs=True)
+            self._handles.append(start)
         self._handles += [p.register_forward_hook(self._keep(i)) for i, p in zip(layers, points)]
         self._handles += [
             block.register_forward_pre_hook(self._cut, with_kwargs=True)
@@ -302,13 +312,40 @@ class SeparationTaps:
             self.outputs[layer] = self._select(hidden).detach()
             if attack is None or layer not in attack.layers:
                 return None
-            assert self._positions is not None
-            last = self._positions[: self._num_harmful].to(hidden.device)
-            place = attack.positions(last, hidden.shape[1])
-            changed = attack.change(layer, hidden[place].float())
-            return with_hidden(output, hidden.index_put(place, changed.to(hidden.dtype)))
+            return with_hidden(output, self._changed(attack, layer, hidden))
 
         return hook
+
+    def _attack_inside(self, layer: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            hidden = hidden_of(output)
+            attack = self._acting_inside(hidden)
+            if attack is None or layer not in attack.layers:
+                return None
+            return with_hidden(output, self._changed(attack, layer, hidden))
+
+        return hook
+
+    def _attack_input(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        attack = self._acting_inside(hidden)
+        if attack is None:
+            return None
+        hidden = self._changed(attack, 0, hidden)
+        return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+    def _acting_inside(self, hidden: Tensor) -> Intervention | None:
+        attack = self._intervention
+        armed = self._select is not None and hidden.shape[0] == self._rows
+        return attack if armed and attack is not None and attack.inside else None
+
+    def _changed(self, attack: Intervention, layer: int, hidden: Tensor) -> Tensor:
+        """(B, T, H) with the harmful rows' states as the attack makes them."""
+        assert self._positions is not None
+        last = self._positions[: self._num_harmful].to(hidden.device)
+        place = attack.positions(last, hidden.shape[1])
+        changed = attack.change(layer, hidden[place].float())
+        return hidden.index_put(place, changed.to(hidden.dtype))
 
     def _keep(self, layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:

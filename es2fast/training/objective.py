@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from es2fast.config import Config
 from es2fast.errors import UserError
 from es2fast.modeling import head as heads
+from es2fast.modeling.sublayers import attention_of, mlp_of
 from es2fast.modeling.taps import Intervention, SeparationTaps, backbone, blocks, position_ids
 from es2fast.modeling.teacher import freeze, teacher_hidden
 from es2fast.ops.separation.op import pairwise_separation
@@ -82,7 +83,15 @@ class ES2Objective(nn.Module):
         self.bank = EmbeddingBank(bank, self.world) if bank else None
         self.alphas = layer_weights(config, self.layers)
         hit = attacked_blocks(config, self.layers, len(blocks(student)))
-        self.taps = SeparationTaps(student, self.layers, config.separation.space, hit)
+        robust = config.separation.robust
+        ablated = hit if robust.probability and "ablation" in robust.attacks else []
+        self.taps = SeparationTaps(
+            student,
+            self.layers,
+            config.separation.space,
+            hit,
+            [(i, part(blocks(student)[i])) for i in ablated for part in (attention_of, mlp_of)],
+        )
         self.lm_head, self.transform = heads.install(student, teacher, share_head=share_head)
 
     def train(self, mode: bool = True) -> ES2Objective:

@@ -8,9 +8,11 @@ again; with a refusal anchor the answer has to refuse all the same.
 
     mean_difference   h <- h + c (mean_B - mean_A)    at one block, last prompt token onwards
     replacement       h <- mean_B                     at one block, last prompt token
-    ablation          h <- h - r r^T h                at every token and block (without a refusal
-                                                      anchor up to the deepest separated one), r one
-                                                      block's difference of the means, of length 1
+    ablation          h <- h - r r^T h                at every token, in every block (without a
+                                                      refusal anchor up to the deepest separated
+                                                      one) and what its parts add; r of length 1
+                                                      along the difference of the means of one
+                                                      block, with blocks: all in the middle
     scav              h <- h + push(h)                at every separated block whose probe is
                                                       accurate enough, last prompt token onwards
 
@@ -70,7 +72,7 @@ class SimulatedAttack:
         draw = random.Random(f"{self._seed}/robust/{step}")
         attacked = draw.random() < settings.probability
         name = draw.choice(settings.attacks)
-        layer = draw.choice(self._reached if settings.blocks == "all" else self._layers)
+        layer = draw.choice(self._candidates(name))
         strength = draw.uniform(*settings.strength)
         if not attacked or not self._known():
             return None
@@ -78,6 +80,16 @@ class SimulatedAttack:
             self._fit()
             self._fitted = step
         return self._made(name, layer, strength)
+
+    def _candidates(self, name: str) -> list[int]:
+        """Blocks of which one is drawn. An ablated direction is found in the middle, as the
+        attacker finds it: the first blocks' does nothing, and the last ones' is not looked at
+        (arXiv 2406.11717, l < 0.8 L)."""
+        if self._settings.blocks == "separated":
+            return self._layers
+        depth = len(self._reached)
+        middle = [i for i in self._reached if 0.25 * depth <= i < 0.8 * depth]
+        return middle if name == "ablation" and middle else self._reached
 
     def _known(self) -> bool:
         """There are states to fit on; as many on every rank, so all ranks say the same."""
@@ -113,7 +125,7 @@ class SimulatedAttack:
                 r = unit.to(states.device)
                 return states - (states @ r)[:, None] * r
 
-            return Intervention(frozenset(self._reached), ablated, "all", name)
+            return Intervention(frozenset(self._reached), ablated, "all", name, inside=True)
         if name == "mean_difference":
             shift = strength * (harmless - harmful)
             return Intervention(

@@ -9,6 +9,7 @@ import torch
 from tiny_models import tiny_model
 from torch import Tensor
 
+from es2fast.attacks.states.ablation import ablated
 from es2fast.attacks.states.mean_difference import MeanDifference
 from es2fast.attacks.states.scav import Scav
 from es2fast.config import Config, parse_config
@@ -163,6 +164,51 @@ def test_an_intervention_changes_harmful_rows_at_its_positions_alone(
     sevens = (seen[0] == 7.0).all(-1)
     assert {tuple(place) for place in sevens.nonzero().tolist()} == changed
     assert taps.outputs.keys() == {0, 1, 2} and not (taps.outputs[2][0] == 7.0).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
+def test_the_simulated_ablation_is_that_of_the_evaluation(family: str) -> None:
+    model = tiny_model(family).double()
+    ids = torch.tensor([[1, 4, 10, 16, 5, 23], [1, 4, 8, 12, 13, 5]])
+    mask = torch.ones_like(ids)
+    raw: dict[str, Any] = {"model": {"name": "m"}, "refusal": {"weight": 1.0}}
+    raw["separation"] = {"robust": {"probability": 0.9, "attacks": ["ablation"], "blocks": "all"}}
+    simulated = SimulatedAttack(parse_config(raw), [1, 2], ALONE, depth=4)
+    generator = torch.Generator().manual_seed(0)
+    simulated.observe({i: torch.randn(8, 32, generator=generator) for i in range(4)}, 4)
+    attack = next(a for a in map(simulated.for_step, range(1, 50)) if a is not None)
+    unit = attack.change(0, torch.eye(32)) - torch.eye(32)  # -r r^T
+    unit = unit[:, unit.diagonal().abs().argmax()]
+    parts = [(i, part) for i, b in enumerate(model.model.layers) for part in (b.self_attn, b.mlp)]
+    taps = SeparationTaps(model, [1, 2], attacked=range(4), parts=parts)
+    taps.arm(torch.tensor([5, 5]), 1, attack, keep=True)
+    found = backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+    taps.remove()
+    with ablated(model, (unit / unit.norm()).double()):
+        attacked = backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+    plain = backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+    torch.testing.assert_close(found[0], attacked[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[1], plain[1])
+    assert (attacked[0] - plain[0]).abs().max() > 0.05
+
+
+def test_ablated_directions_are_those_of_the_middle_blocks() -> None:
+    raw: dict[str, Any] = {"model": {"name": "m"}, "refusal": {"weight": 1.0}}
+    raw["separation"] = {"robust": {"probability": 0.9, "blocks": "all",
+                                    "attacks": ["ablation", "mean_difference"]}}  # fmt: skip
+    simulated = SimulatedAttack(parse_config(raw), [1, 2], ALONE, depth=10)
+    rows = {i: torch.zeros(2, 10) for i in range(10)}
+    for i in range(10):
+        rows[i][0, i] = 1.0  # each block's difference of the means lies along its own axis
+    simulated.observe(rows, 1)
+    ablated_along, pushed = set(), set()
+    for attack in attacks_of(simulated, 300):
+        if attack.name == "ablation":
+            left = attack.change(0, torch.eye(10)).diagonal()
+            ablated_along.add(int(left.argmin()))
+        else:
+            pushed |= attack.layers
+    assert ablated_along == {3, 4, 5, 6, 7} and pushed == set(range(10))
 
 
 def stream(model: Any, ids: Tensor, pushes: dict[int, Tensor]) -> list[Tensor]:
