@@ -86,8 +86,8 @@ ARMS: dict[str, Arm] = {
         },
     ),
     "closer": Arm(
-        "as both_robust, with margin 2, kl.weight 20, twice the steps, and ablation simulated inside "
-        "of blocks as well, of directions from the middle",
+        "as both_robust, with margin 2, kl.weight 20, twice the steps, and ablation simulated "
+        "inside of blocks as well, of directions from the middle",
         {
             "layers": [8, 16],
             "separation": {"margin": 2.0, "moves": "harmful", "ramp": 0.5, "robust": ROBUST},
