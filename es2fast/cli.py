@@ -98,6 +98,19 @@ def train(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = None) 
     launch(config, overrides or (), ranks=ranks, device=resolved.train.device)
 
 
+@app.command()
+def init(
+    config: Annotated[Path, typer.Argument(help="file to write", show_default=False)],
+) -> None:
+    """Write a run file to start from: every key with its meaning and default."""
+    from es2fast.reference import template
+
+    if config.exists():
+        raise UserError(f"init: {str(config)!r} exists already; choose another name")
+    config.write_text(template(), encoding="utf-8")
+    print(f"written: {config}; fill in model.name and the data, then: es2fast validate {config}")
+
+
 @app.command("validate")
 def validate_command(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = None) -> None:
     """Check configuration, data, model and batch arithmetic without training."""

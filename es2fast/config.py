@@ -40,7 +40,10 @@ class _Section(BaseModel):
     def _plain(cls, value: Any, info: ValidationInfo) -> Any:
         """pydantic makes 1 of true; text that is no UTF-8 fails where it is written."""
         name = info.field_name or ""
-        if isinstance(value, bool) and cls.model_fields[name].annotation in _NUMBERS:
+        annotation = cls.model_fields[name].annotation
+        if value is None and isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            return {}  # a section of which nothing is given
+        if isinstance(value, bool) and annotation in _NUMBERS:
             raise ValueError(f"{str(value).lower()} is no number; give one")
         if isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
             raise ValueError(f"{value!r} holds a character that is no text; remove it")

@@ -27,7 +27,7 @@ LAYERS = (
     ("attacks",),
     ("report",),
     ("training", "evaluation"),
-    ("train", "environment"),
+    ("train", "environment", "reference"),
     ("demo", "harden"),
     ("tune",),
     ("cli",),
