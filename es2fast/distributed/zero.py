@@ -38,7 +38,7 @@ def full_state_dict(model: nn.Module, *, main: bool) -> dict[str, Tensor]:
     """
     state: dict[str, Tensor] = {}
     for chunk in _chunks(list(model.named_parameters())):
-        with _gathered([parameter for _, parameter in chunk]):
+        with gathered([parameter for _, parameter in chunk]):
             if main:
                 state.update({name: p.detach().cpu().clone() for name, p in chunk})
     if main:
@@ -63,7 +63,8 @@ def _chunks(named: list[tuple[str, nn.Parameter]]) -> Iterator[list[tuple[str, n
         yield chunk
 
 
-def _gathered(parameters: list[nn.Parameter]) -> Any:
+def gathered(parameters: list[nn.Parameter]) -> Any:
+    """While this lasts, parameters that ZeRO-3 partitioned are whole; call on every rank."""
     import deepspeed
 
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]

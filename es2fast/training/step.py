@@ -105,6 +105,7 @@ def _forward(
         attack=attack,
         margin=margin,
         refusal=refusal,
+        target=batch.teacher,
     )
 
 
