@@ -430,6 +430,12 @@ class TrainConfig(_Section):
     global_batch_size: int | None = Field(
         None, ge=1, description="pairs per optimizer step; checked against the product when given"
     )
+    length_window: int = Field(
+        1,
+        ge=1,
+        description="micro-batches among whose rows those of like length are put together, which "
+        "leaves less padding; 1: rows come at random",
+    )
     lr: float = Field(5e-5, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)

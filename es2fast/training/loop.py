@@ -155,7 +155,8 @@ class Feed:
         self._teacher = teacher
         self._formatter, self._positions = plan.formatter, plan.config.kl.positions
         self._harmful, self._harmless = plan.groups.harmful, harmless
-        self._sampler = plan.sampler(rank)
+        by_length = plan.config.train.length_window > 1
+        self._sampler = plan.sampler(rank, plan.row_lengths(harmless) if by_length else None)
         self._anchor: RefusalAnchor | None = None
         if texts is not None:
             self._anchor = RefusalAnchor(plan.config, plan.formatter, self._harmful, texts)
@@ -292,6 +293,7 @@ def _row(
         "step_seconds": seconds,
         "samples_per_second": sums["rows"] / seconds,
         "tokens_per_second": sums["tokens"] / seconds,
+        "padding": 1.0 - sums["tokens"] / sums["places"],
         "peak_memory_bytes": _peak_memory(),
     }
 

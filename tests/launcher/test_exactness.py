@@ -331,7 +331,12 @@ def test_ranks_end_with_equal_parameters(runs: dict[str, Any], name: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", [c for c in [*CASES, "robust", "anchor_robust"] if c not in ("zero2", "anchor_alone", "moments_zero2")]
+    "name",
+    [
+        c
+        for c in [*CASES, "robust", "anchor_robust"]
+        if c not in ("zero2", "anchor_alone", "moments_zero2")
+    ],
 )
 def test_trace_is_never_invalidated(runs: dict[str, Any], name: str) -> None:
     """Recorded in the first step, complete and in use from then on."""

@@ -175,7 +175,9 @@ def test_moments_are_read_back_with_their_head(small: None, tmp_path: Path) -> N
     for found in (cache, made(plan)[0]):
         moments = found.tokens([2, 9])
         moments.check_head(base.model.lm_head.weight)
-        assert moments.temperature == 1.5 and len(moments) == sum(cache.rows[i].kept for i in (2, 9))
+        assert moments.temperature == 1.5 and len(moments) == sum(
+            cache.rows[i].kept for i in (2, 9)
+        )
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
