@@ -29,6 +29,11 @@ def zero3_loading(deepspeed_config: dict[str, Any]) -> Iterator[None]:
         unset_hf_deepspeed_config()
 
 
+def partitioned(model: nn.Module) -> bool:
+    """ZeRO-3 has parted the model's weights among the ranks."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
 def full_state_dict(model: nn.Module, *, main: bool) -> dict[str, Tensor]:
     """All parameters and persistent buffers, whole, on the CPU of the main rank.
 

@@ -21,7 +21,7 @@ from es2fast.modeling.teacher import head_is_shared, resolve_teacher, set_traina
 from es2fast.ops.tokens import CPU_CHUNK, GPU_CHUNK_TRAINABLE
 
 GB = 1e9
-_PROCESS = {"cuda": 1.0 * GB, "cpu": 0.8 * GB}  # libraries; a GPU's context and fragmentation
+PROCESS = {"cuda": 1.0 * GB, "cpu": 0.8 * GB}  # libraries; a GPU's context and fragmentation
 _DEFAULT_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, elements
 _DEFAULT_LIVE = 1_000_000_000  # and its stage3_max_live_parameters
 
@@ -166,4 +166,4 @@ def _workspace(sizes: Sizes, zero: dict[str, Any], item: int, device: str, twin:
     if zero["stage"] == 3:
         live = zero.get("stage3_max_live_parameters", _DEFAULT_LIVE)
         gathered = min(live, (1 + twin) * sizes.total)
-    return _PROCESS[device] + item * (2 * bucket + gathered)
+    return PROCESS[device] + item * (2 * bucket + gathered)

@@ -1,9 +1,9 @@
 """What is measured once on the base model before training.
 
-Under the same ZeRO stage as the training itself, so a model that only fits partitioned can be
-prepared too: the missing responses to harmless prompts and, for a refusal anchor in the model's own
-words, its answers to harmful ones (greedy, cached on disk); its states or moments, where
-`train.teacher` is kept on disk; the last-prompt-token states after
+Each rank holds the whole base model where it fits; a model that only fits partitioned is prepared
+under the training's ZeRO-3: the missing responses to harmless prompts and, for a refusal anchor in
+the model's own words, its answers to harmful ones (greedy, cached on disk); its states or moments,
+where `train.teacher` is kept on disk; the last-prompt-token states after
 every block in `separation.space`, from them the layers (`layers: auto`, which also looks at what a
 push at every block does to the next token after some harmful prompts), the base distances d0 and
 the base norms; and the check that the fused head makes the model's own logits. States are gathered
@@ -43,6 +43,7 @@ from es2fast.run.folder import RunFolder
 from es2fast.training.plan import Plan
 from es2fast.training.refusals import ANSWER_TOKENS, AnchorTexts, anchor_texts, wants_answers
 from es2fast.training.responses import base_answers, fill_responses
+from es2fast.training.stage import base_fits
 from es2fast.training.teacher_cache import TeacherCache, cache_teacher, keeps_teacher
 
 
@@ -150,11 +151,25 @@ def own_refusals(plan: Plan, model: nn.Module, runtime: Runtime) -> AnchorTexts 
     return texts
 
 
-def load_base(plan: Plan, runtime: Runtime) -> tuple[nn.Module, Any, Callable[[], None]]:
-    """The base model in eval mode, what to call for a pass, and what frees ZeRO's partitions."""
+def load_base(
+    plan: Plan, runtime: Runtime, whole: bool | None = None
+) -> tuple[nn.Module, Any, Callable[[], None]]:
+    """The base model in eval mode, what to call for a pass, and what frees ZeRO's partitions.
+
+    Args:
+        plan: the run.
+        runtime: its ranks; call on every rank.
+        whole: each rank has all of it; default: below stage 3, and where it fits. Partitioned, it
+            would be gathered for every token that it writes.
+    """
     import deepspeed
 
-    if plan.zero_stage < 3:
+    if whole is None:
+        whole = plan.zero_stage < 3 or base_fits(
+            plan.config, plan.model, world_size=plan.world_size, device=plan.device,
+            dtype=runtime.dtype,
+        )  # fmt: skip
+    if whole:
         model = load_causal_lm(plan.config.model, runtime.dtype).to(runtime.device).eval()
         return model, torch.no_grad()(BaseModel(model)), lambda: None
     raw = copy.deepcopy(plan.deepspeed)

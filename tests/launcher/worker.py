@@ -63,7 +63,7 @@ def run_case(case: dict[str, Any], runtime: runtimes.Runtime) -> dict[str, Any]:
     texts = anchor_texts(config, plan.groups.harmful)
     teacher = None
     if keeps_teacher(config.train):
-        _, run, release = load_base(plan, runtime)
+        _, run, release = load_base(plan, runtime, whole=plan.zero_stage < 3)
         teacher = cache_teacher(
             plan, plan.groups.harmless, lambda **inputs: run("teacher", **inputs), runtime
         )
