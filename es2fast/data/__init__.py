@@ -5,7 +5,7 @@ harmless groups and checks them against each other, `format` applies the chat te
 pads, `sampling` says which rows a step sees, `cache` keeps answers written by the base model.
 """
 
-from es2fast.data.batches import MicroBatch, Refusal, collate
+from es2fast.data.batches import MicroBatch, Refusal, collate, kl_span
 from es2fast.data.cache import ResponseCache, cache_folder, model_fingerprint
 from es2fast.data.format import Formatter
 from es2fast.data.groups import DataReport, PromptGroups, SourceReport, load_groups
@@ -24,6 +24,7 @@ __all__ = [
     "SourceReport",
     "cache_folder",
     "collate",
+    "kl_span",
     "load_groups",
     "model_fingerprint",
     "normalise_prompt",

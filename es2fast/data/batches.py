@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ class MicroBatch:
     num_harmful: int  # n
     num_tokens: int  # non-padding tokens of all rows
     refusal_weights: Tensor | None = None  # (n, T) float32, of the prediction made at a column
+    teacher: Any = None  # what a cache holds of the tokens whose kl_weights are above 0, row by row
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same batch with its tensors on `device`."""
@@ -54,6 +56,7 @@ class MicroBatch:
             refusal_weights=None
             if self.refusal_weights is None
             else self.refusal_weights.to(device),
+            teacher=None if self.teacher is None else self.teacher.to(device),
         )
 
 
@@ -132,3 +135,17 @@ def _kl_weights(mask: Tensor, prompt_last: Tensor, positions: str) -> Tensor:
         return (column == last).float()
     end = (last + 1).clamp_min(mask.shape[1] - 1)  # T - 1, and T for a row without response
     return ((column >= last) & (column < end)).float()
+
+
+def kl_span(prompt: int, answer: int, positions: str) -> tuple[int, int]:
+    """First token of a harmless row that the KL sees, and the first behind them: the columns that
+    `collate` gives a weight, counted from the row's start.
+
+    Args:
+        prompt: tokens of the prompt.
+        answer: tokens of the response.
+        positions: see `collate`.
+    """
+    if positions == "all":
+        return 0, prompt + answer
+    return prompt - 1, prompt if positions == "last" else max(prompt, prompt + answer - 1)

@@ -7,6 +7,11 @@ own, which fills a fixed share of the places, evenly spread. So there is no stat
 run sees the same data, 1 rank x 2 rows equals 2 ranks x 1 row, and no rank is ever without a row of
 either group.
 
+With `lengths` and a window above 1, rows of like length share a micro-batch: each epoch's
+permutation is cut into windows of so many global micro-batches, a window's rows are sorted by
+length, cut into micro-batches, and these are shuffled. It is still a permutation of the epoch, and
+a rank takes every `world_size`-th row of a micro-batch, so that all have alike work.
+
 Permutations come from `random.Random` seeded with text, whose results Python keeps stable between
 versions and platforms.
 """
@@ -15,6 +20,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 
@@ -36,9 +42,12 @@ class PairedSampler:
         world_size: int,
         num_borderline: int = 0,
         borderline_share: float = 0.25,
+        lengths: tuple[Sequence[int], Sequence[int]] | None = None,
+        window: int = 1,
     ) -> None:
         """The last `num_borderline` of the harmless rows are borderline ones; without any, or
-        without others, there is one stream.
+        without others, there is one stream. `lengths` are those of the harmful and of the harmless
+        rows in tokens, `window` the micro-batches among which rows are sorted by them; 1: not.
 
         Raises:
             UserError: a group without rows, a size below 1, or a rank out of range.
@@ -63,6 +72,14 @@ class PairedSampler:
         self.gradient_accumulation = gradient_accumulation
         self.rank = rank
         self.world_size = world_size
+        self._lengths: dict[str, Sequence[int]] = {}
+        if lengths is not None and window > 1:
+            ordinary = num_harmless - self.borderline
+            self._lengths["harmful"] = lengths[0]
+            self._lengths["harmless"] = lengths[1][:ordinary]
+            self._lengths["borderline"] = lengths[1][ordinary:]
+        self._window = window
+        self._orders: dict[tuple[str, int], list[int]] = {}
 
     def indices(self, step: int) -> list[tuple[list[int], list[int]]]:
         """Per micro-batch of step 0, 1, ...: this rank's harmful and harmless row numbers."""
@@ -72,8 +89,11 @@ class PairedSampler:
         batches = []
         for j in range(self.gradient_accumulation):
             start = (step * self.gradient_accumulation + j) * world
-            start += self.rank * self.micro_batch_size
-            places = range(start, start + self.micro_batch_size)
+            if self._lengths:
+                places = range(start + self.rank, start + world, self.world_size)
+            else:
+                start += self.rank * self.micro_batch_size
+                places = range(start, start + self.micro_batch_size)
             harmful = [self._row("harmful", self.sizes["harmful"], p) for p in places]
             batches.append((harmful, [self._harmless(p) for p in places]))
         return batches
@@ -95,7 +115,30 @@ class PairedSampler:
         return self._row("harmless", ordinary, place - before)
 
     def _row(self, group: str, size: int, place: int) -> int:
-        return _permutation(self.seed, group, size, place // size)[place % size]
+        epoch = place // size
+        if not self._lengths:
+            return _permutation(self.seed, group, size, epoch)[place % size]
+        if (group, epoch) not in self._orders:
+            self._orders = {k: v for k, v in self._orders.items() if abs(k[1] - epoch) < 2}
+            self._orders[group, epoch] = self._by_length(group, size, epoch)
+        return self._orders[group, epoch][place % size]
+
+    def _by_length(self, group: str, size: int, epoch: int) -> list[int]:
+        """An epoch's rows, those of like length together; micro-batches that lie across two epochs
+        are made whole by both."""
+        rows, lengths = list(_permutation(self.seed, group, size, epoch)), self._lengths[group]
+        share = {"harmless": 1 - self._exact_share, "borderline": self._exact_share}.get(group, 1)
+        chunk = max(1, round(self.micro_batch_size * self.world_size * share))
+        first = -epoch * size % chunk
+        draw = random.Random(f"{self.seed}/{group}/{epoch}/lengths")
+        found = sorted(rows[:first], key=lengths.__getitem__)
+        for start in range(first, size, chunk * self._window):
+            part = sorted(rows[start : start + chunk * self._window], key=lengths.__getitem__)
+            chunks = [part[i : i + chunk] for i in range(0, len(part), chunk)]
+            last = chunks.pop() if len(chunks[-1]) < chunk else []
+            draw.shuffle(chunks)
+            found += [row for some in [*chunks, last] for row in some]
+        return found
 
 
 @lru_cache(maxsize=8)

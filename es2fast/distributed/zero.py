@@ -29,6 +29,11 @@ def zero3_loading(deepspeed_config: dict[str, Any]) -> Iterator[None]:
         unset_hf_deepspeed_config()
 
 
+def partitioned(model: nn.Module) -> bool:
+    """ZeRO-3 has parted the model's weights among the ranks."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
 def full_state_dict(model: nn.Module, *, main: bool) -> dict[str, Tensor]:
     """All parameters and persistent buffers, whole, on the CPU of the main rank.
 
@@ -38,7 +43,7 @@ def full_state_dict(model: nn.Module, *, main: bool) -> dict[str, Tensor]:
     """
     state: dict[str, Tensor] = {}
     for chunk in _chunks(list(model.named_parameters())):
-        with _gathered([parameter for _, parameter in chunk]):
+        with gathered([parameter for _, parameter in chunk]):
             if main:
                 state.update({name: p.detach().cpu().clone() for name, p in chunk})
     if main:
@@ -63,7 +68,8 @@ def _chunks(named: list[tuple[str, nn.Parameter]]) -> Iterator[list[tuple[str, n
         yield chunk
 
 
-def _gathered(parameters: list[nn.Parameter]) -> Any:
+def gathered(parameters: list[nn.Parameter]) -> Any:
+    """While this lasts, parameters that ZeRO-3 partitioned are whole; call on every rank."""
     import deepspeed
 
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]

@@ -28,6 +28,8 @@ from es2fast.errors import UserError
 from es2fast.modeling.taps import backbone, causal_lm
 from es2fast.ops.linear_ce import linear_cross_entropy
 from es2fast.ops.linear_kl.op import linear_kl_div
+from es2fast.ops.moments.cache import TeacherMoments
+from es2fast.ops.moments.op import moment_kl_div
 
 _SOFTCAP_KEYS = ("final_logit_softcapping", "logits_soft_cap")
 _MULTIPLY_KEYS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
@@ -84,12 +86,12 @@ def read_transform(config: Any) -> HeadTransform:
 class KLTask:
     """What `FusedHead` computes in place of logits.
 
-    teacher_hidden: (N, H) final hidden states of the base model.
+    teacher: (N, H) final hidden states of the base model, or its moments of N tokens.
     token_weights: (N,) fp32; tokens of weight zero are left out before the head.
     direction, temperature, beta: as `es2fast.linear_kl_div`.
     """
 
-    teacher_hidden: Tensor
+    teacher: Tensor | TeacherMoments
     token_weights: Tensor
     direction: str
     temperature: float
@@ -112,8 +114,8 @@ class CETask:
 
 
 @dataclass(frozen=True)
-class _Borrow:
-    """Runs `use(weight, bias)` inside the lending module's forward; nothing is returned."""
+class Borrow:
+    """For a `LendingHead`: runs `use(weight, bias)` inside the lending module's forward."""
 
     use: Callable[[Tensor, Tensor | None], None]
 
@@ -160,21 +162,43 @@ class FusedHead:
 
     def _divergence(self, hidden: Tensor, task: KLTask) -> Tensor:
         """The KL, with the teacher's own head where it has one."""
+        if isinstance(task.teacher, TeacherMoments):
+            return self._moment_kl(hidden, task.teacher, task.token_weights)
         if self._teacher_head is None:
-            return self._kl(hidden, task, None, None)
+            return self._kl(hidden, task, task.teacher, None, None)
         out: list[Tensor] = []
+        target = task.teacher
         self._teacher_head(
-            _Borrow(lambda weight, bias: out.append(self._kl(hidden, task, weight, bias)))
+            Borrow(lambda weight, bias: out.append(self._kl(hidden, task, target, weight, bias)))
         )
         return out[0]
 
+    def _moment_kl(self, hidden: Tensor, moments: TeacherMoments, weights: Tensor) -> Tensor:
+        """A bf16 head goes in as fp16, as it did when the moments were made: an eighth of the
+        noise in the gradient, for a copy that lives as long as the call."""
+        weight, bias = self._module.weight, getattr(self._module, "bias", None)
+        return moment_kl_div(
+            hidden,
+            weight.half() if weight.dtype == torch.bfloat16 else weight,
+            moments,
+            bias=bias,
+            token_weights=weights,
+            max_valid_tokens=weights.shape[0],
+            reduction="sum",
+        )
+
     def _kl(
-        self, hidden: Tensor, task: KLTask, weight: Tensor | None, bias: Tensor | None
+        self,
+        hidden: Tensor,
+        task: KLTask,
+        target: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
     ) -> Tensor:
         return linear_kl_div(
             hidden,
             self._module.weight,
-            task.teacher_hidden,
+            target,
             weight,
             bias=getattr(self._module, "bias", None),
             teacher_bias=bias,
@@ -196,8 +220,8 @@ class LendingHead:
         self._module = lm_head
         self._logits = lm_head.forward
 
-    def __call__(self, hidden: Tensor | _Borrow) -> Tensor | None:
-        if not isinstance(hidden, _Borrow):
+    def __call__(self, hidden: Tensor | Borrow) -> Tensor | None:
+        if not isinstance(hidden, Borrow):
             return self._logits(hidden)
         bias = getattr(self._module, "bias", None)
         hidden.use(self._module.weight.detach(), None if bias is None else bias.detach())
@@ -223,26 +247,24 @@ def lm_head_of(model: nn.Module) -> nn.Linear:
     return head
 
 
-def install(
-    model: nn.Module, teacher: nn.Module | None, *, share_head: bool
-) -> tuple[nn.Module, HeadTransform]:
+def install(model: nn.Module, teacher_head: nn.Linear | None) -> tuple[nn.Module, HeadTransform]:
     """Replaces `lm_head.forward` of the student (and of a teacher with its own head).
 
     Args:
         model: the student.
-        teacher: the frozen twin, or None when the student without its adapters is the teacher.
-        share_head: the two heads are equal and frozen, so the student's serves both.
+        teacher_head: the base model's; None where the two heads are equal and frozen, so that the
+            student's serves both.
 
     Returns:
         the student's LM head module and its transform.
     """
     head = lm_head_of(model)
     transform = read_transform(causal_lm(model).config)
-    lender: nn.Linear | None = None
-    if teacher is not None and not share_head:
-        lender = lm_head_of(teacher)
-        lender.forward = LendingHead(lender)  # type: ignore[method-assign,assignment]
-    head.forward = FusedHead(head, transform, lender)  # type: ignore[method-assign,assignment]
+    if teacher_head is not None:
+        lender = LendingHead(teacher_head)
+        teacher_head.forward = lender  # type: ignore[method-assign,assignment]
+    fused = FusedHead(head, transform, teacher_head)
+    head.forward = fused  # type: ignore[method-assign,assignment]
     return head, transform
 
 
@@ -291,6 +313,7 @@ def check_parity(error: float, dtype: torch.dtype, config: Any) -> None:
 
 
 __all__ = [
+    "Borrow",
     "CETask",
     "FusedHead",
     "HeadTransform",

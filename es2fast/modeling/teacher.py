@@ -3,24 +3,32 @@
 `adapters_off`: with LoRA the student without its adapters *is* the base model: no extra memory.
 `twin`: a frozen copy that lives in the same engine (2 bytes per parameter, divided by the ranks
 under ZeRO-3), for every other choice of trainable parameters.
+`cache`, `moments`: nobody; what the base model says was written to disk before the training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from es2fast.config import TrainConfig
+from es2fast.distributed.zero import gathered
 from es2fast.errors import UserError
+from es2fast.modeling.head import Borrow, LendingHead, lm_head_of
 from es2fast.modeling.taps import backbone, blocks, causal_lm
+from es2fast.ops.moments.cache import TeacherMoments, half_head
+from es2fast.ops.moments.op import teacher_moments
+
+ANCHORS = 16  # likeliest tokens that the moments keep apart
 
 
 def resolve_teacher(train: TrainConfig) -> str:
-    """`adapters_off` or `twin`, with `auto` resolved."""
+    """`adapters_off`, `twin`, `cache` or `moments`: `train.teacher` with `auto` resolved."""
     if train.teacher != "auto":
         return train.teacher
     return "adapters_off" if train.trainable == "lora" else "twin"
@@ -106,3 +114,80 @@ def freeze(teacher: nn.Module) -> nn.Module:
     """A twin that never trains: no gradients, no dropout."""
     causal_lm(teacher).requires_grad_(False)
     return teacher.eval()
+
+
+@dataclass(frozen=True)
+class MomentOptions:
+    """What the moments of a teacher hold for: temperature and logit scale of the KL."""
+
+    temperature: float
+    logit_scale: float
+    top_k: int = ANCHORS
+
+
+@torch.no_grad()
+def teacher_tokens(
+    model: nn.Module, index: Tensor, moments: MomentOptions | None = None, **inputs: Any
+) -> Tensor | TeacherMoments:
+    """What a cache keeps of the base model at some tokens.
+
+    Args:
+        model: the base model.
+        index: (N,) positions in the flattened (B, T) tokens.
+        moments: reduce the teacher to moments; a bf16 head is taken in fp16.
+        inputs: keyword arguments of the backbone.
+
+    Returns:
+        final hidden states (N, H), or the moments of N tokens.
+
+    Raises:
+        UserError: a bf16 head with an entry beyond fp16's range.
+    """
+    hidden = backbone(model)(**inputs).last_hidden_state.flatten(0, 1)[index]
+    if moments is None:
+        return hidden
+    made: list[TeacherMoments] = []
+
+    def reduce(weight: Tensor, bias: Tensor | None) -> None:
+        try:
+            head = half_head(weight).weight if weight.dtype == torch.bfloat16 else weight
+        except ValueError as error:
+            raise UserError(f"train.teacher: moments: {error}; use teacher=cache") from None
+        made.append(
+            teacher_moments(
+                hidden,
+                head,
+                bias=bias,
+                temperature=moments.temperature,
+                logit_scale=moments.logit_scale,
+                top_k=moments.top_k,
+            )
+        )
+
+    with _lending(lm_head_of(model)) as head:
+        head(Borrow(reduce))
+    return made[0]
+
+
+@contextmanager
+def _lending(head: nn.Linear) -> Iterator[nn.Module]:
+    """The head, whose forward lends its weight while this lasts."""
+    own = head.forward
+    head.forward = LendingHead(head)  # type: ignore[method-assign,assignment]
+    try:
+        yield head
+    finally:
+        head.forward = own  # type: ignore[method-assign]
+
+
+def frozen_head(model: nn.Module) -> nn.Linear:
+    """A copy of the LM head that never trains, whole on every rank; call on every rank."""
+    head = lm_head_of(model)
+    with gathered(list(head.parameters())):
+        weight = head.weight.detach().clone()
+        bias = None if head.bias is None else head.bias.detach().clone()
+    copy = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    copy.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        copy.bias = nn.Parameter(bias, requires_grad=False)
+    return copy

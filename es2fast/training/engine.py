@@ -16,8 +16,14 @@ from torch import nn
 from es2fast.config import Config
 from es2fast.distributed.runtime import Runtime
 from es2fast.distributed.zero import zero3_loading
+from es2fast.modeling.head import lm_head_of
 from es2fast.modeling.load import load_causal_lm
-from es2fast.modeling.teacher import head_is_shared, resolve_teacher, set_trainable
+from es2fast.modeling.teacher import (
+    frozen_head,
+    head_is_shared,
+    resolve_teacher,
+    set_trainable,
+)
 from es2fast.training.objective import ES2Objective
 from es2fast.training.plan import Plan
 from es2fast.training.prepare import Prepared
@@ -42,6 +48,9 @@ def build_engine(plan: Plan, prepared: Prepared, runtime: Runtime) -> Any:
         teacher = load_causal_lm(config.model, runtime.dtype) if twin else None
     if train.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    head = None
+    if not head_is_shared(train):
+        head = frozen_head(student) if teacher is None else lm_head_of(teacher)
     torch.manual_seed(train.seed)  # LoRA's start: the same on every rank and in every run
     student = set_trainable(student, train, prepared.layers[-1])
     objective = ES2Objective(
@@ -53,7 +62,7 @@ def build_engine(plan: Plan, prepared: Prepared, runtime: Runtime) -> Any:
         scale=prepared.whitened0,
         whitening=prepared.whitening,
         config=config,
-        share_head=head_is_shared(train),
+        teacher_head=head,
     )
     parameters = [p for p in objective.parameters() if p.requires_grad]
     warmup = math.ceil(train.warmup_ratio * train.steps)

@@ -34,6 +34,7 @@ from es2fast.training.refusals import (
 from es2fast.training.robust import SimulatedAttack
 from es2fast.training.safeguards import CollapseMonitor, EarlyStop, remedy
 from es2fast.training.step import measure_kl, train_step
+from es2fast.training.teacher_cache import TeacherCache
 from es2fast.training.weights import GoodWeights, TrainableWeights
 
 MEASURED = 8  # optimizer steps' batches on which the KL of the final weights is measured
@@ -86,7 +87,7 @@ def train(plan: Plan, runtime: Runtime) -> TrainResult:
         prepared.save(folder)
         print(f"layers {prepared.layers}: {prepared.reason}", flush=True)
     engine = build_engine(plan, prepared, runtime)
-    feed = Feed(plan, harmless, runtime.rank, texts)
+    feed = Feed(plan, harmless, runtime.rank, texts, prepared.teacher)
     writer = MetricsWriter(folder, config, main=runtime.is_main, steps=config.train.steps)
     try:
         result, good = _loop(config, engine, prepared, feed, writer, runtime)
@@ -145,32 +146,43 @@ class Feed:
         harmless: all harmless training prompts, with their responses.
         rank: whose.
         texts: the refusal anchor's, if there is one.
+        teacher: what was kept of the base model, if it does not run during the training.
     """
 
     def __init__(
-        self, plan: Plan, harmless: list[Prompt], rank: int, texts: AnchorTexts | None = None
+        self,
+        plan: Plan,
+        harmless: list[Prompt],
+        rank: int,
+        texts: AnchorTexts | None = None,
+        teacher: TeacherCache | None = None,
     ):
+        self._teacher = teacher
         self._formatter, self._positions = plan.formatter, plan.config.kl.positions
         self._harmful, self._harmless = plan.groups.harmful, harmless
-        self._sampler = plan.sampler(rank)
+        by_length = plan.config.train.length_window > 1
+        self._sampler = plan.sampler(rank, plan.row_lengths(harmless) if by_length else None)
         self._anchor: RefusalAnchor | None = None
         if texts is not None:
             self._anchor = RefusalAnchor(plan.config, plan.formatter, self._harmful, texts)
 
     def __call__(self, step: int) -> list[MicroBatch]:
         """The micro-batches of optimizer step `step`, from 0."""
+        return [self._batch(step, a, b) for a, b in self._sampler.indices(step)]
+
+    def _batch(self, step: int, harmful: list[int], harmless: list[int]) -> MicroBatch:
         anchor = self._anchor
-        return [
-            collate(
-                self._formatter,
-                [self._harmful[i] for i in a],
-                [self._harmless[i] for i in b],
-                self._positions,
-                None if anchor is None else [anchor.row(step, i) for i in a],
-                1.0 if anchor is None else anchor.decay,
-            )
-            for a, b in self._sampler.indices(step)
-        ]
+        batch = collate(
+            self._formatter,
+            [self._harmful[i] for i in harmful],
+            [self._harmless[i] for i in harmless],
+            self._positions,
+            None if anchor is None else [anchor.row(step, i) for i in harmful],
+            1.0 if anchor is None else anchor.decay,
+        )
+        if self._teacher is not None:
+            batch.teacher = self._teacher.tokens(harmless)
+        return batch
 
 
 def _loop(
@@ -286,6 +298,7 @@ def _row(
         "step_seconds": seconds,
         "samples_per_second": sums["rows"] / seconds,
         "tokens_per_second": sums["tokens"] / seconds,
+        "padding": 1.0 - sums["tokens"] / sums["places"],
         "peak_memory_bytes": _peak_memory(),
     }
 

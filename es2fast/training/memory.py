@@ -17,11 +17,11 @@ from torch import nn
 from es2fast.config import Config
 from es2fast.errors import UserError
 from es2fast.modeling.load import DTYPES
-from es2fast.modeling.teacher import resolve_teacher, set_trainable
+from es2fast.modeling.teacher import head_is_shared, resolve_teacher, set_trainable
 from es2fast.ops.tokens import CPU_CHUNK, GPU_CHUNK_TRAINABLE
 
 GB = 1e9
-_PROCESS = {"cuda": 1.0 * GB, "cpu": 0.8 * GB}  # libraries; a GPU's context and fragmentation
+PROCESS = {"cuda": 1.0 * GB, "cpu": 0.8 * GB}  # libraries; a GPU's context and fragmentation
 _DEFAULT_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, elements
 _DEFAULT_LIVE = 1_000_000_000  # and its stage3_max_live_parameters
 
@@ -123,7 +123,13 @@ def estimate(
     """
     item, trained = DTYPES[dtype].itemsize, sizes.trained / world_size
     split = world_size if zero["stage"] == 3 else 1
-    twin = resolve_teacher(config.train) == "twin"
+    teacher = 0
+    kind = resolve_teacher(config.train)
+    twin = kind == "twin"
+    if twin:
+        teacher = sizes.total
+    elif kind == "cache" and not head_is_shared(config.train):
+        teacher = sizes.hidden * sizes.vocabulary  # a frozen copy of the LM head
     work = _activations(config, sizes, item, device, longest)
     if device == "cpu":  # copies for the safeguards during, one of the model after the training
         copies = 2 * item * sizes.trained / split if config.safeguards.keep_every else 0
@@ -131,7 +137,7 @@ def estimate(
     return Estimate(
         stage=zero["stage"],
         weights=item * sizes.total / split,
-        teacher=twin * item * sizes.total / split,
+        teacher=item * teacher / split,
         gradients=(8 if device == "cuda" else 12) * trained,  # a CPU's AdamW is not fused
         optimizer=12 * trained,
         workspace=work + _workspace(sizes, zero, item, device, twin),
@@ -160,4 +166,4 @@ def _workspace(sizes: Sizes, zero: dict[str, Any], item: int, device: str, twin:
     if zero["stage"] == 3:
         live = zero.get("stage3_max_live_parameters", _DEFAULT_LIVE)
         gathered = min(live, (1 + twin) * sizes.total)
-    return _PROCESS[device] + item * (2 * bucket + gathered)
+    return PROCESS[device] + item * (2 * bucket + gathered)

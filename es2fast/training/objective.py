@@ -31,6 +31,7 @@ from es2fast.modeling import head as heads
 from es2fast.modeling.sublayers import attention_of, mlp_of
 from es2fast.modeling.taps import Intervention, SeparationTaps, backbone, blocks, position_ids
 from es2fast.modeling.teacher import freeze, teacher_hidden
+from es2fast.ops.moments.cache import TeacherMoments
 from es2fast.ops.separation.op import pairwise_separation
 from es2fast.ops.separation.whitening import Whitening
 from es2fast.training.bank import EmbeddingBank
@@ -44,14 +45,15 @@ class ES2Objective(nn.Module):
     Args:
         student: a causal language model with its trainable parameters chosen.
         teacher: a frozen twin of the base model; None when the student without its LoRA adapters
-            is the base model.
+            is the base model, or when every forward brings what the base model says.
         layers: the separated blocks, ascending.
         d0: mean harmful-harmless distance per layer under the base model.
         norm0: mean norm of the states per layer under the base model.
         scale: unit of the margin per layer; default: d0.
         whitening: per layer, for the loss `fisher`.
         config: separation and KL settings.
-        share_head: the LM head is frozen and equal to the teacher's.
+        teacher_head: the base model's LM head where the student's is trained; the twin's own, or
+            without a twin a frozen copy.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class ES2Objective(nn.Module):
         config: Config,
         scale: dict[int, float] | None = None,
         whitening: dict[int, Whitening] | None = None,
-        share_head: bool = True,
+        teacher_head: nn.Linear | None = None,
     ):
         super().__init__()
         self.student = student
@@ -92,7 +94,8 @@ class ES2Objective(nn.Module):
             hit,
             [(i, part(blocks(student)[i])) for i in ablated for part in (attention_of, mlp_of)],
         )
-        self.lm_head, self.transform = heads.install(student, teacher, share_head=share_head)
+        self.lm_head, self.transform = heads.install(student, teacher_head)
+        self.teacher_head = teacher_head if teacher is None else None
 
     def train(self, mode: bool = True) -> ES2Objective:
         super().train(mode)
@@ -114,6 +117,7 @@ class ES2Objective(nn.Module):
         attack: Intervention | None = None,
         margin: float | None = None,
         refusal: RefusalTokens | None = None,
+        target: Tensor | TeacherMoments | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One micro-batch.
 
@@ -129,6 +133,8 @@ class ES2Objective(nn.Module):
             attack: a simulated attack on the harmful states, see `SeparationTaps.arm`.
             margin: of this step, in units of the scale; default: the configured one.
             refusal: what the anchor learns; None: harmful rows end early.
+            target: what a cache holds of the base model at the tokens of kl_index; default: it
+                runs here.
 
         Returns:
             the loss to call backward on (scaled so that DeepSpeed's averages come out right), and
@@ -145,14 +151,16 @@ class ES2Objective(nn.Module):
             for key, value in inputs.items()
         }
         self.taps.disarm()
-        target = teacher_hidden(self.student, self.teacher, harmless_inputs)
+        if target is None:
+            states = teacher_hidden(self.student, self.teacher, harmless_inputs)
+            target = states.flatten(0, 1)[kl_index]
         self.taps.arm(prompt_last, num_harmful, attack, keep=refusal is not None)
         final = backbone(self.student)(**inputs).last_hidden_state
         margin = self.config.separation.margin if margin is None else margin
         sep, metrics = self._separation(self.taps.states, num_harmful, margin)
         if self.training and attack is None:
             self._remember(self.taps.states, num_harmful)
-        kl_task = self._kl_task(target, kl_index, kl_weights)
+        kl_task = self._kl_task(target, kl_weights)
         hidden = final[num_harmful - rows :].flatten(0, 1)[kl_index]
         if refusal is None:
             kl_sum = self.lm_head(hidden, kl_task)
@@ -192,10 +200,10 @@ class ES2Objective(nn.Module):
             metrics[f"norm_out/{layer}"] = (excess.detach() > 0).float().mean()
         return total, metrics
 
-    def _kl_task(self, target: Tensor, index: Tensor, weights: Tensor) -> heads.KLTask:
-        """Of the harmless tokens that count: target (m, T, H), index and weights (N,)."""
+    def _kl_task(self, target: Tensor | TeacherMoments, weights: Tensor) -> heads.KLTask:
+        """Of the N harmless tokens that count: target (N, H), weights (N,)."""
         return heads.KLTask(
-            target.flatten(0, 1)[index],
+            target,
             weights,
             self.config.kl.direction,
             self.config.kl.temperature,

@@ -12,10 +12,11 @@ from typing import Any
 
 from es2fast.attacks.registry import make_attacks
 from es2fast.config import Config
-from es2fast.data import Formatter, PairedSampler, PromptGroups, load_groups
+from es2fast.data import Formatter, PairedSampler, Prompt, PromptGroups, load_groups
 from es2fast.data.checks import prompt_lengths
 from es2fast.distributed.deepspeed_config import AUTO, build_deepspeed
 from es2fast.distributed.runtime import resolve_device, resolve_dtype
+from es2fast.errors import UserError
 from es2fast.judges.registry import make_judges
 from es2fast.modeling.head import read_transform
 from es2fast.modeling.load import check_weights, load_model_config, load_tokenizer
@@ -53,8 +54,11 @@ class Plan:
     def zero_stage(self) -> int:
         return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
 
-    def sampler(self, rank: int) -> PairedSampler:
-        """Which rows of the two training groups `rank` sees at each step."""
+    def sampler(
+        self, rank: int, lengths: tuple[list[int], list[int]] | None = None
+    ) -> PairedSampler:
+        """Which rows of the two training groups `rank` sees at each step; `lengths` of their rows,
+        responses included, for `train.length_window`."""
         return PairedSampler(
             len(self.groups.harmful),
             len(self.groups.harmless),
@@ -65,7 +69,15 @@ class Plan:
             world_size=self.world_size,
             num_borderline=self.groups.borderline,
             borderline_share=self.config.data.borderline_share,
+            lengths=lengths,
+            window=self.config.train.length_window,
         )
+
+    def row_lengths(self, harmless: list[Prompt]) -> tuple[list[int], list[int]]:
+        """Tokens of the harmful prompts, and of the harmless ones with their responses."""
+        pairs = (self.formatter.conversation_ids(p, p.response or "") for p in harmless)
+        harmful = self.lengths[: len(self.groups.harmful)]
+        return harmful, [len(ids) + len(answer) for ids, answer in pairs]
 
     def lines(self) -> list[str]:
         """The run in words, for the screen."""
@@ -130,6 +142,11 @@ def make_plan(config: Config, *, world_size: int = 1) -> Plan:
         model_config=model,
         preset="zero2" if auto else None,
     )
+    if config.train.teacher == "moments" and read_transform(model).softcap is not None:
+        raise UserError(
+            f"train.teacher: moments, but {model.model_type} caps its logits "
+            f"({', '.join(read_transform(model).keys)}), which do not reduce; use teacher=cache"
+        )
     if config.layers != "auto":
         check_layers(config.layers, model.get_text_config().num_hidden_layers)
     groups = load_groups(config.data)

@@ -1,8 +1,9 @@
 """What is measured once on the base model before training.
 
-Under the same ZeRO stage as the training itself, so a model that only fits partitioned can be
-prepared too: the missing responses to harmless prompts and, for a refusal anchor in the model's own
-words, its answers to harmful ones (greedy, cached on disk); the last-prompt-token states after
+Each rank holds the whole base model where it fits; a model that only fits partitioned is prepared
+under the training's ZeRO-3: the missing responses to harmless prompts and, for a refusal anchor in
+the model's own words, its answers to harmful ones (greedy, cached on disk); its states or moments,
+where `train.teacher` is kept on disk; the last-prompt-token states after
 every block in `separation.space`, from them the layers (`layers: auto`, which also looks at what a
 push at every block does to the next token after some harmful prompts), the base distances d0 and
 the base norms; and the check that the fused head makes the model's own logits. States are gathered
@@ -31,6 +32,7 @@ from es2fast.modeling import head as heads
 from es2fast.modeling.load import DTYPES, load_causal_lm
 from es2fast.modeling.states import STATE_BYTES, states_by_block
 from es2fast.modeling.taps import backbone, blocks, check_layers
+from es2fast.modeling.teacher import teacher_tokens
 from es2fast.ops.separation.whitening import Whitening
 from es2fast.probing.causal import next_token_logits
 from es2fast.probing.choose import Effects, measure_effects, pick, table_of
@@ -41,12 +43,15 @@ from es2fast.run.folder import RunFolder
 from es2fast.training.plan import Plan
 from es2fast.training.refusals import ANSWER_TOKENS, AnchorTexts, anchor_texts, wants_answers
 from es2fast.training.responses import base_answers, fill_responses
+from es2fast.training.stage import base_fits
+from es2fast.training.teacher_cache import TeacherCache, cache_teacher, keeps_teacher
 
 
 @dataclass
 class Prepared:
     """layers ascending; d0 and norm0 per layer; the table and reason behind the choice; for the
-    loss `fisher` the whitening per layer and the mean Mahalanobis distance, its unit of margin."""
+    loss `fisher` the whitening per layer and the mean Mahalanobis distance, its unit of margin;
+    with a cached teacher what was kept of it."""
 
     layers: list[int]
     d0: dict[int, float] = field(default_factory=dict)
@@ -55,11 +60,12 @@ class Prepared:
     table: list[LayerProbe] = field(default_factory=list)
     whitening: dict[int, Whitening] = field(default_factory=dict)
     whitened0: dict[int, float] = field(default_factory=dict)
+    teacher: TeacherCache | None = None
 
     def save(self, folder: RunFolder) -> None:
         """layers.json and, with a whitening, whitening.safetensors (`layer.name` -> tensor)."""
-        plain = dataclasses.asdict(dataclasses.replace(self, whitening={}))
-        del plain["whitening"]
+        plain = dataclasses.asdict(dataclasses.replace(self, whitening={}, teacher=None))
+        del plain["whitening"], plain["teacher"]
         write_text(folder.layers, json.dumps(plain, indent=1, default=float) + "\n")
         if self.whitening:
             tensors = {
@@ -74,8 +80,8 @@ class BaseModel(nn.Module):
     """The base model behind one interface, partitioned by ZeRO-3 or whole.
 
     Its forward is the only entry that ZeRO's hooks see: `task="states"` runs the backbone,
-    `task="logits"` gives the next token's, `task="parity"` compares the fused head's logits with
-    the model's own.
+    `task="logits"` gives the next token's, `task="teacher"` what a cache keeps of some tokens,
+    `task="parity"` compares the fused head's logits with the model's own.
     """
 
     def __init__(self, model: nn.Module):
@@ -87,6 +93,8 @@ class BaseModel(nn.Module):
             return backbone(self.model)(**inputs)
         if task == "logits":
             return next_token_logits(self.model, **inputs)
+        if task == "teacher":
+            return teacher_tokens(self.model, **inputs)
         return heads.parity_error(self.model, heads.read_transform(self.model.config), **inputs)
 
 
@@ -100,7 +108,7 @@ def prepare(plan: Plan, runtime: Runtime) -> tuple[Prepared, list[Prompt], Ancho
             where `refusal.fallback` is empty.
     """
     config, formatter, groups = plan.config, plan.formatter, plan.groups
-    model, run, release = _load(plan, runtime)
+    model, run, release = load_base(plan, runtime)
     probe_ids = torch.tensor([formatter.prompt_ids(groups.harmless[0])], device=runtime.device)
     error = run("parity", input_ids=probe_ids).item()
     heads.check_parity(error, DTYPES[runtime.dtype], model.config)
@@ -117,6 +125,10 @@ def prepare(plan: Plan, runtime: Runtime) -> tuple[Prepared, list[Prompt], Ancho
         logits=lambda **inputs: run("logits", **inputs),
         refusals=own,
     )
+    if keeps_teacher(config.train):
+        prepared.teacher = cache_teacher(
+            plan, harmless, lambda **inputs: run("teacher", **inputs), runtime
+        )
     release()
     return prepared, harmless, texts
 
@@ -139,11 +151,25 @@ def own_refusals(plan: Plan, model: nn.Module, runtime: Runtime) -> AnchorTexts 
     return texts
 
 
-def _load(plan: Plan, runtime: Runtime) -> tuple[nn.Module, Any, Callable[[], None]]:
-    """The base model in eval mode, what to call for a pass, and what frees ZeRO's partitions."""
+def load_base(
+    plan: Plan, runtime: Runtime, whole: bool | None = None
+) -> tuple[nn.Module, Any, Callable[[], None]]:
+    """The base model in eval mode, what to call for a pass, and what frees ZeRO's partitions.
+
+    Args:
+        plan: the run.
+        runtime: its ranks; call on every rank.
+        whole: each rank has all of it; default: below stage 3, and where it fits. Partitioned, it
+            would be gathered for every token that it writes.
+    """
     import deepspeed
 
-    if plan.zero_stage < 3:
+    if whole is None:
+        whole = plan.zero_stage < 3 or base_fits(
+            plan.config, plan.model, world_size=plan.world_size, device=plan.device,
+            dtype=runtime.dtype,
+        )  # fmt: skip
+    if whole:
         model = load_causal_lm(plan.config.model, runtime.dtype).to(runtime.device).eval()
         return model, torch.no_grad()(BaseModel(model)), lambda: None
     raw = copy.deepcopy(plan.deepspeed)

@@ -2,7 +2,9 @@
 a refusal anchor of its own words, to the harmful ones.
 
 It answers each prompt once; answers are cached on disk by model, template, lengths and prompt.
-Under ZeRO-3 all ranks generate in lockstep (`synced_gpus`), each its share of the batches.
+Ranks share the batches, prompts of like length together and the longest first, so that those that
+need most memory come at once and the ranks of a round end alike. Where each rank holds the whole
+model they generate on their own; where ZeRO-3 has partitioned it, in lockstep (`synced_gpus`).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from tqdm import tqdm
 
 from es2fast.data import Prompt, ResponseCache, model_fingerprint
 from es2fast.distributed.runtime import Runtime
+from es2fast.distributed.zero import partitioned
 from es2fast.modeling.generate import generate
 from es2fast.training.plan import Plan
 
@@ -62,6 +65,8 @@ def base_answers(
         template_hash=formatter.template_hash,
     )
     missing = runtime.from_main(cache.missing(prompts))  # rank 0's view decides for all
+    lengths = {prompt.turns: len(formatter.prompt_ids(prompt)) for prompt in missing}
+    missing = sorted(missing, key=lambda prompt: -lengths[prompt.turns])
     size, world = config.data.response_batch_size, runtime.world_size
     chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
     written: dict[str, str] = {}
@@ -74,7 +79,7 @@ def base_answers(
             chunk,
             max_new_tokens=tokens,
             device=runtime.device,
-            synced=plan.zero_stage == 3 and world > 1,
+            synced=partitioned(model) and world > 1,
         )
         for pairs in runtime.gather_objects(list(zip(chunk, answers))):
             for prompt, answer in pairs:

@@ -13,7 +13,8 @@ from typing import Any
 from es2fast.config import Config
 from es2fast.distributed.deepspeed_config import build_deepspeed
 from es2fast.distributed.memory import memory_per_rank
-from es2fast.training.memory import GB, Estimate, estimate, model_sizes
+from es2fast.modeling.load import DTYPES
+from es2fast.training.memory import GB, PROCESS, Estimate, estimate, model_sizes
 
 FILLED = 0.8  # share of the memory that an estimate may fill
 
@@ -55,6 +56,17 @@ def choose_stage(
     memory = memory_per_rank(device, world_size)
     stage, reason = pick(estimates[2], estimates[3], memory, world_size)
     return Choice(mappings[stage], f"deepspeed: auto picks ZeRO stage {stage}: {reason}")
+
+
+def base_fits(config: Config, model: Any, *, world_size: int, device: str, dtype: str) -> bool:
+    """Each rank has room for the whole base model, with a quarter of it for its passes. In a
+    process group the call is collective.
+
+    Args: as `choose_stage`.
+    """
+    memory = memory_per_rank(device, world_size)
+    needed = PROCESS[device] + 1.25 * DTYPES[dtype].itemsize * model_sizes(config, model).total
+    return memory is not None and needed <= FILLED * memory
 
 
 def pick(two: Estimate, three: Estimate, memory: int | None, ranks: int) -> tuple[int, str]:

@@ -19,7 +19,7 @@ from es2fast.modeling.taps import Intervention
 from es2fast.training.refusals import RefusalTokens, refusal_counts
 
 # of a step, all ranks
-COUNTS = ("kl_tokens", "tokens", "rows", "refusal_weights", "refusals", "watched")
+COUNTS = ("kl_tokens", "tokens", "places", "rows", "refusal_weights", "refusals", "watched")
 # of the objective's metrics; the rest are means
 SUMS = ("kl_sum", "refusal_sum", "refusal_hits", "harmless_hits")
 
@@ -69,7 +69,13 @@ def train_step(
 def _counts(batches: list[MicroBatch], runtime: Runtime) -> Tensor:
     """COUNTS over ranks and micro-batches."""
     own = [
-        (float(b.kl_weights.sum()), b.num_tokens, len(b.input_ids), *refusal_counts(b))
+        (
+            float(b.kl_weights.sum()),
+            b.num_tokens,
+            b.input_ids.numel(),
+            len(b.input_ids),
+            *refusal_counts(b),
+        )
         for b in batches
     ]
     return runtime.sum(torch.tensor(own, device=runtime.device).sum(0))
@@ -90,7 +96,11 @@ def _forward(
     device = runtime.device
     index = batch.kl_weights.flatten().nonzero().squeeze(1)
     weights = batch.kl_weights.flatten()[index]
-    refusal = RefusalTokens.of(batch, counts[3], device) if anchored else None
+    refusal = (
+        RefusalTokens.of(batch, counts[COUNTS.index("refusal_weights")], device)
+        if anchored
+        else None
+    )
     batch = batch.to(device)
     return engine(
         input_ids=batch.input_ids,
@@ -105,6 +115,7 @@ def _forward(
         attack=attack,
         margin=margin,
         refusal=refusal,
+        target=batch.teacher,
     )
 
 

@@ -136,3 +136,54 @@ def test_ranks_share_the_borderline_rows_too():
         ((_, whole),) = of(0, 1, 4).indices(step)
         parts = [of(rank, 2, 2).indices(step)[0][1] for rank in (0, 1)]
         assert parts[0] + parts[1] == whole
+
+
+LENGTHS = ([7 * i % 23 for i in range(37)], [11 * i % 53 for i in range(53)])
+
+
+def by_length(rank=0, world=1, micro=4, window=4, **options):
+    return PairedSampler(
+        37, 53, seed=5, micro_batch_size=micro, gradient_accumulation=1, rank=rank,
+        world_size=world, lengths=LENGTHS, window=window, **options,
+    )  # fmt: skip
+
+
+def test_rows_of_like_length_share_a_batch_and_an_epoch_still_has_every_row_once():
+    def padding(made):
+        places = tokens = 0
+        for step in range(53):
+            for rows in made.indices(step)[0][1:]:
+                lengths = [LENGTHS[1][row] for row in rows]
+                places, tokens = places + 4 * max(lengths), tokens + sum(lengths)
+        return 1 - tokens / places
+
+    made = by_length()
+    assert [made.indices(s) for s in range(30)] == [
+        by_length().indices(s) for s in reversed(range(30))
+    ][::-1]
+    for group, size in ((0, 37), (1, 53)):
+        stream = [row for step in range(size) for row in made.indices(step)[0][group]]
+        epochs = [stream[i : i + size] for i in range(0, 4 * size, size)]
+        assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+        assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert padding(made) < 0.5 * padding(by_length(window=1))
+
+
+@pytest.mark.parametrize(("world", "micro"), [(2, 2), (4, 1)])
+def test_ranks_share_a_batch_of_like_lengths_alike(world, micro):
+    ranks = [by_length(rank, world, micro) for rank in range(world)]
+    for step in range(40):
+        ((harmful, harmless),) = by_length().indices(step)
+        parts = [rank.indices(step)[0] for rank in ranks]
+        for group, whole in enumerate((harmful, harmless)):
+            assert sorted(row for part in parts for row in part[group]) == sorted(whole)
+            assert all(len(part[group]) == micro for part in parts)
+            dealt = [parts[i % world][group][i // world] for i in range(4)]
+            assert dealt == whole
+
+
+def test_borderline_rows_keep_their_share_when_sorted_by_length():
+    made = by_length(num_borderline=8, borderline_share=0.25)
+    stream = [row for step in range(64) for row in made.indices(step)[0][1]]
+    rare = [row for row in stream if row >= 45]
+    assert len(rare) == 64 and set(Counter(rare).values()) == {8}

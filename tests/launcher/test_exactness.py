@@ -131,6 +131,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     every: dict[str, Any] = {"separation": {"robust": wide}, "refusal": DEEP}
     two["attacks"] = case(untied, data, **every)
     two["attacks_checkpointed"] = case(untied, data, gradient_checkpointing=True, **every)
+    kept = data | {"cache_dir": str(folder / "cache")}
+    two |= {
+        "cache": case(untied, kept, teacher="cache"),
+        "cache_all_tied": case(tied, kept, teacher="cache", trainable="all", direction="reverse"),
+        "cache_anchor_lora": case(
+            untied, kept, teacher="cache", trainable="lora", lora={"r": 4}, refusal=DEEP
+        ),
+        "moments": case(untied, kept, teacher="moments"),
+        "moments_zero2": case(untied, kept, teacher="moments", stage=2, gradient_accumulation=2),
+    }
     one = {
         "attacks": case(untied, data, micro_batch_size=2, **every),
         "anchor": case(untied, data, micro_batch_size=2, refusal=ANCHOR),
@@ -146,12 +156,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
+CACHED = ["cache", "cache_all_tied", "cache_anchor_lora", "moments", "moments_zero2"]
 CASES = ["twin", "twin_checkpointed", "lora", "lora_checkpointed", "all", "all_tied", "all_biased",
          "tied", "tied_lora", "accumulated", "zero2", "normed", "normed_checkpointed", "norm_band",
          "bank", "bank_accumulated", *UNBOUNDED, "softplus", "cosine",
          "centroid_bank", "moves", "moves_bank", "anchor", "anchor_lora",
          "anchor_every_block", "anchor_all_accumulated",
-         "anchor_alone"]  # fmt: skip
+         "anchor_alone", *CACHED]  # fmt: skip
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -320,7 +331,12 @@ def test_ranks_end_with_equal_parameters(runs: dict[str, Any], name: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", [c for c in [*CASES, "robust", "anchor_robust"] if c not in ("zero2", "anchor_alone")]
+    "name",
+    [
+        c
+        for c in [*CASES, "robust", "anchor_robust"]
+        if c not in ("zero2", "anchor_alone", "moments_zero2")
+    ],
 )
 def test_trace_is_never_invalidated(runs: dict[str, Any], name: str) -> None:
     """Recorded in the first step, complete and in use from then on."""

@@ -21,10 +21,11 @@ from es2fast.ops.separation.whitening import Whitening
 from es2fast.training.engine import build_engine
 from es2fast.training.loop import Feed
 from es2fast.training.plan import make_plan
-from es2fast.training.prepare import Prepared
+from es2fast.training.prepare import Prepared, load_base
 from es2fast.training.refusals import anchor_texts, refusal_metrics
 from es2fast.training.robust import SimulatedAttack
 from es2fast.training.step import train_step
+from es2fast.training.teacher_cache import cache_teacher, keeps_teacher
 
 STEPS = 4
 
@@ -60,7 +61,14 @@ def run_case(case: dict[str, Any], runtime: runtimes.Runtime) -> dict[str, Any]:
         prepared.whitened0 = dict.fromkeys(layers, 8.0)
     plan = make_plan(config, world_size=runtime.world_size)
     texts = anchor_texts(config, plan.groups.harmful)
-    feed = Feed(plan, plan.groups.harmless, runtime.rank, texts)
+    teacher = None
+    if keeps_teacher(config.train):
+        _, run, release = load_base(plan, runtime, whole=plan.zero_stage < 3)
+        teacher = cache_teacher(
+            plan, plan.groups.harmless, lambda **inputs: run("teacher", **inputs), runtime
+        )
+        release()
+    feed = Feed(plan, plan.groups.harmless, runtime.rank, texts, teacher)
     engine = build_engine(plan, prepared, runtime)
     found: dict[str, Any] = {"losses": [], "kl": [], "trace": [], "states": []}
     found["attacked"], found["refusal"] = [], []

@@ -72,7 +72,7 @@ def test_fused_kl_equals_full_logits_in_fp64(name: str, trainable: bool, directi
     expected, gradients = _plain_kl(student, teacher, direction, weights.double())
     hidden = backbone(student)(input_ids=IDS).last_hidden_state.flatten(0, 1)
     target = backbone(teacher)(input_ids=IDS).last_hidden_state.flatten(0, 1)
-    lm_head, _ = heads.install(student, teacher, share_head=not trainable)
+    lm_head, _ = heads.install(student, heads.lm_head_of(teacher) if trainable else None)
     found = lm_head(hidden, heads.KLTask(target.detach(), weights, direction, 1.0, beta=0.3))
     found.backward()
     assert expected > 1e-3
@@ -123,7 +123,7 @@ def test_an_unknown_transform_is_refused_naming_the_key_it_may_be() -> None:
 def test_called_with_hidden_states_alone_the_head_still_makes_logits() -> None:
     model = tiny_model("llama")
     before = model(input_ids=IDS).logits
-    heads.install(model, None, share_head=True)
+    heads.install(model, None)
     assert torch.equal(model(input_ids=IDS).logits, before)
 
 
@@ -163,7 +163,7 @@ def test_a_cross_entropy_beside_the_kl_equals_full_logits_in_fp64(
     hidden = backbone(student)(input_ids=IDS).last_hidden_state
     with torch.no_grad():
         target = backbone(teacher)(input_ids=IDS[:1]).last_hidden_state[0]
-    lm_head, _ = heads.install(student, teacher, share_head=not trainable)
+    lm_head, _ = heads.install(student, heads.lm_head_of(teacher) if trainable else None)
     hit = logits[1].argmax(-1)
     kinds = ((targets, 1, ((hit == targets).sum(), 0)), (hit, 0, (0, 0)), (hit, 2, (0, 5)))
     for aim, counted, hits in kinds:
