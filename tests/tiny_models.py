@@ -41,6 +41,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16},
     "phi3": {},
 }
+MORE_FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
+                  "moe_intermediate_size": 24},
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16},
+    "olmo2": {},
+    "gpt_neox": {},
+    "gpt2": {},
+}  # fmt: skip
 HEAD_FAMILIES: dict[str, dict[str, Any]] = {
     "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0},
     "cohere": {"logit_scale": 0.25},
@@ -69,7 +78,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> torch.nn.Module:
     """A causal language model with 4 blocks of width 32, fp32, weights scaled up so that its
     next-token distributions are far from uniform."""
-    known = FAMILIES | HEAD_FAMILIES
+    known = FAMILIES | MORE_FAMILIES | HEAD_FAMILIES
     options = _SMALL | {"vocab_size": len(SPECIAL) + len(WORDS)} | known[family] | overrides
     config = AutoConfig.for_model(family, **options)
     torch.manual_seed(seed)

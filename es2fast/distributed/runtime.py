@@ -135,6 +135,8 @@ def start(config: Config) -> Runtime:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
+    if device == "cpu":
+        _unlink_buffer()
     index = int(os.environ["LOCAL_RANK"]) if device == "cuda" else None
     return Runtime(
         rank=dist.get_rank(),
@@ -142,6 +144,22 @@ def start(config: Config) -> Runtime:
         device=torch.device(device, index) if index is not None else torch.device(device),
         dtype=resolve_dtype(config.model.dtype, device),
     )
+
+
+def _unlink_buffer() -> None:
+    """Takes the name of this rank's shared-memory buffer away; its ranks have it open.
+
+    DeepSpeed's collectives on a CPU make 69 MB per rank in /dev/shm and never remove them, so every
+    launch would cost that memory until the machine restarts.
+    """
+    if dist.get_world_size() > 1:
+        dist.barrier()  # all ranks have opened all buffers
+    environ = os.environ
+    name = "_".join(
+        ("deepspeed_allreduce_buffer", str(os.getuid()), environ["MASTER_ADDR"],
+         environ["MASTER_PORT"], environ["RANK"])
+    )  # fmt: skip
+    (Path("/dev/shm") / name).unlink(missing_ok=True)
 
 
 def stale_locks() -> list[Path]:

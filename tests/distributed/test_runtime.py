@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from es2fast.distributed.launch import free_port
 from es2fast.distributed.runtime import resolve_device, resolve_dtype, stale_locks
 from es2fast.errors import UserError
 
@@ -29,3 +33,32 @@ def test_devices_and_precision() -> None:
         assert resolve_device("auto") == "cpu"
         with pytest.raises(UserError, match=r"train\.device"):
             resolve_device("cuda")
+
+
+JOIN = """
+import torch, torch.distributed as dist
+from es2fast.config import parse_config
+from es2fast.distributed.runtime import start, stop
+runtime = start(parse_config({"model": {"name": "m"}, "train": {"device": "cpu"}}))
+import deepspeed
+total = torch.full((1000,), float(runtime.rank + 1))
+deepspeed.comm.all_reduce(total)
+assert total.eq(3.0).all()
+stop()
+"""
+
+
+@pytest.mark.slow
+def test_ranks_leave_no_shared_memory_behind() -> None:
+    port = str(free_port())
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                                "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+                                "LOCAL_SIZE": "2"}  # fmt: skip
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", JOIN], stderr=subprocess.PIPE, text=True,
+                         env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [rank.communicate(timeout=280)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert not [path for path in Path("/dev/shm").iterdir() if f"_{port}_" in path.name]

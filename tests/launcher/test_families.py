@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, tiny_model
+from tiny_models import FAMILIES, HEAD_FAMILIES, MORE_FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launcher.families_worker import IDS
 
+TRAINED = [*FAMILIES, *MORE_FAMILIES, *HEAD_FAMILIES]
 pytestmark = [pytest.mark.launcher, pytest.mark.slow]
 
 
@@ -25,7 +26,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     tests = Path(__file__).parents[1]
     done = subprocess.run(
         [sys.executable, str(tests / "launcher/families_worker.py"), "--out", str(folder / "r.pt"),
-         "--folder", str(folder), *FAMILIES],
+         "--folder", str(folder), *TRAINED],
         env=os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(tests)},
         capture_output=True, text=True, timeout=900,
     )  # fmt: skip
@@ -33,7 +34,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     return folder, torch.load(folder / "r.pt", weights_only=False)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRAINED)
 def test_three_steps_separate_and_stay_near_the_base(
     trained: tuple[Path, dict[str, Any]], family: str
 ) -> None:
@@ -45,7 +46,7 @@ def test_three_steps_separate_and_stay_near_the_base(
         assert steps[0][f"distance/{layer}"] > 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRAINED)
 def test_saved_model_reloads_with_the_same_logits(
     trained: tuple[Path, dict[str, Any]], family: str
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import FAMILIES, HEAD_FAMILIES, tiny_model
+from tiny_models import FAMILIES, HEAD_FAMILIES, MORE_FAMILIES, tiny_model
 from transformers import LlamaForCausalLM
 
 from es2fast.errors import UserError
@@ -18,7 +18,7 @@ from es2fast.modeling.taps import backbone, blocks
 IDS = torch.tensor([[1, 4, 10, 16, 5], [1, 4, 8, 12, 5]])
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *HEAD_FAMILIES])
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES, *HEAD_FAMILIES])
 def test_transform_reproduces_the_models_logits(family: str) -> None:
     model = tiny_model(family)
     transform = heads.read_transform(model.config)

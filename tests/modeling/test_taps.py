@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import FAMILIES, tiny_model
+from tiny_models import FAMILIES, MORE_FAMILIES, tiny_model
 from torch import Tensor, nn
 
 from es2fast.errors import UserError
@@ -30,7 +30,7 @@ def run(model: nn.Module, ids: Tensor = IDS, mask: Tensor = MASK) -> Tensor:
     return backbone(model)(**inputs, use_cache=False).last_hidden_state
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
 def test_states_are_the_blocks_outputs_whatever_the_padding(family: str) -> None:
     model = tiny_model(family)
     found = last_token_states(model, [{"input_ids": IDS, "attention_mask": MASK}], [0, 2])
@@ -76,6 +76,8 @@ def test_a_family_without_input_norms_is_refused() -> None:
     del blocks(model)[2].input_layernorm
     with pytest.raises(UserError, match=r"entry of block 2.*space=residual"):
         tap_points(model, [1], "normed")
+    with pytest.raises(UserError, match=r"Olmo2DecoderLayer has none of .*space=residual"):
+        tap_points(tiny_model("olmo2"), [1], "normed")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -102,7 +104,7 @@ def test_in_the_normed_space_harmful_rows_end_one_block_later(family: str) -> No
     taps.remove()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
 def test_harmful_rows_end_early_and_change_nothing_for_the_others(family: str) -> None:
     model = tiny_model(family)
     full = run(model)
