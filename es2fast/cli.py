@@ -17,6 +17,7 @@ import typer
 from es2fast.config import load_config
 from es2fast.errors import STOPPED, RunStopped, UserError
 from es2fast.harden.command import harden
+from es2fast.planning.command import plan
 from es2fast.tune.command import tune
 
 app = typer.Typer(
@@ -74,6 +75,7 @@ def options(
 
 app.command()(harden)
 app.command()(tune)
+app.command()(plan)
 
 
 @app.command()
@@ -97,8 +99,8 @@ def validate_command(config: ConfigFile, overrides: Overrides = None, ranks: Ran
     from es2fast.training.plan import make_plan
 
     resolved = load_config(config, overrides or ())
-    plan = make_plan(resolved, world_size=rank_count(ranks, resolved.train.device))
-    print("\n".join(plan.lines()))
+    checked = make_plan(resolved, world_size=rank_count(ranks, resolved.train.device))
+    print("\n".join(checked.lines()))
 
 
 @app.command()

@@ -27,7 +27,7 @@ LAYERS = (
     ("attacks",),
     ("report",),
     ("training", "evaluation"),
-    ("train", "environment"),
+    ("train", "environment", "planning"),
     ("demo", "harden"),
     ("tune",),
     ("cli",),

@@ -7,6 +7,8 @@
                       eager attention also two (heads, T) rows of probabilities
     gated MLP         gate, its activation and the other half
 
+Of experts the routing and the weighted outputs are not counted: a tiny Mixtral kept a quarter more.
+
 A frozen block below which nothing trains would leave nothing; there is none here, since blocks
 train from the first one on.
 """
