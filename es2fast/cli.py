@@ -17,6 +17,7 @@ import typer
 from es2fast.config import load_config
 from es2fast.errors import STOPPED, RunStopped, UserError, disk_message
 from es2fast.harden.command import harden
+from es2fast.planning.command import plan
 from es2fast.tune.command import tune
 
 app = typer.Typer(
@@ -82,6 +83,7 @@ def options(
 
 app.command()(harden)
 app.command()(tune)
+app.command()(plan)
 
 
 @app.command()
@@ -118,8 +120,8 @@ def validate_command(config: ConfigFile, overrides: Overrides = None, ranks: Ran
     from es2fast.training.plan import make_plan
 
     resolved = load_config(config, overrides or ())
-    plan = make_plan(resolved, world_size=rank_count(ranks, resolved.train.device))
-    print("\n".join(plan.lines()))
+    checked = make_plan(resolved, world_size=rank_count(ranks, resolved.train.device))
+    print("\n".join(checked.lines()))
 
 
 @app.command()

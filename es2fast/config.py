@@ -601,7 +601,7 @@ class Config(_Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     deepspeed: str | dict[str, Any] = Field(
         "auto",
-        description="auto: ZeRO stage 2 if it fits in memory, else 3; a preset (zero2, zero3, "
+        description="auto: the lightest ZeRO stage that fits in memory; a preset (zero0 to zero3, "
         "zero3_offload), a JSON file, or a mapping",
     )
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)

@@ -27,7 +27,7 @@ LAYERS = (
     ("attacks",),
     ("report",),
     ("training", "evaluation"),
-    ("train", "environment", "reference"),
+    ("train", "environment", "planning", "reference"),
     ("demo", "harden"),
     ("tune",),
     ("cli",),

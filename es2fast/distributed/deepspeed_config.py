@@ -20,7 +20,7 @@ from es2fast.config import Config
 from es2fast.errors import UserError
 
 AUTO = "auto"  # one of the presets, by what fits: `training.stage`
-PRESETS = ("zero2", "zero3", "zero3_offload")
+PRESETS = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
 
 _KNOWN = {
     "activation_checkpointing", "aio", "bf16", "checkpoint", "comms_logger",

@@ -74,8 +74,20 @@ def build_engine(plan: Plan, prepared: Prepared, runtime: Runtime) -> Any:
         lr_scheduler=lambda opt: get_scheduler(train.schedule, opt, warmup, train.steps),
         config=raw,
     )
+    if plan.zero_stage == 0 and runtime.dtype == "fp32":
+        _keep_norm(engine, train.max_grad_norm)
     engine.train()
     return engine
+
+
+def _keep_norm(engine: Any, largest: float) -> None:
+    """DeepSpeed clips at stage 0 in fp32 but forgets the norm, which the safeguards watch. The
+    gradients are averaged by then, so every rank finds the same."""
+
+    def clip() -> None:
+        engine._global_grad_norm = nn.utils.clip_grad_norm_(engine.module.parameters(), largest)
+
+    engine.clip_fp32_gradients = clip
 
 
 def _optimizer(

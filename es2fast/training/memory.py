@@ -1,8 +1,9 @@
 """What a training needs of a rank's memory, estimated without loading any weights.
 
-DeepSpeed keeps, whichever the precision, an fp32 copy of what trains and two fp32 Adam moments; at
-a step the rank's share of the gradients exists twice, in bf16 also as fp32. Activations and
-workspaces are a stated allowance, not a measurement: see `_activations` and `_workspace`.
+Under ZeRO DeepSpeed keeps, whichever the precision, an fp32 copy of what trains and two fp32 Adam
+moments, and makes the rank's share of the gradients anew in fp32 at a step. Activations are counted
+(`activations`); the workspace is an allowance: the process, copies of a step and of the safeguards,
+buckets.
 """
 
 from __future__ import annotations
@@ -18,50 +19,53 @@ from es2fast.config import Config
 from es2fast.errors import UserError
 from es2fast.modeling.load import DTYPES
 from es2fast.modeling.teacher import head_is_shared, resolve_teacher, set_trainable
-from es2fast.ops.tokens import CPU_CHUNK, GPU_CHUNK_TRAINABLE
+from es2fast.ops.tokens import CPU_CHUNK, GPU_CHUNK, GPU_CHUNK_TRAINABLE
+from es2fast.training.activations import student_bytes
+from es2fast.training.shape import Shape, shape_of
 
 GB = 1e9
+PARTS = (
+    "weights", "teacher", "gradients", "optimizer", "activations", "head", "gathers", "workspace",
+)  # fmt: skip
 PROCESS = {"cuda": 1.0 * GB, "cpu": 0.8 * GB}  # libraries; a GPU's context and fragmentation
 _DEFAULT_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, elements
 _DEFAULT_LIVE = 1_000_000_000  # and its stage3_max_live_parameters
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Parameters: all, those that train. Depth, width and inner width of the blocks."""
-
-    total: int
-    trained: int
-    depth: int
-    hidden: int
-    inner: int
-    vocabulary: int
-
-
-@dataclass(frozen=True)
 class Estimate:
-    """Bytes per rank at the peak of a training under a ZeRO stage."""
+    """Bytes per rank at the peak of a training under a ZeRO stage.
+
+    weights: what the rank holds of the student; gathers: weights that stage 3 keeps gathered;
+    head: chunks of logits and the head's gradients; workspace: the process, buckets, copies.
+    """
 
     stage: int
     weights: float
     teacher: float
     gradients: float
     optimizer: float
+    activations: float
+    head: float
+    gathers: float
     workspace: float
 
     @property
     def total(self) -> float:
-        return self.weights + self.teacher + self.gradients + self.optimizer + self.workspace
+        return sum(self.bytes().values())
+
+    def bytes(self) -> dict[str, float]:
+        """The summands by name."""
+        return {name: getattr(self, name) for name in PARTS}
 
     def parts(self) -> str:
         """The summands in words, in GB."""
-        names = ("weights", "teacher", "gradients", "optimizer", "workspace")
-        return ", ".join(f"{name} {getattr(self, name) / GB:.2g}" for name in names)
+        return ", ".join(f"{name} {size / GB:.2g}" for name, size in self.bytes().items() if size)
 
 
-def model_sizes(config: Config, model: Any) -> Sizes:
-    """Counts a model's parameters on the meta device; `layers: auto` counts as the deepest block
-    that it may choose.
+def model_sizes(config: Config, model: Any) -> Shape:
+    """A model's shape, from the meta device; `layers: auto` counts as the deepest block that it may
+    choose.
 
     Args:
         config: the run, for what trains.
@@ -71,22 +75,10 @@ def model_sizes(config: Config, model: Any) -> Sizes:
         UserError: transformers has no causal language model for it; `train.lora.targets` names
             modules that it does not have.
     """
-    text = model.get_text_config()
-    depth, hidden = text.num_hidden_layers, text.hidden_size
-    top = max(int(config.layer_choice.last * depth), 1) - 1
+    top = max(int(config.layer_choice.last * model.get_text_config().num_hidden_layers), 1) - 1
+    deepest = top if config.layers == "auto" else max(config.layers)
     with torch.device("meta"):
-        empty = _empty_model(config, model)
-        total = sum(p.numel() for p in empty.parameters())
-        deepest = top if config.layers == "auto" else max(config.layers)
-        student = set_trainable(empty, config.train, deepest)
-    return Sizes(
-        total=total,
-        trained=sum(p.numel() for p in student.parameters() if p.requires_grad),
-        depth=depth,
-        hidden=hidden,
-        inner=getattr(text, "intermediate_size", None) or 4 * hidden,
-        vocabulary=text.vocab_size,
-    )
+        return shape_of(set_trainable(_empty_model(config, model), config.train, deepest), deepest)
 
 
 def _empty_model(config: Config, model: Any) -> nn.Module:
@@ -102,7 +94,7 @@ def _empty_model(config: Config, model: Any) -> nn.Module:
 
 def estimate(
     config: Config,
-    sizes: Sizes,
+    shape: Shape,
     zero: dict[str, Any],
     *,
     world_size: int,
@@ -110,60 +102,112 @@ def estimate(
     dtype: str,
     longest: int,
 ) -> Estimate:
-    """What a rank holds at the peak under stage 2 or 3.
+    """What a rank holds at the peak.
 
     Args:
         config: the run.
-        sizes: of its model.
+        shape: of its model.
         zero: `zero_optimization` of the complete DeepSpeed mapping.
         world_size: ranks.
         device: "cpu" or "cuda".
         dtype: "bf16" or "fp32".
         longest: tokens of the longest row.
     """
-    item, trained = DTYPES[dtype].itemsize, sizes.trained / world_size
-    split = world_size if zero["stage"] == 3 else 1
-    teacher = 0
+    stage, item = int(zero.get("stage", 0)), DTYPES[dtype].itemsize
+    split = world_size if stage == 3 else 1
     kind = resolve_teacher(config.train)
     twin = kind == "twin"
-    if twin:
-        teacher = sizes.total
-    elif kind == "cache" and not head_is_shared(config.train):
-        teacher = sizes.hidden * sizes.vocabulary  # a frozen copy of the LM head
-    work = _activations(config, sizes, item, device, longest)
-    if device == "cpu":  # copies for the safeguards during, one of the model after the training
-        copies = 2 * item * sizes.trained / split if config.safeguards.keep_every else 0
-        work = max(work + copies, item * sizes.total)
+    teacher = shape.total if twin else 0
+    if kind == "cache" and not head_is_shared(config.train):
+        teacher = shape.hidden * shape.vocabulary  # a frozen copy of the LM head
+    rows, chunk = config.train.micro_batch_size, _chunk(shape, device)
+    held = item * (shape.total + (shape.trained if config.train.trainable == "lora" else 0))
+    states = training_states(shape.trained, stage, item, device, world_size)
+    offloaded = device == "cuda" and bool(zero.get("offload_optimizer"))
+    kept = _copies(config, shape, item, device, split)
     return Estimate(
-        stage=zero["stage"],
-        weights=item * sizes.total / split,
+        stage=stage,
+        weights=held / split,
         teacher=item * teacher / split,
-        gradients=(8 if device == "cuda" else 12) * trained,  # a CPU's AdamW is not fused
-        optimizer=12 * trained,
-        workspace=work + _workspace(sizes, zero, item, device, twin),
+        gradients=states.gradients,
+        optimizer=0.0 if offloaded else states.optimizer,
+        activations=student_bytes(
+            shape, harmful=rows, harmless=rows, length=longest, item=item,
+            anchored=config.refusal.weight > 0,
+            checkpointed=config.train.gradient_checkpointing,
+        ),
+        head=8 * min(chunk, rows * longest) * shape.vocabulary
+        + 2 * item * rows * longest * shape.hidden
+        + (4 + item) * shape.head_trained * shape.vocabulary * shape.hidden,
+        gathers=_gathered(shape, zero, item, twin) if stage == 3 else 0.0,
+        workspace=PROCESS[device] + states.copies + kept
+        + _buckets(shape, zero, stage, item, device),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainingStates:
+    """Bytes that last from a backward to the step (gradients), for ever (optimizer: fp32 weights
+    and two moments), and during a step only (copies)."""
+
+    gradients: float
+    optimizer: float
+    copies: float
+
+
+def training_states(
+    trained: int, stage: int, item: int, device: str, ranks: int
+) -> TrainingStates:  # fmt: skip
+    """What DeepSpeed keeps of the trained parameters.
+
+    At stage 0 fp32 weights are their own copy. Else a step makes the rank's gradients anew in fp32,
+    and a CPU's AdamW, which is not fused, as many bytes again.
+
+    Args:
+        trained: parameters.
+        stage: of ZeRO.
+        item: bytes of an element of the weights.
+        device: "cpu" or "cuda".
+        ranks: of the run.
+    """
+    if stage == 0 and item == 4:
+        return TrainingStates(4.0 * trained, 8.0 * trained, 0.0)
+    own = trained if stage == 0 else trained / ranks
+    return TrainingStates(
+        gradients=item * (trained if stage < 2 else own),
+        optimizer=12.0 * own,
+        copies=(8 if device == "cpu" else 4) * own,
     )
 
 
-def _activations(config: Config, sizes: Sizes, item: int, device: str, longest: int) -> float:
-    """Bytes: per token and block 12 rows of the width and 4 of the inner width, as a Llama block
-    leaves them behind for backward; two fp32 chunks of logits."""
-    block = 12 * sizes.hidden + 4 * sizes.inner
-    kept = sizes.depth * block
-    if config.train.gradient_checkpointing:
-        kept = sizes.depth * sizes.hidden + block
-    tokens = 2 * config.train.micro_batch_size * longest
-    chunk = GPU_CHUNK_TRAINABLE if device == "cuda" else CPU_CHUNK
-    return item * kept * tokens + 8 * chunk * sizes.vocabulary
+def _chunk(shape: Shape, device: str) -> int:
+    if device == "cpu":
+        return CPU_CHUNK
+    return GPU_CHUNK_TRAINABLE if shape.head_trained else GPU_CHUNK
 
 
-def _workspace(sizes: Sizes, zero: dict[str, Any], item: int, device: str, twin: bool) -> float:
-    """Bytes: the process, DeepSpeed's two buckets of gradients, and under stage 3 the weights that
-    may stay gathered, which of a small model are all: stage 3 then saves nothing."""
+def _copies(config: Config, shape: Shape, item: int, device: str, split: int) -> float:
+    """Of a CPU's own memory: those of the safeguards during, one of the model after a training."""
+    if device != "cpu":
+        return 0.0
+    kept = 2 * item * shape.trained / split if config.safeguards.keep_every else 0.0
+    return max(kept, float(item * shape.total))
+
+
+def _buckets(
+    shape: Shape, zero: dict[str, Any], stage: int, item: int, device: str
+) -> float:  # fmt: skip
+    """DeepSpeed's two buckets of gradients."""
+    if stage == 0:
+        return 0.0
     bucket = zero.get("reduce_bucket_size", _DEFAULT_BUCKET)
     if device == "cpu":
-        bucket = min(bucket, sizes.trained)  # memory that is never written is never taken
-    gathered = 0
-    if zero["stage"] == 3:
-        live = zero.get("stage3_max_live_parameters", _DEFAULT_LIVE)
-        gathered = min(live, (1 + twin) * sizes.total)
-    return PROCESS[device] + item * (2 * bucket + gathered)
+        bucket = min(bucket, shape.trained)  # memory that is never written is never taken
+    return 2.0 * item * bucket
+
+
+def _gathered(shape: Shape, zero: dict[str, Any], item: int, twin: bool) -> float:
+    """The weights that may stay gathered, which of a small model are all: stage 3 then saves
+    nothing."""
+    live = zero.get("stage3_max_live_parameters", _DEFAULT_LIVE)
+    return float(item * min(live, (1 + twin) * shape.total))

@@ -1,8 +1,12 @@
-"""`deepspeed: auto`: the lowest ZeRO stage whose estimated memory fits, and why it is that one.
+"""`deepspeed: auto`: the ZeRO stage that suits a run of those whose estimated memory fits, and why.
 
-Stage 3 gathers every weight for each pass and for each token that the base model writes, so it is
-taken only where stage 2 does not fit. Stages 0 and 1 are never taken: stage 0 tells no gradient
-norm, which the safeguards watch, and stage 1 saves nothing that stage 2 does not.
+    0   fp32 on one rank or on a CPU: nothing is partitioned, copied or gathered
+    1   several micro-batches a step: gradients are exchanged once per step
+    2   otherwise
+    3   only where 2 does not fit: it gathers every weight for each pass and for each token that
+        the base model writes
+
+With bf16 weights stage 0 is left out: ZeRO's own fp32 copies can be shared, stage 0's cannot.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from es2fast.distributed.memory import memory_per_rank
 from es2fast.modeling.load import DTYPES
 from es2fast.training.memory import GB, PROCESS, Estimate, estimate, model_sizes
 
+STAGES = (0, 1, 2, 3)
 FILLED = 0.8  # share of the memory that an estimate may fill
 
 
@@ -30,7 +35,7 @@ class Choice:
 def choose_stage(
     config: Config, model: Any, *, world_size: int, device: str, dtype: str, longest: int
 ) -> Choice:
-    """Stage 2 or 3 for a run with `deepspeed: auto`, the same on every rank.
+    """The stage for a run with `deepspeed: auto`, the same on every rank.
 
     Args:
         config: the run.
@@ -43,18 +48,22 @@ def choose_stage(
     Raises:
         UserError: see `memory.model_sizes`.
     """
-    sizes = model_sizes(config, model)
+    shape = model_sizes(config, model)
     mappings, estimates = {}, {}
-    for stage in (2, 3):
+    for stage in STAGES:
         mappings[stage] = build_deepspeed(
             config, world_size=world_size, dtype=dtype, model_config=model, preset=f"zero{stage}"
         )
         estimates[stage] = estimate(
-            config, sizes, mappings[stage]["zero_optimization"],
+            config, shape, mappings[stage]["zero_optimization"],
             world_size=world_size, device=device, dtype=dtype, longest=longest,
         )  # fmt: skip
     memory = memory_per_rank(device, world_size)
-    stage, reason = pick(estimates[2], estimates[3], memory, world_size)
+    light, why = lightest(
+        ranks=world_size, device=device, dtype=dtype,
+        accumulation=config.train.gradient_accumulation,
+    )  # fmt: skip
+    stage, reason = pick(estimates, memory, world_size, light, why)
     return Choice(mappings[stage], f"deepspeed: auto picks ZeRO stage {stage}: {reason}")
 
 
@@ -69,25 +78,44 @@ def base_fits(config: Config, model: Any, *, world_size: int, device: str, dtype
     return memory is not None and needed <= FILLED * memory
 
 
-def pick(two: Estimate, three: Estimate, memory: int | None, ranks: int) -> tuple[int, str]:
+def lightest(*, ranks: int, device: str, dtype: str, accumulation: int) -> tuple[int, str]:
+    """The stage that costs least time where it fits, and why it does; 2 needs no reason."""
+    if dtype == "fp32" and ranks == 1:
+        return 0, "a single rank has nobody to share with"
+    if dtype == "fp32" and device == "cpu":
+        return 0, "nothing has to be partitioned"
+    if ranks > 1 and accumulation > 1:
+        return 1, "gradients are exchanged once per step, not per micro-batch"
+    return 2, ""
+
+
+def pick(
+    estimates: dict[int, Estimate], memory: int | None, ranks: int, light: int = 2, why: str = ""
+) -> tuple[int, str]:
     """The stage and why.
 
     Args:
-        two: what stage 2 needs.
-        three: what stage 3 needs.
+        estimates: what each stage needs.
         memory: bytes that a rank has; None: not known.
-        ranks: a single one has nobody to share its weights with, so it stays at stage 2.
+        ranks: a single one has nobody to share its weights with, so it does not take stage 3.
+        light: the stage to take where it fits.
+        why: what speaks for it.
     """
+    two, three = estimates[2], estimates[3]
     least = three if ranks > 1 and three.total < two.total else two
+    if ranks == 1 and estimates[light].total < least.total:
+        least = estimates[light]
     if memory is None:
         reason = f"how much memory is free is not known here; {_needs(least)}"
         return least.stage, f"{reason} ({least.parts()})"
     limit = FILLED * memory
-    fits = two.total <= limit
-    chosen = two if fits else least
+    fitting = (estimates[stage] for stage in (light, 2) if estimates[stage].total <= limit)
+    chosen = next(fitting, least)
     reason = f"{_needs(chosen)} of {memory / GB:.3g} GB ({chosen.parts()})"
     if chosen is three:
         reason = f"stage 2 would need {_needs(two)}, stage 3 {reason}"
+    elif chosen.stage == light and why and chosen.total <= limit:
+        reason = f"it fits and {why}; {reason}"
     if chosen.total > limit:
         reason += (
             f"; that is above {FILLED:.0%} and may fail: train.trainable=lora, a smaller "

@@ -59,7 +59,9 @@ def train_step(
             metrics[key] = metrics.get(key, 0.0) + value.float()
     norm = engine.get_global_grad_norm()
     shared = {key: value / len(batches) for key, value in metrics.items() if key not in SUMS}
-    shared["grad_norm"] = torch.as_tensor(norm or 0.0, device=runtime.device).float()
+    shared["grad_norm"] = torch.as_tensor(
+        0.0 if norm is None else norm, device=runtime.device
+    ).float()
     summed = {key: metrics[key] for key in SUMS if key in metrics}
     sums = [*summed.values(), *(value / runtime.world_size for value in shared.values())]
     values = torch.cat([runtime.sum(torch.stack(sums)), counts]).tolist()

@@ -30,6 +30,7 @@ ANCHOR = {"weight": 2.0, "source": "list", "texts": ["here is some text .", "ple
 DEEP = ANCHOR | {
     "prefill": {"probability": 0.6, "tokens": 3, "texts": ["sure here is the road", "the house"]}
 }
+UNPARTITIONED = ("zero0", "zero1", "zero2", "anchor_alone", "moments_zero2")
 Bank = dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]]
 
 
@@ -86,6 +87,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "tied": case(capped, data),
         "tied_lora": case(tied, data, trainable="lora", lora={"r": 4}),
         "accumulated": case(untied, data, gradient_accumulation=2),
+        "zero0": case(untied, data, stage=0, gradient_accumulation=2),
+        "zero1": case(untied, data, stage=1, gradient_accumulation=2),
         "zero2": case(untied, data, stage=2),
         "normed": case(untied, data, separation={"space": "normed", "margin": 2.0}),
         "normed_checkpointed": case(
@@ -158,7 +161,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 CACHED = ["cache", "cache_all_tied", "cache_anchor_lora", "moments", "moments_zero2"]
 CASES = ["twin", "twin_checkpointed", "lora", "lora_checkpointed", "all", "all_tied", "all_biased",
-         "tied", "tied_lora", "accumulated", "zero2", "normed", "normed_checkpointed", "norm_band",
+         "tied", "tied_lora", "accumulated", "zero0", "zero1", "zero2",
+         "normed", "normed_checkpointed", "norm_band",
          "bank", "bank_accumulated", *UNBOUNDED, "softplus", "cosine",
          "centroid_bank", "moves", "moves_bank", "anchor", "anchor_lora",
          "anchor_every_block", "anchor_all_accumulated",
@@ -305,6 +309,7 @@ def test_gradients_equal_plain_fp64(runs: dict[str, Any], name: str) -> None:
     everything = torch.cat([grads[k].flatten() for k in grads])
     ours = torch.cat([found["grads"][k].flatten() for k in grads])
     assert relative(ours, everything) <= 1e-5
+    assert found["norms"][-1] == pytest.approx(everything.norm().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["robust", "anchor_robust", "attacks"])
@@ -331,12 +336,7 @@ def test_ranks_end_with_equal_parameters(runs: dict[str, Any], name: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        c
-        for c in [*CASES, "robust", "anchor_robust"]
-        if c not in ("zero2", "anchor_alone", "moments_zero2")
-    ],
+    "name", [c for c in [*CASES, "robust", "anchor_robust"] if c not in UNPARTITIONED]
 )
 def test_trace_is_never_invalidated(runs: dict[str, Any], name: str) -> None:
     """Recorded in the first step, complete and in use from then on."""

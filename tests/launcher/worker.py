@@ -71,7 +71,7 @@ def run_case(case: dict[str, Any], runtime: runtimes.Runtime) -> dict[str, Any]:
     feed = Feed(plan, plan.groups.harmless, runtime.rank, texts, teacher)
     engine = build_engine(plan, prepared, runtime)
     found: dict[str, Any] = {"losses": [], "kl": [], "trace": [], "states": []}
-    found["attacked"], found["refusal"] = [], []
+    found["attacked"], found["refusal"], found["norms"] = [], [], []
     simulated = SimulatedAttack(config, layers, runtime, depth=len(blocks(engine.module.student)))
     take_step = engine.step
 
@@ -89,6 +89,7 @@ def run_case(case: dict[str, Any], runtime: runtimes.Runtime) -> dict[str, Any]:
         sums = train_step(engine, feed(index), config.kl.weight, runtime, attack, simulated.observe)
         found["attacked"].append(None if attack is None else attack.name)
         found["losses"].append(sums["sep"])
+        found["norms"].append(sums["grad_norm"])
         found["kl"].append(sums["kl_sum"] / sums["kl_tokens"])
         found["refusal"].append(refusal_metrics(sums))
     digest = hashlib.sha256()

@@ -57,9 +57,10 @@ def test_a_plan_holds_what_a_run_needs(config: Path) -> None:
 def test_auto_says_which_stage_it_took_and_a_named_one_stays(config: Path) -> None:
     auto = make_plan(load_config(config, ["deepspeed=auto"]), world_size=2)
     named = make_plan(load_config(config), world_size=2)
-    assert auto.deepspeed == named.deepspeed  # zero2: the tiny model fits anywhere
-    assert auto.why_stage.startswith("deepspeed: auto picks ZeRO stage 2: ")
-    assert auto.lines() == [*named.lines()[:-1], auto.why_stage, named.lines()[-1]]
+    whole = make_plan(load_config(config, ["deepspeed=zero0"]), world_size=2)
+    assert auto.deepspeed == whole.deepspeed != named.deepspeed  # the tiny model fits anywhere
+    assert auto.why_stage.startswith("deepspeed: auto picks ZeRO stage 0: it fits and nothing ")
+    assert auto.lines() == [*whole.lines()[:-1], auto.why_stage, named.lines()[-1]]
     third = make_plan(load_config(config, ["deepspeed=zero3"]), world_size=2)
     assert third.zero_stage == 3 and third.why_stage == ""
 

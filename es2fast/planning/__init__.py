@@ -1,0 +1,1 @@
+"""What a run will need, estimated before any of it runs: `es2fast plan`."""

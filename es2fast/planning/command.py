@@ -1,0 +1,69 @@
+"""`es2fast plan`: what a run will need and take, before any of it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from es2fast.config import Config, load_config
+from es2fast.errors import UserError
+from es2fast.run.files import write_text
+
+
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="key=value, for example train.trainable=lora", show_default=False),
+    ] = None,
+    gpu: Annotated[str, typer.Option("--gpu", help="A100, H100, H200, B200 or cpu")] = "H100",
+    gpus: Annotated[str, typer.Option("--gpus", help="numbers of them, 1 to 1024")] = "1,8,64",
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the numbers here")] = None,
+) -> None:
+    """Estimate memory, flop, time and communication of a run without loading any weights."""
+    from es2fast.distributed.memory import memory_per_rank
+    from es2fast.planning.estimate import describe
+    from es2fast.planning.machines import machine
+    from es2fast.planning.screen import show
+    from es2fast.training.plan import make_plan
+
+    counts = ranks_of(gpus)
+    known = machine(gpu, memory_per_rank("cpu", max(counts)) if gpu.lower() == "cpu" else None)
+    resolved = load_config(config, overrides or ())
+    wanted = resolved.model.dtype
+    dtype = ("fp32" if known.device == "cpu" else "bf16") if wanted == "auto" else wanted
+    checked = make_plan(_without_machine(resolved))
+    free = checked.config.model_copy(update={"deepspeed": resolved.deepspeed})
+    checked = dataclasses.replace(checked, config=free)
+    found = describe(checked, known, dtype, counts, resolved.train.global_batch_size)
+    show(found)
+    if json_file is not None:
+        try:
+            write_text(json_file, json.dumps(found, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"--json: {json_file} cannot be written ({error.strerror})") from None
+        print(f"written: {json_file}")
+
+
+def ranks_of(text: str) -> list[int]:
+    """Numbers with commas between them, in order.
+
+    Raises:
+        UserError: something else, or a number outside of 1..1024.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and 1 <= int(part) <= 1024 for part in parts):
+        raise UserError(f"--gpus: {text!r} must be numbers from 1 to 1024, such as 1,8,64")
+    return sorted({int(part) for part in parts})
+
+
+def _without_machine(config: Config) -> Config:
+    """The run as it can be checked here: on a CPU, on one rank, whatever its folder holds."""
+    train = {"device": "cpu", "overwrite": True, "global_batch_size": None}
+    changed = config.train.model_copy(update=train)
+    deepspeed = "zero2" if config.deepspeed == "auto" else config.deepspeed
+    return config.model_copy(update={"train": changed, "deepspeed": deepspeed})

@@ -1,0 +1,113 @@
+"""`es2fast plan`: what does not fit and what helps; exchanges; the command's own output."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_models import save_tiny, write_prompts
+from typer.testing import CliRunner
+
+from es2fast.cli import app
+from es2fast.config import Config, parse_config
+from es2fast.errors import UserError
+from es2fast.planning.command import ranks_of
+from es2fast.planning.communication import step_bytes
+from es2fast.planning.fit import smallest_change
+from es2fast.planning.flops import Flops
+from es2fast.planning.machines import GPUS, machine
+from es2fast.planning.timing import step_time, writing_seconds
+
+
+def cost(config: Config, ranks: int) -> float:
+    """A made-up memory that every change lowers."""
+    train = config.train
+    size = 1.0 * train.micro_batch_size * (0.5 if train.gradient_checkpointing else 1)
+    size += 2 if train.trainable == "lora" else 8
+    return size + (8 / ranks if config.deepspeed == "zero3" else 8)
+
+
+@pytest.mark.parametrize(
+    ("limit", "ranks", "expected"),
+    [
+        (20, 2, []),
+        (18, 2, ["train.gradient_checkpointing=true"]),
+        (14, 2, ["train.trainable=lora"]),
+        (12, 2, ["train.gradient_checkpointing=true", "train.trainable=lora"]),
+        (9, 2, ["train.gradient_checkpointing=true", "train.trainable=lora", "deepspeed=zero3"]),
+        (2, 2, None),
+    ],
+)
+def test_the_smallest_change_that_helps(
+    limit: float, ranks: int, expected: list[str] | None
+) -> None:
+    config = parse_config({"model": {"name": "m"}})
+    assert smallest_change(config, ranks, 2, lambda c, n: cost(c, n) <= limit) == expected
+
+
+def test_bytes_sent() -> None:
+    def sent(stage: int, ranks: int = 4, micro_batches: int = 1) -> float:
+        return step_bytes(
+            stage, total=100, trained=10, item=2, ranks=ranks, micro_batches=micro_batches
+        )
+
+    assert [sent(stage) for stage in (0, 1, 2, 3)] == [30, 30, 30, 1.5 * (10 + 300)]
+    assert [sent(stage, micro_batches=3) for stage in (0, 1, 2)] == [30, 30, 60]
+    assert [sent(stage, ranks=1) for stage in (0, 1, 2, 3)] == [0, 0, 0, 0]
+
+
+def test_a_step_is_the_longer_of_computing_and_sending() -> None:
+    h100 = GPUS["H100"]
+    work = Flops(1e12, 1e12, 1e12, 0.0, 2e12, 1e12)
+    found = step_time(
+        work, 450e9, trained=10**9, stage=2, ranks=8, micro_batches=2, machine=h100
+    )  # fmt: skip
+    assert found.compute == pytest.approx(12e12 / (0.5 * 989e12))
+    assert found.exchange == pytest.approx(1.0)  # link of a machine
+    assert found.seconds == pytest.approx(1.0 + 28 * 1e9 / 8 / 3.35e12)
+    assert found.mfu == pytest.approx(10e12 / found.seconds / 989e12)
+    far = step_time(work, 450e9, trained=0, stage=2, ranks=16, micro_batches=2, machine=h100)
+    assert far.exchange == pytest.approx(9.0)
+    seconds = writing_seconds(
+        100, 0, 10, active=1e9, item=2, batch=10, ranks=5, gathered=0, machine=h100
+    )  # fmt: skip
+    assert seconds == pytest.approx(2 * 10 * 2e9 / 3.35e12)  # bound by reading the weights
+
+
+def test_names_and_numbers_that_are_wrong_are_told() -> None:
+    with pytest.raises(UserError, match=r"--gpu: 'V100' is unknown; use A100, H100"):
+        machine("V100")
+    for text in ("0", "8,x", "2048", ""):
+        with pytest.raises(UserError, match=r"--gpus: .* must be numbers from 1 to 1024"):
+            ranks_of(text)
+    assert ranks_of("8, 1,8") == [1, 8]
+
+
+def test_the_command_writes_its_estimates(tmp_path: Path) -> None:
+    raw = {
+        "model": {"name": str(save_tiny(tmp_path / "model"))},
+        "data": write_prompts(tmp_path / "data"),
+        "layers": [1, 2],
+        "train": {"micro_batch_size": 2, "device": "cuda", "global_batch_size": 16},
+        "output_dir": str(tmp_path / "run"),
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "es2fast.yaml").write_text("")  # an earlier run is no obstacle
+    out = tmp_path / "plan.json"
+    command = ["plan", str(tmp_path / "run.yaml"), "--gpu", "a100", "--gpus", "1,8"]
+    done = CliRunner().invoke(app, [*command, "--json", str(out)], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "All numbers are estimates" in done.output and "assumed: 50%" in done.output
+    found = json.loads(out.read_text())
+    assert found["kind"] == "estimate" and found["dtype"] == "bf16"
+    one, eight = found["ranks"]
+    assert [one["global_batch_size_met"], eight["global_batch_size_met"]] == [False, True]
+    assert one["fits"] and one["smallest_change"] == [] and one["zero_stage"] == 2
+    memory = one["memory_bytes"]
+    assert memory["total"] == pytest.approx(sum(memory.values()) - memory["total"])
+    assert set(one["stages"]) == {"responses", "teacher_cache", "train", "evaluate"}
+    kept = one["activation_bytes"]
+    assert kept["checkpointed"] < kept["plain"] == memory["activations"]
