@@ -503,6 +503,10 @@ class TrainConfig(_Section):
     seed: int = Field(0, ge=0, lt=2**32)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: int = Field(1, ge=1)
+    profile: bool = Field(
+        False,
+        description="look at three early steps with torch's profiler: trace.json, profile.txt",
+    )
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
 
 

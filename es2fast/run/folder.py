@@ -24,6 +24,8 @@ class RunFolder:
         self.config = self.path / "config.yaml"  # every default resolved
         self.metrics = self.path / "metrics.jsonl"  # a line per optimizer step
         self.tensorboard = self.path / "tensorboard"
+        self.trace = self.path / "trace.json"  # of train.profile, and its page
+        self.profile = self.path / "profile.txt"
         self.layers = self.path / "layers.json"  # what was measured on the base model
         self.whitening = self.path / "whitening.safetensors"
         self.model = self.path / "model"  # safetensors, tokenizer, model card

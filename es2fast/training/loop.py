@@ -26,6 +26,7 @@ from es2fast.training.budget import DualAscent, meet_budget
 from es2fast.training.engine import build_engine
 from es2fast.training.plan import Plan
 from es2fast.training.prepare import Prepared, prepare
+from es2fast.training.profiling import StepProfiler
 from es2fast.training.refusals import (
     AnchorTexts,
     RefusalAnchor,
@@ -89,9 +90,11 @@ def train(plan: Plan, runtime: Runtime) -> TrainResult:
     engine = build_engine(plan, prepared, runtime)
     feed = Feed(plan, harmless, runtime.rank, texts, prepared.teacher)
     writer = MetricsWriter(folder, config, main=runtime.is_main, steps=config.train.steps)
+    profiler = StepProfiler(config.train.profile, engine, folder, runtime.is_main)
     try:
-        result, good = _loop(config, engine, prepared, feed, writer, runtime)
+        result, good = _loop(config, engine, prepared, feed, writer, runtime, profiler)
     finally:
+        profiler.close()
         writer.close()
     if result.trouble is not None:
         if good.copy is not None and good.copy.step > 0:
@@ -192,6 +195,7 @@ def _loop(
     feed: Feed,
     writer: MetricsWriter,
     runtime: Runtime,
+    profiler: StepProfiler,
 ) -> tuple[TrainResult, GoodWeights]:
     """All optimizer steps and the last look at the weights."""
     began = time.perf_counter()
@@ -215,6 +219,7 @@ def _loop(
         sums = train_step(
             engine, feed(step - 1), dual.weight, runtime, attack, simulated.observe, margin
         )
+        profiler.step()
         row = _row(step, sums, dual.weight, prepared, engine, time.perf_counter() - started)
         if config.separation.robust.probability:
             row["attacked"] = float(attack is not None)
