@@ -3,10 +3,20 @@
     python bench/compile_report.py            # the configurations in use, sm_80, sm_90, sm_100
     python bench/compile_report.py --distinct # without float16 where it equals bfloat16
     python bench/compile_report.py --all      # candidates for tuning instead
-    python bench/compile_report.py --json out.jsonl
+    python bench/compile_report.py --sm 90 --json out.jsonl
+
+A JSON row per case: kernel, dtype, direction, registers, spills (bytes), instructions_per_logit,
+barriers_per_tile, and the fields of ``Report``. Instructions are counted in the SASS that
+cuobjdump prints: every loop over tiles of logits runs its own instructions (those of loops within
+it left out) once per tile in each thread, so a loop of n instructions is
+n * threads / (logits per tile) per logit, and a kernel is the sum of its sweeps. What runs once
+per row, the masked rest of a row included, is left out; a branch not taken counts. Barriers are
+those of the same loops, summed. Of a tile-fused kernel the loop over columns counts, without its
+GEMM; the separation's kernels see no logits and have null.
 
 Columns: registers per thread, spilled bytes (stack frame and local memory as cuobjdump reports
-them), shared memory per block, and the tensor-core instruction of the kernels with a dot. The exit
+them), shared memory per block, instructions per logit, and the tensor-core instruction of the
+kernels with a dot. The exit
 status is 1 when a configuration in use spills, exceeds the shared memory of its chip, or has a dot
 without tensor cores. ``tests/bench/test_compile_report.py`` runs it with ``--distinct``.
 
@@ -22,6 +32,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -55,6 +66,20 @@ class Case:
     aligned: tuple[str, ...]  # arguments divisible by 16
     is_distinct: bool = True  # False: another case was found to cost the same
 
+    def word(self, *choices: str) -> str | None:
+        """Which of ``choices`` the label has as a word."""
+        return next((word for word in self.label.split() if word in choices), None)
+
+    @property
+    def tile(self) -> int | None:
+        """Logits in a tile; None: the kernel sees none."""
+        c = self.constants
+        if self.label.startswith("fused"):
+            return c["BLOCK_M"] * c["BLOCK_N"]
+        if self.label.startswith("separation"):
+            return None
+        return c["GROUPS"] * c["LANES"] * c["VEC"] if "LANES" in c else c["BLOCK"]
+
 
 @dataclass(frozen=True)
 class Report:
@@ -63,55 +88,60 @@ class Report:
     label: str
     capability: int
     in_use: bool
+    kernel: str
+    dtype: str | None
+    direction: str | None
     registers: int
-    spill_bytes: int
+    spills: int  # bytes
+    instructions_per_logit: float | None
+    barriers_per_tile: int | None
     shared_bytes: int
     tensor_core: str
     problem: str
 
 
 def _row_cases() -> Iterator[Case]:
-    import torch
-
     from es2fast.ops.linear_kl import triton as kernels
+    from es2fast.ops.linear_kl.triton_light import LIGHT, SOFTCAP_REGISTERS, light_row_kernel
 
-    pointers = {"zt_ptr": "*fp32", "zs_ptr": "*fp32", "scale_ptr": "*fp32", "loss_ptr": "*fp32"}
-    pointers |= {"unit_ptr": "*fp32", "stats_ptr": "*fp32"}
+    pointers = ("zt_ptr", "zs_ptr", "scale_ptr", "loss_ptr", "unit_ptr")
+    signature = dict.fromkeys(pointers, "*fp32")
+    signature |= dict.fromkeys(("V", "pitch", "stride_g"), "i32")
+    signature |= dict.fromkeys(("gain", "cap_in", "cap_out", "beta"), "fp32")
     heads = ("", " bias+softcap", " bias+softcap odd-V")
-    options = itertools.product(kernels.DIRECTION, ("bf16", "fp16", "fp32"), heads)
-    for direction, dtype, head in options:
+    options = itertools.product(kernels.DIRECTION, ("bf16", "fp16", "fp32"), heads, (True, False))
+    for direction, dtype, head, need_grad in options:
         full = head != ""
-        config = kernels.row_config(torch.float32 if dtype == "fp32" else torch.bfloat16)
-        for need_grad in (True, False):
-            signature = pointers | {"g_ptr": f"*{dtype}", "bt_ptr": f"*{dtype}"}
-            signature |= {"bs_ptr": f"*{dtype}", "V": "i32"}
-            signature |= dict.fromkeys(("pitch", "stride_g"), "i32")
-            signature |= dict.fromkeys(("gain", "cap_in", "cap_out", "beta"), "fp32")
-            constants = dict(
-                DIRECTION=kernels.DIRECTION[direction],
-                IS_DELTA=dtype == "fp32",
-                SOFTCAP=full,
-                HAS_BT=full,
-                HAS_BS=full and dtype != "fp32",
-                NEED_GRAD=need_grad,
-                ROW_UNIT=need_grad and dtype == "fp16" and direction == "reverse",
-                BLOCK=config.block,
-                STAGES=config.stages,
-            )
-            name = f"row {direction} {dtype}{head}"
-            yield Case(
-                kernels.row_kernel,
-                name if need_grad else f"{name} no-grad",
-                signature,
-                constants,
-                config.num_warps,
-                3,
-                config.max_registers,
-                has_dot=False,
-                in_use=True,
-                aligned=("pitch", "stride_g", *(() if "odd" in head else ("V",))),
-                is_distinct=_is_distinct(dtype, head) or bool(constants["ROW_UNIT"]),
-            )
+        constants: dict[str, Any] = dict(
+            DIRECTION=kernels.DIRECTION[direction],
+            SOFTCAP=full,
+            HAS_BT=full,
+            HAS_BS=full and dtype != "fp32",
+            NEED_GRAD=need_grad,
+            ROW_UNIT=need_grad and dtype == "fp16" and direction == "reverse",
+        )
+        if dtype == "fp32":
+            kernel, config = kernels.row_kernel, kernels.ROW_CONFIG
+            warps, registers = config.num_warps, config.max_registers
+            constants |= dict(IS_DELTA=True, BLOCK=config.block, STAGES=config.stages)
+        else:
+            kernel, warps = light_row_kernel, LIGHT.num_warps
+            registers = SOFTCAP_REGISTERS if full else None
+            constants |= dict(GROUPS=LIGHT.groups, LANES=32 * warps, VEC=LIGHT.vec)
+        name = f"row {direction} {dtype}{head}"
+        yield Case(
+            kernel,
+            name if need_grad else f"{name} no-grad",
+            signature | dict.fromkeys(("g_ptr", "bt_ptr", "bs_ptr"), f"*{dtype}"),
+            constants,
+            warps,
+            3,
+            registers,
+            has_dot=False,
+            in_use=True,
+            aligned=("pitch", "stride_g", *(() if "odd" in head else ("V",))),
+            is_distinct=_is_distinct(dtype, head) or bool(constants["ROW_UNIT"]),
+        )
 
 
 def _is_distinct(dtype: str, features: str) -> bool:
@@ -326,38 +356,97 @@ def compile_case(case: Case, capability: int) -> Report:
     aligned = [n for n, kind in signature.items() if kind.startswith("*") or n in case.aligned]
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(case.kernel, signature, constexprs=case.constants, attrs=attrs)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options: dict[str, Any] = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options |= {"enable_fp_fusion": True}  # as the launchers ask
     options |= {} if case.max_registers is None else {"maxnreg": case.max_registers}
+    report = functools.partial(
+        Report,
+        label=case.label,
+        capability=capability,
+        in_use=case.in_use,
+        kernel=case.kernel.fn.__name__,
+        dtype=case.word("bf16", "fp16", "fp32"),
+        direction=case.word("forward", "reverse", "jsd")
+        or ("forward" if case.label.startswith("moments") else None),
+    )
     try:
         binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     except Exception as error:  # a configuration the compiler refuses is a result, not a crash
         text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        return Report(case.label, capability, case.in_use, 0, 0, 0, "", text)
-    registers, spill = _resources(binary.asm["cubin"])
+        return report(
+            registers=0, spills=0, instructions_per_logit=None, barriers_per_tile=None,
+            shared_bytes=0, tensor_core="", problem=text,
+        )  # fmt: skip
+    registers, spills = parse_resources(_cuobjdump(binary.asm["cubin"], "--dump-resource-usage"))
+    per_logit, barriers = None, None
+    if case.tile is not None:
+        loops = parse_loops(_cuobjdump(binary.asm["cubin"], "--dump-sass"))
+        if case.has_dot:
+            loops = loops[:1]  # the outermost, over columns
+        count = sum(loop.instructions for loop in loops)
+        per_logit = round(count * 32 * case.num_warps / case.tile, 2)
+        barriers = sum(loop.barriers for loop in loops)
     ptx = binary.asm["ptx"]
     core = TENSOR_CORE[capability] if TENSOR_CORE[capability] in ptx else ""
     shared = binary.metadata.shared
     problem = ""
-    if spill:
-        problem = f"spills {spill} bytes"
+    if spills:
+        problem = f"spills {spills} bytes"
     elif shared > SHARED_LIMIT[capability]:
         problem = f"needs {shared} bytes of shared memory"
     elif case.has_dot and not core:
         problem = f"no {TENSOR_CORE[capability]} in its PTX"
-    return Report(case.label, capability, case.in_use, registers, spill, shared, core, problem)
+    return report(
+        registers=registers, spills=spills, instructions_per_logit=per_logit,
+        barriers_per_tile=barriers, shared_bytes=shared, tensor_core=core, problem=problem,
+    )  # fmt: skip
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """(registers per thread, stack + local bytes) by the cuobjdump that Triton ships."""
+def _cuobjdump(cubin: bytes, option: str) -> str:
+    """What the cuobjdump that Triton ships prints."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return parse_resources(text)
+        command = [str(tool), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Instructions and block-wide barriers of a loop, without those of loops within it."""
+
+    instructions: int
+    barriers: int
+
+
+def parse_loops(sass: str) -> list[Loop]:
+    """The loops of a kernel in cuobjdump's SASS, the largest spans first.
+
+    A loop is what lies between a backward branch and its target; the branch to itself that ends
+    every kernel is none, nor is the wait on a memory barrier (a few instructions of ``SYNCS``).
+    """
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass)
+    code = [(int(address, 16), text) for address, text in lines]
+    spans = set()
+    for address, text in code:
+        found = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)
+        if found and (target := int(found[1], 16)) < address:
+            body = [line for at, line in code if target <= at <= address]
+            if not (len(body) < 16 and any("SYNCS" in line for line in body)):
+                spans.add((target, address))
+    loops = []
+    for low, high in sorted(spans, key=lambda span: span[0] - span[1]):
+        inner = [s for s in spans if s != (low, high) and low <= s[0] and s[1] <= high]
+        own = [
+            text
+            for at, text in code
+            if low <= at <= high and not any(a <= at <= b for a, b in inner)
+        ]
+        loops.append(Loop(len(own), sum("BAR.SYNC" in text for text in own)))
+    return loops
 
 
 def parse_resources(text: str) -> tuple[int, int]:
@@ -376,7 +465,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write one JSON row per case here")
     args = parser.parse_args()
     reports = []
-    print(f"{'kernel':68} {'sm':>4} {'regs':>5} {'spill':>6} {'shared':>7}  core")
+    print(f"{'kernel':68} {'sm':>4} {'regs':>5} {'spill':>6} {'shared':>7} {'instr':>6}  core")
     for capability in args.sm:
         for case in cases(capability, args.all):
             if args.match not in case.label or (args.distinct and not case.is_distinct):
@@ -384,8 +473,9 @@ def main() -> int:
             r = compile_case(case, capability)
             reports.append(r)
             print(
-                f"{r.label:68} {capability:>4} {r.registers:>5} {r.spill_bytes:>6} "
-                f"{r.shared_bytes:>7}  {r.tensor_core} {r.problem}",
+                f"{r.label:68} {capability:>4} {r.registers:>5} {r.spills:>6} "
+                f"{r.shared_bytes:>7} {r.instructions_per_logit or '':>6}  "
+                f"{r.tensor_core} {r.problem}",
                 flush=True,
             )
     if args.json:

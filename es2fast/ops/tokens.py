@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 REDUCTIONS = ("mean", "sum", "none")
-GPU_CHUNK = 1024  # fills the SMs of a big GPU in dX
-GPU_CHUNK_TRAINABLE = 2048  # fewer passes over the float32 dW
+GPU_CHUNK = 1024  # at least: fewer rows would not fill the SMs of a big GPU in dX
+GPU_CHUNK_TRAINABLE = 2048  # at least: fewer passes over the float32 dW
 CPU_CHUNK = 256
+DX_TILE = (128, 256)  # rows and columns of dX that one SM makes at a time in cuBLAS's GEMM
 
 
 # --- packing --------------------------------------------------------------------------------------
@@ -31,14 +32,21 @@ def pack(
     if max_valid is None:
         index = token_weights.nonzero().squeeze(1)  # on the CPU: no synchronization
         kept = token_weights.index_select(0, index)
-        return index.to(device, non_blocking=True), kept.to(device, dtype, non_blocking=True)
-    weights = token_weights.to(device, dtype, non_blocking=True)
+        return to_device(index, device), to_device(kept, device).to(dtype)
+    weights = to_device(token_weights, device).to(dtype)
     if max_valid >= hidden.shape[0]:
         return None, weights
     index = torch.argsort((weights == 0).to(torch.uint8), stable=True)[:max_valid]
     overflow = (weights != 0).sum() > index.shape[0]
     kept = weights.index_select(0, index)
     return index, torch.where(overflow, float("nan"), kept)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """x on ``device``; to a GPU from pinned memory, since a copy from pageable memory may wait."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 class PackedTokens:
@@ -82,7 +90,7 @@ class PackedTokens:
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     """Autocast would round a float32 head's GEMMs to 16 bits: the inputs' dtype decides here."""
-    if torch.amp.is_autocast_available(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
@@ -91,7 +99,27 @@ def default_chunk(hidden: Tensor, need_dw: bool) -> int:
     """Rows of logits that exist at once when the caller does not say."""
     if hidden.device.type != "cuda":
         return CPU_CHUNK
-    return GPU_CHUNK_TRAINABLE if need_dw else GPU_CHUNK
+    least = GPU_CHUNK_TRAINABLE if need_dw else GPU_CHUNK
+    return full_wave_chunk(hidden.shape[1], sm_count(hidden.device), least)
+
+
+def sm_count(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def full_wave_chunk(width: int, sms: int, least: int) -> int:
+    """Rows of which dX's tiles fill whole waves of the SMs, from ``least`` to twice that.
+
+    ``width`` is H. The bound costs narrow models some of the SMs (H=1024 on 132 SMs: half) and
+    keeps the buffers from growing as H shrinks.
+    """
+    rows, columns = DX_TILE
+    across = -(-width // columns)
+    waves = -(-least * across // (rows * sms))
+    while (chunk := rows * (waves * sms // across)) < least:
+        waves += 1
+    return min(chunk, 2 * least)
 
 
 def saved_dtype(like: Tensor) -> torch.dtype:

@@ -9,6 +9,7 @@ where that backend has been chosen, as triton is there on Linux only.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,13 @@ class RowConfig:
 
 
 ROW_CONFIG_INTERPRETED = RowConfig(block=512)
+# Where a running maximum starts: finite, so that a tile of nothing but -inf leaves no NaN.
+LOWEST = tl.constexpr(-1e30)
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Kernels start on x's GPU, which need not be the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 @triton.jit

@@ -175,9 +175,9 @@ def linear_kl_div(
             the (N,) values w_i KL_i. "none" with a trainable head recomputes in backward, where
             head and hidden states must still be there: with ZeRO-3 use "mean" or "sum".
         chunk_tokens: rows of logits that exist at once; extra memory is about
-            ``8 * chunk_tokens * V`` bytes (triton). None: 1024 on a GPU, 2048 when its head is
-            trained, 256 on a CPU. Under no_grad None also allows the tile-fused kernel, which
-            stores no logits.
+            ``8 * chunk_tokens * V`` bytes (triton). None: on a GPU what fills its SMs, 1024 to
+            2048 rows, twice that when its head is trained; 256 on a CPU. Under no_grad None also
+            allows the tile-fused kernel, which stores no logits.
         backend: "triton", "torch", "native", or None for the best one on hidden's device.
 
     Precision follows the inputs' dtype, whatever autocast says. float32 GEMMs on a GPU follow

@@ -1,10 +1,11 @@
 """Triton kernels of the linear KL, and their launchers.
 
-``row_kernel``: one program per token, over float32 raw logits of student and teacher in memory. It
-sweeps the row once forwards for the statistics (both logsumexps, the centre and the value in the
-cancellation-free form, merged tile by tile) and once *backwards* for the gradient, so that the tail
-of the first sweep is still in L2. JSD needs one more sweep. G is written over the student's logits:
-16-bit G goes to the upper half of the row's own memory, which a backward sweep has already read.
+``row_kernel``, for float32 inputs: one program per token, over float32 raw logits of student and
+teacher in memory. It sweeps the row once forwards for the statistics (both logsumexps, the centre
+and the value in the cancellation-free form, merged tile by tile) and once *backwards* for the
+gradient. JSD needs one more sweep. G is written over the student's logits: 16-bit G
+(``triton_light.light_row_kernel``) goes to the upper half of the row's own memory, which a backward
+sweep has already read. A row comes from memory once per sweep: rows in flight exceed the L2 cache.
 
 ``fused_kernel``: the no-grad path. One program per (block of rows, range of columns) makes the
 logits tile by tile with tensor cores and folds them into the same statistics; nothing of size
@@ -18,8 +19,6 @@ sum s, other's max and sumexp. Offsets of rows and of head entries are 64-bit: N
 
 from __future__ import annotations
 
-import contextlib
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,12 +28,22 @@ import triton.language as tl
 from torch import Tensor
 
 from es2fast.ops.linear_kl.chunked import KLProblem, KLResult, RowGradient, run_chunked
+from es2fast.ops.linear_kl.device import clip, exp_capped, log1p, phi, phi_any, transform
 from es2fast.ops.linear_kl.rows import DIRECTION, merge_partials
+from es2fast.ops.linear_kl.triton_light import (
+    LIGHT,
+    LIGHT_INTERPRETED,
+    SOFTCAP_REGISTERS,
+    light_row_kernel,
+)
+from es2fast.ops.tokens import sm_count
 from es2fast.ops.triton_rows import (
     INTERPRETED,
+    LOWEST,
     ROW_CONFIG_INTERPRETED,
     RowConfig,
     gradient_place,
+    on_device_of,
     rounded,
 )
 
@@ -55,16 +64,10 @@ class FusedConfig:
     max_registers: int | None = None  # per thread; 255 is no bound, but see fused_config
 
 
+# float32 inputs. Left alone, ptxas trades a spill of 8 bytes in some variants for one more block
+# per SM; the explicit bound keeps it from that.
+ROW_CONFIG = RowConfig(max_registers=168)
 FUSED_CONFIG_INTERPRETED = FusedConfig(16, 512, 64, 4, 1, 2)
-
-
-def row_config(dtype: torch.dtype) -> RowConfig:
-    """The configuration in use for a dtype of the inputs.
-
-    Left alone, ptxas trades a spill of 8 bytes in some float32 variants for one more block per SM;
-    the explicit bound keeps it from that. bf16 and fp16 have no spill and keep the occupancy.
-    """
-    return RowConfig(max_registers=168) if dtype == torch.float32 else RowConfig()
 
 
 def fused_config(capability: int, softcap: bool = False) -> FusedConfig:
@@ -82,80 +85,6 @@ def fused_config(capability: int, softcap: bool = False) -> FusedConfig:
 
 
 # --- device functions -----------------------------------------------------------------------------
-
-
-@triton.jit
-def _phi(u):
-    """e^u - 1 - u for |u| <= 0.5, to float32 precision."""
-    a = 1.0 / 40320 + u * 0.0
-    a = a * u + 1.0 / 5040
-    a = a * u + 1.0 / 720
-    a = a * u + 1.0 / 120
-    a = a * u + 1.0 / 24
-    a = a * u + 1.0 / 6
-    a = a * u + 0.5
-    return a * u * u
-
-
-@triton.jit
-def _clip(u):
-    return tl.minimum(tl.maximum(u, -0.5), 0.5)
-
-
-@triton.jit
-def _exp_capped(u):
-    return tl.exp(tl.minimum(u, 80.0))
-
-
-@triton.jit
-def _phi_any(u):
-    return tl.where(tl.abs(u) <= 0.5, _phi(_clip(u)), _exp_capped(u) - 1.0 - u)
-
-
-@triton.jit
-def _expm1(u):
-    return tl.where(tl.abs(u) <= 0.5, u + _phi(_clip(u)), _exp_capped(u) - 1.0)
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x) for x > -1 by 2 artanh(x / (2 + x)) while |x| <= 0.5."""
-    y = _clip(x)
-    t = y / (2.0 + y)
-    t2 = t * t
-    a = 2.0 / 11 + t2 * (2.0 / 13)
-    a = 2.0 / 9 + t2 * a
-    a = 2.0 / 7 + t2 * a
-    a = 2.0 / 5 + t2 * a
-    a = 2.0 / 3 + t2 * a
-    near = t * (2.0 + t2 * a)
-    return tl.where(tl.abs(x) <= 0.5, near, tl.log(1.0 + x))
-
-
-@triton.jit
-def _tanh(x):
-    e = _expm1(-2.0 * tl.abs(x))
-    t = -e / (2.0 + e)
-    return tl.where(x < 0, -t, t)
-
-
-@triton.jit
-def _transform(raw_t, raw_s, gain, cap_in, cap_out, IS_DELTA: tl.constexpr, SOFTCAP: tl.constexpr):
-    """(z_t, z_s - z_t, dz_s/draw_s) from raw logits; see rows.head_transform."""
-    raw_d = raw_s if IS_DELTA else raw_s - raw_t
-    if SOFTCAP:
-        x_t = raw_t * cap_in
-        x_d = raw_d * cap_in
-        tanh_t = _tanh(x_t)
-        tanh_s = _tanh(x_t + x_d)
-        z_t = tanh_t * cap_out
-        d = _tanh(x_d) * (1.0 - tanh_s * tanh_t) * cap_out
-        slope = (1.0 - tanh_s * tanh_s) * gain
-    else:
-        z_t = raw_t * gain
-        d = raw_d * gain
-        slope = gain
-    return z_t, d, slope
 
 
 @triton.jit
@@ -181,7 +110,7 @@ def _wide(x, AXIS: tl.constexpr):
 @triton.jit
 def _fold(z_b, d, m, p, c, s, m_o, p_o, AXIS: tl.constexpr):
     """Fold a tile (its columns along AXIS) into the row statistics."""
-    m_new = tl.maximum(m, tl.max(z_b, AXIS))
+    m_new = tl.maximum(m, tl.max(z_b, AXIS))  # finite: m starts at LOWEST
     log_e = z_b - _wide(m_new, AXIS)
     e = tl.exp(log_e)
     p_tile = tl.sum(e, AXIS)
@@ -189,14 +118,14 @@ def _fold(z_b, d, m, p, c, s, m_o, p_o, AXIS: tl.constexpr):
     mean = tl.where(p_tile > 0, tl.sum(e * d_c, AXIS) / tl.where(p_tile > 0, p_tile, 1.0), 0.0)
     u = d_c - _wide(mean, AXIS)
     far = tl.exp(log_e + u) - e * (1.0 + u)
-    s_tile = tl.sum(tl.where(tl.abs(u) <= 0.5, e * _phi(_clip(u)), far), AXIS)
+    s_tile = tl.sum(tl.where(tl.abs(u) <= 0.5, e * phi(clip(u)), far), AXIS)
     shrink = tl.exp(m - m_new)
     p_old = p * shrink
     p_new = p_old + p_tile
-    move = mean * (p_tile / p_new)
+    move = tl.where(p_new > 0, mean * (p_tile / p_new), 0.0)
     rest = mean - move
-    s_old = s * shrink * _exp_capped(-move) + p_old * _phi_any(-move)
-    s_new = s_old + s_tile * _exp_capped(rest) + p_tile * _phi_any(rest)
+    s_old = s * shrink * exp_capped(-move) + p_old * phi_any(-move)
+    s_new = s_old + s_tile * exp_capped(rest) + p_tile * phi_any(rest)
     z_o = z_b + d
     m_o_new = tl.maximum(m_o, tl.max(z_o, AXIS))
     p_o_tile = tl.sum(tl.exp(z_o - _wide(m_o_new, AXIS)), AXIS)
@@ -209,7 +138,7 @@ def _value(m, p, c, s, m_o, p_o):
     """KL(base||other): the centred form, or the plain one where they disagree (far away)."""
     lse_b = m + tl.log(p)
     lse_o = m_o + tl.log(p_o)
-    near = _log1p(s / p)
+    near = log1p(s / p)
     direct = lse_o - lse_b - c
     tolerance = 1e-5 * (1.0 + tl.abs(lse_b) + tl.abs(lse_o) + tl.abs(c))
     return tl.where(tl.abs(near - direct) <= tolerance, near, direct), lse_b
@@ -235,10 +164,10 @@ def _jsd_terms(r, log_t, beta):
     p_t = tl.exp(log_t)
     p_s = tl.exp(log_t + r)
     is_near = tl.abs(r) <= 0.5
-    near = _clip(r)
-    w = near + _phi(near)
+    near = clip(r)
+    w = near + phi(near)
     aw = a * w
-    log1p_aw = _log1p(aw)
+    log1p_aw = log1p(aw)
     q = tl.exp(-tl.abs(r))
     far = -tl.log(tl.where(r > 0, a + beta * q, beta + a * q))
     log_sm = tl.where(is_near, near - log1p_aw, far + tl.minimum(r, 0.0))
@@ -287,7 +216,7 @@ def _load_row(
         raw_t += tl.load(bt_ptr + cols, mask=valid, other=0.0).to(tl.float32)
     if HAS_BS:
         raw_s += tl.load(bs_ptr + cols, mask=valid, other=0.0).to(tl.float32)
-    return _transform(raw_t, raw_s, gain, cap_in, cap_out, IS_DELTA, SOFTCAP)
+    return transform(raw_t, raw_s, gain, cap_in, cap_out, IS_DELTA, SOFTCAP)
 
 
 @triton.jit
@@ -303,7 +232,7 @@ def _fold_logits(
         acc_t += tl.load(bt_ptr + cols, mask=valid, other=0.0).to(tl.float32)[None, :]
     if HAS_BS:
         acc_s += tl.load(bs_ptr + cols, mask=valid, other=0.0).to(tl.float32)[None, :]
-    z_t, d, _ = _transform(acc_t, acc_s, gain, cap_in, cap_out, False, SOFTCAP)
+    z_t, d, _ = transform(acc_t, acc_s, gain, cap_in, cap_out, False, SOFTCAP)
     z_b, d = _orient(z_t, d, valid[None, :], DIRECTION)
     return _fold(z_b, d, m, p, c, s, m_o, p_o, 1)
 
@@ -328,7 +257,7 @@ def _fold_wide(
             t_0, s_0, first, bt_ptr, bs_ptr, V, gain, cap_in, cap_out, m, p, c, s, m_o, p_o,
             DIRECTION, SOFTCAP, HAS_BT, HAS_BS, ROWS, HALF, PARTS // 2,
         )  # fmt: skip
-        if first + HALF < V:  # a whole half of padding would have no maximum
+        if first + HALF < V:
             m, p, c, s, m_o, p_o = _fold_wide(
                 t_1, s_1, first + HALF, bt_ptr, bs_ptr, V, gain, cap_in, cap_out,
                 m, p, c, s, m_o, p_o,
@@ -350,7 +279,6 @@ def row_kernel(
     scale_ptr,  # (C,) float32
     loss_ptr,  # (C,) float32
     unit_ptr,  # (C,) float32, power of two by which the row of G was divided
-    stats_ptr,  # (C, 6) float32
     V,
     pitch,  # row stride of both logit buffers, at least V
     stride_g,
@@ -373,11 +301,11 @@ def row_kernel(
     zs_row = zs_ptr + row * pitch
     offs = tl.arange(0, BLOCK)
     tiles = tl.cdiv(V, BLOCK)
-    m = float("-inf")
+    m = LOWEST
     p = 0.0
     c = 0.0
     s = 0.0
-    m_o = float("-inf")
+    m_o = LOWEST
     p_o = 0.0
     for i in tl.range(0, tiles, num_stages=STAGES):
         cols = i * BLOCK + offs
@@ -389,13 +317,6 @@ def row_kernel(
         m, p, c, s, m_o, p_o = _fold(z_b, d, m, p, c, s, m_o, p_o, 0)
     kl, lse_b = _value(m, p, c, s, m_o, p_o)
     shift = c + kl  # log(p_other / p_base) = d - shift
-    stats_row = stats_ptr + row * 6
-    tl.store(stats_row, m)
-    tl.store(stats_row + 1, p)
-    tl.store(stats_row + 2, c)
-    tl.store(stats_row + 3, s)
-    tl.store(stats_row + 4, m_o)
-    tl.store(stats_row + 5, p_o)
     loss = kl
     mean = 0.0
     if DIRECTION == 2:
@@ -431,8 +352,8 @@ def row_kernel(
                 log_t = z_t - lse_b
                 r = d - shift
                 p_t = tl.exp(log_t)
-                near = _clip(r)
-                g = tl.where(r == near, p_t * (near + _phi(near)), tl.exp(log_t + r) - p_t)
+                near = clip(r)
+                g = tl.where(r == near, p_t * (near + phi(near)), tl.exp(log_t + r) - p_t)
             elif DIRECTION == 1:
                 g = tl.exp(z_t + d - lse_b) * (d + c)  # d is z_s - z_t here, c = E_s[z_t - z_s]
             else:
@@ -481,11 +402,11 @@ def fused_kernel(
     k_offs = tl.arange(0, BLOCK_K)
     x_rows = x_ptr + safe_rows[:, None] * stride_x
     xt_rows = xt_ptr + safe_rows[:, None] * stride_xt
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    m = tl.full([BLOCK_M], LOWEST, tl.float32)
     p = tl.zeros([BLOCK_M], tl.float32)
     c = tl.zeros([BLOCK_M], tl.float32)
     s = tl.zeros([BLOCK_M], tl.float32)
-    m_o = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    m_o = tl.full([BLOCK_M], LOWEST, tl.float32)
     p_o = tl.zeros([BLOCK_M], tl.float32)
     first = split * cols_per_split
     last = tl.minimum(first + cols_per_split, V)
@@ -568,7 +489,7 @@ def _common_unit(scale: Tensor, dtype: torch.dtype) -> Tensor | None:
 def _row_pass(
     zt: Tensor, zs: Tensor, scale: Tensor, p: KLProblem
 ) -> tuple[Tensor, RowGradient | None]:
-    """Launch ``row_kernel`` on a chunk. G takes hidden's dtype."""
+    """Launch the row kernel of hidden's dtype, which G takes, on a chunk."""
     count, vocab = zt.shape
     bias_t, bias_s = _biases(p)
     dtype = p.hidden.dtype
@@ -577,39 +498,52 @@ def _row_pass(
     g = gradient_place(zs, dtype) if p.need_grad else zs
     loss = torch.empty(count, dtype=torch.float32, device=zt.device)
     units = torch.empty_like(loss) if row_unit else loss
-    stats = torch.empty(count, STATISTICS, dtype=torch.float32, device=zt.device)
-    config = ROW_CONFIG_INTERPRETED if INTERPRETED else row_config(dtype)
-    row_kernel[(count,)](
+    buffers = (
         zt, zs, g,
         zt if bias_t is None else bias_t, zt if bias_s is None else bias_s,
-        scale if unit is None else scale / unit, loss, units, stats,
-        vocab, zt.stride(0), g.stride(0),
-        **_scalars(p),
+        scale if unit is None else scale / unit, loss, units,
+    )  # fmt: skip
+    common = _scalars(p) | dict(
         beta=p.spec.beta,
         DIRECTION=DIRECTION[p.spec.direction],
-        IS_DELTA=p.is_delta,
         SOFTCAP=p.spec.softcap is not None,
         HAS_BT=bias_t is not None,
         HAS_BS=bias_s is not None,
         NEED_GRAD=p.need_grad,
         ROW_UNIT=row_unit,
-        BLOCK=min(config.block, max(128, triton.next_power_of_2(vocab))),
-        STAGES=config.stages,
-        num_warps=config.num_warps,
-        maxnreg=config.max_registers,
-    )  # fmt: skip
+        enable_fp_fusion=True,
+    )
+    sizes = (vocab, zt.stride(0), g.stride(0))
+    if dtype == torch.float32:
+        config = ROW_CONFIG_INTERPRETED if INTERPRETED else ROW_CONFIG
+        row_kernel[(count,)](
+            *buffers, *sizes, **common,
+            IS_DELTA=p.is_delta,
+            BLOCK=min(config.block, max(128, triton.next_power_of_2(vocab))),
+            STAGES=config.stages,
+            num_warps=config.num_warps,
+            maxnreg=config.max_registers,
+        )  # fmt: skip
+    else:
+        light = LIGHT_INTERPRETED if INTERPRETED else LIGHT
+        light_row_kernel[(count,)](
+            *buffers, *sizes, **common,
+            GROUPS=light.groups, LANES=32 * light.num_warps, VEC=light.vec,
+            num_warps=light.num_warps,
+            maxnreg=None if p.spec.softcap is None else SOFTCAP_REGISTERS,
+        )  # fmt: skip
     if not p.need_grad:
         return loss, None
     return loss, RowGradient(g, unit, units[:, None] if row_unit else None)
 
 
-def _splits(rows: int, vocab: int, block_m: int, block_n: int, device: torch.device) -> int:
-    """Column ranges per block of rows: enough programs for about two waves of the device's SMs."""
-    tiles = -(-vocab // block_n)
-    if device.type != "cuda":
-        return min(tiles, 3)
-    sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(tiles, math.ceil(2 * sms / -(-rows // block_m))))
+def splits(row_blocks: int, col_tiles: int, sms: int) -> int:
+    """Column ranges per block of rows: at most two waves of the SMs, at one program each.
+
+    Rounded down: a few programs in a third wave cost as much as a full one (8192 rows on 132 SMs:
+    4 ranges fill 97 % of two waves, 5 fill 81 % of three).
+    """
+    return max(1, min(col_tiles, 2 * sms // row_blocks))
 
 
 def _fused_reason(p: KLProblem) -> str | None:
@@ -652,10 +586,11 @@ def _run_fused(p: KLProblem) -> KLResult:
     else:
         major, minor = torch.cuda.get_device_capability(x.device)
         config = fused_config(10 * major + minor, p.spec.softcap is not None)
-    splits = _splits(p.rows, w.shape[0], config.block_m, config.block_n, x.device)
-    per_split = -(-w.shape[0] // (splits * config.block_n)) * config.block_n
-    splits = -(-w.shape[0] // per_split)  # no empty range after rounding up to whole tiles
-    stats = torch.empty(splits, STATISTICS, p.rows, dtype=torch.float32, device=x.device)
+    row_blocks, col_tiles = -(-p.rows // config.block_m), -(-w.shape[0] // config.block_n)
+    count = splits(row_blocks, col_tiles, sm_count(x.device)) if x.is_cuda else min(col_tiles, 3)
+    per_split = -(-w.shape[0] // (count * config.block_n)) * config.block_n
+    count = -(-w.shape[0] // per_split)  # no empty range after rounding up to whole tiles
+    stats = torch.empty(count, STATISTICS, p.rows, dtype=torch.float32, device=x.device)
     launch_fused(p, x, w, x_t, w_t, stats, per_split, config)
     kl, _ = merge_partials(stats)
     return KLResult(kl)
@@ -692,13 +627,13 @@ def launch_fused(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=config.max_registers,
+        enable_fp_fusion=True,
     )  # fmt: skip
 
 
 def run_triton(problem: KLProblem) -> KLResult:
-    """The ``triton`` backend. Kernels start on the tensors' GPU, which need not be the current."""
-    on_gpu = problem.hidden.is_cuda
-    with torch.cuda.device(problem.hidden.device) if on_gpu else contextlib.nullcontext():
+    """The ``triton`` backend."""
+    with on_device_of(problem.hidden):
         if _fused_reason(problem) is None:
             return _run_fused(problem)
         return run_chunked(problem, _row_pass)

@@ -156,8 +156,8 @@ def teacher_moments(
             gradient is poor next to the teacher.
         softcap: refused unless None.
         vocab_size: rows of the heads that are real tokens; the rest is padding.
-        chunk_tokens: rows of logits that exist at once, in two buffers. None: 1024 on a GPU, 256
-            on a CPU.
+        chunk_tokens: rows of logits that exist at once, in two buffers. None: 1024 to 2048 on a
+            GPU, 256 on a CPU.
 
     Returns:
         The moments, on teacher_hidden's device: ``4 H + 8 top_k + 24`` bytes per token. No

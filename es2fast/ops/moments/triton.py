@@ -23,9 +23,11 @@ from es2fast.ops.checks import HALVES
 from es2fast.ops.moments.chunked import MomentProblem, grad_unit, run_moments
 from es2fast.ops.triton_rows import (
     INTERPRETED,
+    LOWEST,
     ROW_CONFIG_INTERPRETED,
     RowConfig,
     gradient_place,
+    on_device_of,
     rounded,
 )
 
@@ -73,7 +75,7 @@ def moment_row_kernel(
         ids = tl.load(ids_ptr + row * K + ks, mask=ks < K, other=0)
         p_t = tl.load(probs_ptr + row * K + ks, mask=ks < K, other=0.0)
         top_z = _load_logits(zs_row, b_ptr, ids, V, pitch, row_gain, gain, HAS_BIAS)
-    m = float("-inf")
+    m = LOWEST
     s = 0.0
     for i in tl.range(0, tiles, num_stages=STAGES):
         cols = i * BLOCK + offs
@@ -121,10 +123,12 @@ def triton_row_pass(
         STAGES=config.stages,
         num_warps=config.num_warps,
         maxnreg=config.max_registers,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return row_max, row_sum, g if p.need_dx else None
 
 
 def run_triton(problem: MomentProblem) -> tuple[Tensor, Tensor | None]:
     """The ``triton`` backend."""
-    return run_moments(problem, triton_row_pass)
+    with on_device_of(problem.hidden):
+        return run_moments(problem, triton_row_pass)

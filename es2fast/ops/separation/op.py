@@ -37,6 +37,7 @@ from es2fast.ops.separation.chunked import PairProblem, PairResult, PairSpec, ru
 from es2fast.ops.separation.group import Rows, gather_groups, sum_over_ranks
 from es2fast.ops.separation.native import run_native
 from es2fast.ops.separation.whitening import Whitening
+from es2fast.ops.tokens import without_autocast
 
 LOSSES = ("hinge", "l2", "log", "softplus", "squared", "centroid", "fisher", "cosine")
 NEED_MARGIN = ("hinge", "softplus", "cosine")
@@ -211,10 +212,11 @@ def pairwise_separation(
         parts = [(own[0], everyone[1].detached()), (everyone[0].detached(), own[1])]
     else:
         group, everyone, parts = None, own, [own]
-    if loss == "centroid" or (loss == "squared" and margin is None):
-        return _without_pairs(*everyone, loss, margin, scale, reduction)
-    prepare = _Prepared(everyone, loss, margin, scale, reduction, whitening)
-    values = [prepare.separation(a, b, chunk_rows, chosen) for a, b in parts]
+    with without_autocast(harmful.device.type):
+        if loss == "centroid" or (loss == "squared" and margin is None):
+            return _without_pairs(*everyone, loss, margin, scale, reduction)
+        prepare = _Prepared(everyone, loss, margin, scale, reduction, whitening)
+        values = [prepare.separation(a, b, chunk_rows, chosen) for a, b in parts]
     if group is None:
         return values[0]
     total = sum_over_ranks(values[0].detach(), group)
@@ -360,7 +362,8 @@ def _run(
     """
     spec = PairSpec(kind, margin, scale)
     problem = PairProblem(a, b, u, v, spec, masked, half, chunk_rows, need_da, need_db)
-    result = RUN[backend](problem)
+    with without_autocast(a.device.type):
+        result = RUN[backend](problem)
     da = torch.empty(0) if result.da is None else result.da
     db = torch.empty(0) if result.db is None else result.db
     return result.loss, da, db

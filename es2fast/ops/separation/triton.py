@@ -37,6 +37,7 @@ from es2fast.ops.separation.chunked import (
     PairResult,
     nothing,
 )
+from es2fast.ops.triton_rows import on_device_of
 
 HINGE, L2, LOG, SOFTPLUS, SQUARED, COSINE = map(tl.constexpr, KIND.values())
 SMALL = 128  # rows of both groups up to which pairs are made from differences
@@ -498,7 +499,7 @@ def column_sum(x: Tensor, w: Tensor, mask_only: bool) -> Tensor:  # (N, M), (N,)
         grid = (parts, triton.cdiv(m, SUM_COLUMNS))
         column_sum_kernel[grid](
             x, w, out, n, m, x.stride(0), mask_only,
-            ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, STEP=16, num_warps=4,
+            ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, STEP=16, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out.sum(0)
 
@@ -525,7 +526,7 @@ def _prepare(raw: Tensor, w: Tensor, mean: Tensor, half: bool) -> Side:
     unit, sq = (torch.empty(n, dtype=torch.float32, device=raw.device) for _ in range(2))
     prepare_kernel[(n,)](
         raw, w, mean, x, unit, sq, h, raw.stride(0), half,
-        BLOCK=PREPARE.block, num_warps=PREPARE.num_warps,
+        BLOCK=PREPARE.block, num_warps=PREPARE.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
     return Side(raw, w, x, unit, sq)
 
@@ -536,7 +537,7 @@ def _finish(
     n, h = side.raw.shape
     finish_kernel[(n, triton.cdiv(h, FINISH.block))](
         product, side.raw, side.w, mean, *sums, out, h, side.raw.stride(0), add,
-        BLOCK=FINISH.block, num_warps=FINISH.num_warps,
+        BLOCK=FINISH.block, num_warps=FINISH.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -547,7 +548,7 @@ def _add_close(
         d2, flags, own.raw, other.raw, own.w, other.w, out, other.raw.shape[0], out.shape[1],
         d2.stride(0), own.raw.stride(0), other.raw.stride(0), p.spec.margin, p.spec.scale,
         KIND[p.spec.kind], by_column,
-        BLOCK=CLOSE.block, WIDTH=WIDTH, num_warps=CLOSE.num_warps,
+        BLOCK=CLOSE.block, WIDTH=WIDTH, num_warps=CLOSE.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -560,6 +561,7 @@ def _run_small(p: PairProblem) -> PairResult:
         p.a, p.b, p.u, p.v, c, values, m, h, p.a.stride(0), p.b.stride(0),
         p.spec.margin, p.spec.scale, KIND[p.spec.kind], p.need_grad,
         BLOCK_M=_next_power(m), WIDTH=SMALL_WIDTH, STAGES=SMALL_STAGES, num_warps=4,
+        enable_fp_fusion=True,
     )  # fmt: skip
     result = PairResult(values.sum())
     if p.need_da:
@@ -578,7 +580,7 @@ def _small_gradient(
     small_gradient_kernel[(triton.cdiv(h, SMALL_WIDTH), triton.cdiv(n, rows))](
         own, other, own_w, other_w, c, out, n, other.shape[0], h,
         own.stride(0), other.stride(0), c.stride(0), c.stride(1),
-        ROWS=rows, WIDTH=SMALL_WIDTH, num_warps=4,
+        ROWS=rows, WIDTH=SMALL_WIDTH, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
@@ -604,6 +606,7 @@ def _run_chunk(
         m, h, m, a.raw.stride(0), b.raw.stride(0), p.spec.margin, p.spec.scale,
         CLOSE_HALF if half else CLOSE_FULL, KIND[p.spec.kind], half, p.need_grad,
         BLOCK=PAIRS.block, WIDTH=WIDTH, num_warps=PAIRS.num_warps, maxnreg=PAIRS.max_registers,
+        enable_fp_fusion=True,
     )  # fmt: skip
     if da is not None:
         one = torch.ones((), dtype=torch.float32, device=device)
@@ -642,4 +645,5 @@ def run_triton(problem: PairProblem) -> PairResult:
     n, m = p.a.shape[0], p.b.shape[0]
     if min(n, m) == 0:
         return nothing(p)
-    return _run_small(p) if max(n, m) <= SMALL else _run_chunked(p)
+    with on_device_of(p.a):
+        return _run_small(p) if max(n, m) <= SMALL else _run_chunked(p)

@@ -269,6 +269,18 @@ def test_padding_gets_no_gradient(backend):
     assert got.loss.isfinite() and torch.count_nonzero(got.dw[100:]) == 0
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_forbidden_columns(backend, direction):
+    """A shared bias of -inf, over a whole tile and more, is the head without those columns."""
+    cut = 600
+    problem = make_problem(v=1300, h=16, n=3, direction=direction, bias=torch.zeros(1300))
+    kept = Problem(problem.hidden, problem.weight[cut:], problem.teacher_hidden)
+    kept.options = {"direction": direction, "bias": torch.zeros(1300 - cut)}
+    problem.options["bias"][:cut] = -torch.inf
+    got, expected = run(problem, backend, "x"), oracle(kept)
+    assert relative(got.loss, expected.loss) <= 1e-3 and relative(got.dx, expected.dx) <= 2e-3
+
+
 def test_heads_of_different_padding(backend):
     problem = make_problem(separate=True, vocab_size=100)
     problem.teacher_weight = problem.teacher_weight[:103]

@@ -62,11 +62,14 @@ def launches(monkeypatch):
         (attributes,) = compile["configs"]
         aligned = {names[i[0]] for i, a in attributes.items() if ["tt.divisibility", 16] in a}
         chosen = json.loads(compile["specialization_data"])["options"]
+        assert chosen["enable_fp_fusion"] is True
         options = tuple(chosen[k] for k in ("num_warps", "num_stages", "maxnreg"))
         signature = {k: v for k, v in compile["signature"].items() if v != "constexpr"}
         found.append(_launch(signature, constants, aligned, options))
         return True
 
+    # Triton 3.10 switches it off by default: launchers have to ask.
+    monkeypatch.setattr(triton.knobs.language, "default_fp_fusion", False, raising=False)
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", hook)
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
     return found

@@ -110,6 +110,17 @@ def test_options(backend, name, dtype):
     check(problem, backend, head=problem.weight.half() if dtype == BF16 else None)
 
 
+def test_forbidden_columns(backend):
+    """A bias of -inf over the whole first tile leaves the student's row finite."""
+    problem = make_problem(FP32, v=1300, h=16, n=3, bias=torch.zeros(1300))
+    moments = moments_of(problem)
+    problem.options["bias"][:600] = -200.0
+    expected = run(problem, backend, moments=moments, top_k=0)
+    problem.options["bias"][:600] = -torch.inf
+    got = run(problem, backend, moments=moments, top_k=0)
+    assert got.dx.isfinite().all() and relative(got.dx, expected.dx) <= 1e-5
+
+
 @pytest.mark.parametrize("top_k", (0, 1, 5, 127))
 def test_number_of_anchors(backend, top_k):
     check(make_problem(FP32), backend, 1e-3, top_k=top_k)
