@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 from tiny_models import save_tiny, tiny_model, write_prompts
 from torch import multiprocessing
 
@@ -169,9 +171,10 @@ def test_ranks_of_a_machine_share_its_memory(
 def test_ranks_with_unequal_memory_take_the_same_stage(tmp_path: Path) -> None:
     """By its own memory rank 0 would take stage 0, rank 1 stage 3: a run of both would hang."""
     model = save_tiny(tmp_path / "model")
-    settings = json.loads((model / "config.json").read_text())  # a plan reads no weights
+    settings = json.loads((model / "config.json").read_text())
     settings |= {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
     (model / "config.json").write_text(json.dumps(settings))
+    save_file({"unused": torch.zeros(1)}, model / "model.safetensors")  # a plan loads no weights
     raw = {
         "model": {"name": str(model), "dtype": "fp32"},
         "data": write_prompts(tmp_path / "data"),
