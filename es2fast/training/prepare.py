@@ -58,16 +58,38 @@ class Prepared:
 
     def save(self, folder: RunFolder) -> None:
         """layers.json and, with a whitening, whitening.safetensors (`layer.name` -> tensor)."""
+        write_text(folder.layers, json.dumps(self.plain(), indent=1, default=float) + "\n")
+        if self.whitening:
+            save_file(self.tensors(), folder.whitening)
+
+    def plain(self) -> dict[str, Any]:
+        """All but the whitening, as plain values."""
         plain = dataclasses.asdict(dataclasses.replace(self, whitening={}))
         del plain["whitening"]
-        write_text(folder.layers, json.dumps(plain, indent=1, default=float) + "\n")
-        if self.whitening:
-            tensors = {
-                f"{layer}.{name}": tensor.contiguous()
-                for layer, found in self.whitening.items()
-                for name, tensor in found.tensors().items()
-            }
-            save_file(tensors, folder.whitening)
+        return plain
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`layer.name` -> tensor of the whitening."""
+        return {
+            f"{layer}.{name}": tensor.contiguous()
+            for layer, found in self.whitening.items()
+            for name, tensor in found.tensors().items()
+        }
+
+    @classmethod
+    def of(cls, plain: dict[str, Any], tensors: dict[str, Tensor]) -> Prepared:
+        """From `plain`, read back from JSON, and `tensors`."""
+        found: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            layer, _, part = name.partition(".")
+            found.setdefault(int(layer), {})[part] = tensor
+        keyed = {
+            name: {int(layer): value for layer, value in plain[name].items()}
+            for name in ("d0", "norm0", "whitened0")
+        }
+        table = [LayerProbe(**row) for row in plain["table"]]
+        whitening = {layer: Whitening(**parts) for layer, parts in found.items()}
+        return cls(**{**plain, **keyed, "table": table, "whitening": whitening})
 
 
 class BaseModel(nn.Module):
