@@ -7,6 +7,7 @@ decide from a step's metrics, which all ranks share, so every rank does the same
 from __future__ import annotations
 
 import gc
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from es2fast.distributed.runtime import Runtime
 from es2fast.errors import RunStopped
 from es2fast.modeling.taps import blocks
 from es2fast.run.export import save_model
+from es2fast.run.files import write_text
 from es2fast.run.folder import RunFolder
 from es2fast.run.metrics import MetricsWriter
 from es2fast.training.budget import DualAscent, meet_budget
@@ -118,8 +120,11 @@ def train(
         if good.copy is not None and good.copy.step > 0:
             good.restore()
             _save(engine, plan, folder.last_good, runtime)
+        message = _stop_message(result, result.trouble, good, folder)
+        if runtime.is_main:
+            write_text(folder.stopped, json.dumps({"step": result.steps, "why": message}) + "\n")
         runtime.barrier()
-        raise RunStopped(_stop_message(result, result.trouble, good, folder))
+        raise RunStopped(message)
     _save(engine, plan, folder.model, runtime)
     if runtime.is_main and result.scale < 1:
         print(
