@@ -235,6 +235,5 @@ def check_same_run(manifest: Mapping[str, Any], identity: Mapping[str, Any]) -> 
             short = f" ({then} there, {now} now)" if len(f"{then}{now}") < 20 else ""
             raise UserError(
                 f"checkpoint.resume: the run was started with another state of {words}{short}; "
-                "go back to that, set train.overwrite=true with checkpoint.resume=never, or choose "
-                "another output_dir"
+                "go back to that, set train.overwrite=true or choose another output_dir"
             )

@@ -57,7 +57,7 @@ def find(plan: Plan, runtime: Runtime) -> Resumed | None:
     """The newest valid checkpoint of the run in the plan's folder; call on every rank.
 
     Raises:
-        UserError: it is another run's.
+        UserError: it is another run's, and `train.overwrite` is not set.
     """
     step = runtime.on_main(_newest, plan)
     if step is None:
@@ -79,7 +79,12 @@ def _newest(plan: Plan) -> int | None:
     )
     if found is None:
         return None
-    checkpoint.check_same_run(found, identity_of(plan))
+    try:
+        checkpoint.check_same_run(found, identity_of(plan))
+    except UserError:
+        if plan.config.train.overwrite:
+            return None
+        raise
     return int(found["step"])
 
 
