@@ -1,13 +1,11 @@
-"""A run that is stopped or killed and given again ends in the weights of one that was not."""
+"""A run that is stopped and given again ends in the weights of one that was not."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ import yaml
 from tiny_models import save_tiny, write_prompts
 
 from es2fast.distributed.launch import free_port
-from es2fast.run.checkpoints import CheckpointFolder
 
 pytestmark = [pytest.mark.launcher, pytest.mark.slow]
 WORKER = str(Path(__file__).parents[1] / "training" / "resume_worker.py")
@@ -36,7 +33,7 @@ def case(folder: Path, name: str, every: int, train: dict[str, Any], **changes: 
         "model": {"name": str(folder / "model"), "dtype": "fp32"},
         "data": write_prompts(folder / "data"),
         "layers": [1, 2],
-        "train": {"steps": 5, "micro_batch_size": 1, "lr": 1e-3, "device": "cpu"} | train,
+        "train": {"steps": 3, "micro_batch_size": 1, "lr": 1e-3, "device": "cpu"} | train,
         "checkpoint": {"every": every},
         "output_dir": str(folder / name),
     }  # fmt: skip
@@ -55,14 +52,18 @@ def steps(run: Path) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_stopped_after_every_step(tmp_path: Path, ranks: int) -> None:
-    """LoRA with dropout under ZeRO-3, whole blocks under ZeRO-2 and every state that there is."""
+    """LoRA with dropout under ZeRO-3, on one rank whole blocks under ZeRO-2 too, with every state
+    that there is."""
     save_tiny(tmp_path / "model")
     lora = {"trainable": "lora", "lora": {"r": 4, "dropout": 0.1}}
     paths = []
-    for kind, train, changes in (
-        ("lora", lora, EVERYTHING | {"deepspeed": "zero3"}),
-        ("blocks", {}, EVERYTHING | {"deepspeed": "zero2"}),
-    ):
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        ("lora", lora, "zero3"),
+        ("blocks", {}, "zero2"),
+    ]
+    cases = cases[: 1 if ranks > 1 else 2]
+    for kind, train, stage in cases:
+        changes = EVERYTHING | {"deepspeed": stage}
         paths += [case(tmp_path, f"{kind}-{every}", every, train, **changes) for every in (9, 0)]
     start = [sys.executable, WORKER]
     if ranks > 1:
@@ -74,80 +75,9 @@ def test_stopped_after_every_step(tmp_path: Path, ranks: int) -> None:
         [*start, *paths], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    for kind in ("lora", "blocks"):
+    for kind, *_ in cases:
         whole, parts = tmp_path / f"{kind}-9", tmp_path / f"{kind}-0"
-        assert f"{parts} took 5 starts" in done.stdout
+        assert f"{parts} took 3 starts" in done.stdout
         assert steps(whole) == steps(parts)
         assert weights(whole) == weights(parts)
         assert not (parts / "checkpoints").exists()
-
-
-def started(path: str, *overrides: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "es2fast.cli", "train", path, "--ranks", "2", *overrides],
-        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
-def ranks_of(path: str) -> list[int]:
-    """Processes that train this configuration, in the order of their ranks."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (entry / "cmdline").read_bytes().decode().split("\0")
-        except OSError:
-            continue
-        local = [word for word in words if word.startswith("--local_rank=")]
-        if path in words and local:
-            found[local[0]] = int(entry.name)
-    return [found[name] for name in sorted(found)]
-
-
-def wait_for(condition: Any, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-def test_killed_damaged_and_terminated_through_the_command(tmp_path: Path) -> None:
-    """Rank 1 is killed, the newest checkpoint damaged, the command terminated; then it finishes."""
-    save_tiny(tmp_path / "model")
-    options = {"steps": 40}
-    path = case(tmp_path, "run", 2, options, deepspeed="zero3")
-    run = tmp_path / "run"
-    checkpoints = CheckpointFolder(run / "checkpoints")
-
-    first = started(path)
-    wait_for(lambda: len(checkpoints.steps()) == 2)
-    os.kill(ranks_of(path)[1], signal.SIGKILL)
-    assert first.wait(timeout=60) == 2
-    wait_for(lambda: not ranks_of(path), 10)
-    newest = checkpoints.steps()[0]
-    broken = next((checkpoints.at(newest) / "engine").glob("*optim_states.pt"))
-    broken.write_bytes(broken.read_bytes()[:-1] + b"?")
-
-    second = started(path)
-    wait_for(lambda: checkpoints.steps()[0] > newest + 2)
-    second.send_signal(signal.SIGTERM)
-    text, _ = second.communicate(timeout=60)
-    assert second.returncode == 0, text[-3000:]
-    assert f"the checkpoint of step {newest} is damaged" in text and str(broken) in text
-    assert "the same command again continues" in text and not ranks_of(path)
-
-    third = started(path)
-    wait_for(lambda: len(ranks_of(path)) == 2)
-    third.kill()  # the command alone
-    wait_for(lambda: not ranks_of(path), 20)
-    other = started(path, "train.lr=2e-3")
-    text, _ = other.communicate(timeout=60)
-    assert other.returncode == 2 and "train.lr (0.001 there, 0.002 now)" in text
-
-    last = started(path)
-    text, _ = last.communicate(timeout=120)
-    assert last.returncode == 0, text[-3000:]
-    whole = case(tmp_path, "whole", 0, options, deepspeed="zero3")
-    text, _ = (undisturbed := started(whole)).communicate(timeout=120)
-    assert undisturbed.returncode == 0, text[-3000:]
-    assert steps(run) == steps(tmp_path / "whole")
-    assert weights(run) == weights(tmp_path / "whole")
