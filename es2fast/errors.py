@@ -28,3 +28,7 @@ STOPPED = 3  # exit code of a training that a safeguard ended
 
 class RunStopped(UserError):
     """A safeguard ended the training, on every rank together; exit code `STOPPED`."""
+
+
+class RunInterrupted(Exception):
+    """The training was asked to stop, and can go on; exit code 0. The message says how."""

@@ -1,8 +1,8 @@
 """The cluster entry: `deepspeed --module es2fast.train --config run.yaml train.lr=1e-4 ...`.
 
 Every rank runs this. A user's mistake is one line and exit code 2, a run that a safeguard stops one
-line and code 3 (and no model/), anything else a traceback and code 1; who says it, see
-`distributed.failures`.
+line and code 3 (and no model/), one that was asked to stop one line and code 0, anything else a
+traceback and code 1; who says it, see `distributed.failures`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from es2fast.config import Config, load_config
 from es2fast.distributed.failures import report
+from es2fast.distributed.interrupt import StopWish, die_with_launcher
 from es2fast.distributed.runtime import stop
-from es2fast.errors import STOPPED, RunStopped, UserError
+from es2fast.errors import STOPPED, RunInterrupted, RunStopped, UserError
 
 if TYPE_CHECKING:
     from es2fast.training.loop import TrainResult
@@ -30,10 +32,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
     parser.add_argument("overrides", nargs="*", help="key=value, for example train.lr=1e-4")
     parsed = parser.parse_intermixed_args(arguments)
+    wish = StopWish()
+    if threading.current_thread() is threading.main_thread():
+        wish.listen()
     if parsed.local_rank is not None:
+        die_with_launcher()
         os.environ.setdefault("LOCAL_RANK", str(parsed.local_rank))
     try:
-        _run(load_config(parsed.config, parsed.overrides))
+        _run(load_config(parsed.config, parsed.overrides), wish)
+    except RunInterrupted as note:
+        if os.environ.get("RANK", "0") == "0":
+            print(note, flush=True)
+        stop()  # every rank is here
     except RunStopped as error:
         report(error)
         stop()  # every rank is here
@@ -44,10 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(config: Config) -> None:
+def _run(config: Config, wish: StopWish) -> None:
     from es2fast.training.run import run
 
-    finished = run(config)
+    finished = run(config, wish)
     if finished is not None:
         _write_card(*finished)
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
+from es2fast.distributed.interrupt import LIFELINE, SIGNALS, lifeline
 from es2fast.distributed.runtime import resolve_device
 from es2fast.errors import STOPPED, RunStopped, UserError
 
@@ -54,13 +60,57 @@ def launch(
 
 
 def _run(command: list[str], environment: dict[str, str], log: Path | None) -> int:
-    if log is None:
-        return subprocess.run(command, env=environment, check=False).returncode
-    with log.open("wb") as file:
-        done = subprocess.run(
-            command, env=environment, check=False, stdout=file, stderr=subprocess.STDOUT
+    """The launcher's exit code. Signals that ask this process to stop go to the ranks, and the
+    ranks end with this process, however it ends."""
+    with ExitStack() as stack:
+        environment[LIFELINE] = stack.enter_context(
+            lifeline(stack.enter_context(tempfile.TemporaryDirectory(prefix="es2fast-")))
         )
-    return done.returncode
+        file = None if log is None else stack.enter_context(log.open("wb"))
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=file,
+            stderr=None if file is None else subprocess.STDOUT,
+            start_new_session=True,  # a terminal's Ctrl-C comes here alone
+        )
+        stack.enter_context(_passing_on(process))
+        return process.wait()
+
+
+@contextmanager
+def _passing_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """While this lasts, SIGNALS go to the ranks below `process`, or end it while there are none."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        ranks = _ranks(process.pid)
+        for pid in ranks or [process.pid]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ranks(launcher: int) -> list[int]:
+    """Process ids of the ranks that a launcher started."""
+    import psutil
+
+    found = []
+    with suppress(psutil.Error):
+        for child in psutil.Process(launcher).children(recursive=True):
+            with suppress(psutil.Error):
+                words = child.cmdline()
+                if "es2fast.train" in words and any(w.startswith("--local_rank") for w in words):
+                    found.append(child.pid)
+    return found
 
 
 def rank_count(wanted: int | None, device: str) -> int:

@@ -13,9 +13,7 @@ the same is kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from es2fast.attacks.registry import make_attacks
 from es2fast.config import Config, load_config, save_config
@@ -28,6 +26,7 @@ from es2fast.report.schema import Report, read_report
 from es2fast.report.table import print_table
 from es2fast.report.verdict import paragraph
 from es2fast.run.folder import RunFolder
+from es2fast.run.identity import differences
 from es2fast.training.plan import Plan, make_plan
 
 RECIPE = "harden.yaml"  # in the run's folder: the resolved configuration that training is given
@@ -93,24 +92,6 @@ def _saved(folder: RunFolder) -> Config | None:
         return load_config(folder.config)
     except UserError:  # of another version
         return None
-
-
-def differences(old: Config, new: Config) -> Iterator[str]:
-    """Fields that differ, with both values where they are short, in the order of the file."""
-    before, after = (dict(_leaves(config.model_dump(mode="json"))) for config in (old, new))
-    for name in dict.fromkeys([*before, *after]):
-        a, b = before.get(name), after.get(name)
-        if a != b and name not in ("train.overwrite", "output_dir"):
-            short = len(f"{a}{b}") < 60
-            yield f"{name} ({a} there, {b} now)" if short else name
-
-
-def _leaves(value: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, child in value.items():
-        if isinstance(child, dict) and child:
-            yield from _leaves(child, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", child
 
 
 def _weights_changed(folder: RunFolder, config: Config) -> bool:

@@ -31,6 +31,8 @@ class RunFolder:
         self.model = self.path / "model"  # safetensors, tokenizer, model card
         self.summary = self.path / "train.json"  # how the training went
         self.last_good = self.path / "last_good"  # weights of a run that a safeguard stopped
+        self.stopped = self.path / "stopped.json"  # why a safeguard stopped the run
+        self.checkpoints = self.path / "checkpoints"  # of a run that is not finished
         self.answers = self.path / "answers.jsonl"  # every generated answer, as it came
         self.verdicts = (
             self.path / "verdicts.jsonl"
@@ -39,6 +41,11 @@ class RunFolder:
         self.report = self.path / "report.json"
         self.page = self.path / "report.html"
         self.previous = self.path / "previous"
+
+    @property
+    def stop_file(self) -> Path:
+        """A file that a user makes to have the run save a checkpoint and stop."""
+        return self.path / "STOP"
 
     @property
     def contents(self) -> tuple[Path, ...]:
@@ -55,14 +62,6 @@ class RunFolder:
         """A training came to its end here."""
         return self.model.is_dir() and self.summary.is_file()
 
-    def check_free(self, *, overwrite: bool = False) -> None:
-        """UserError when the folder holds a run that must not be replaced."""
-        if self.occupied and not overwrite:
-            raise UserError(
-                f"output_dir: {str(self.path)!r} already holds a run; choose another output_dir "
-                "or set train.overwrite=true"
-            )
-
     def check_finished(self, command: str) -> None:
         """UserError, in the name of `command`, when there is no finished run here."""
         if not self.finished:
@@ -70,18 +69,26 @@ class RunFolder:
 
     def claim(self) -> None:
         """Makes room for a run. A finished model is set aside with its files, in `previous/`,
-        until the new run has one of its own; of a run without a model nothing is kept."""
+        until the new run has one of its own; of a run without a model nothing is kept, and an
+        earlier `previous/` stays. A kill in between loses nothing: the next claim begins anew."""
         self.path.mkdir(parents=True, exist_ok=True)
+        partial = self.previous.with_suffix(".tmp")
+        if partial.is_dir():  # of a claim that was killed
+            for path in partial.iterdir():
+                path.rename(self.path / path.name)
+            partial.rmdir()
         found = [path for path in self.contents if path.exists()]
         if not self.model.is_dir():
             for path in found:
                 remove(path)
             return
-        remove(self.previous)
-        self.previous.mkdir()
+        partial.mkdir()
         for path in found:
-            path.rename(self.previous / path.name)
+            path.rename(partial / path.name)
+        remove(self.previous)
+        partial.rename(self.previous)
 
     def drop_previous(self) -> None:
-        """Removes the earlier run that `claim` set aside."""
+        """Removes the earlier run that `claim` set aside, and the checkpoints of this one."""
         remove(self.previous)
+        remove(self.checkpoints)

@@ -3,6 +3,7 @@ how they are read back."""
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,24 +12,30 @@ from tqdm import tqdm
 
 from es2fast.config import Config, TrainConfig
 from es2fast.errors import UserError
-from es2fast.run.files import append_line, read_lines
+from es2fast.run.files import append_line, read_lines, write_text
 from es2fast.run.folder import RunFolder
 
 
 class MetricsWriter:
     """Rank 0's record of a run; on other ranks every call does nothing.
 
+    Args:
+        folder, config: of the run.
+        main: this is rank 0.
+        steps: optimizer steps in all.
+        done: those before this process, in a run that goes on.
+
     Raises:
         UserError: a tracker of `train.report_to` is not installed.
     """
 
-    def __init__(self, folder: RunFolder, config: Config, *, main: bool, steps: int):
+    def __init__(self, folder: RunFolder, config: Config, *, main: bool, steps: int, done: int = 0):
         self._main = main
         self._path = folder.metrics
         self._trackers: list[Any] = []
         if not main:
             return
-        self._bar = tqdm(total=steps, desc="es2", unit="step", dynamic_ncols=True)
+        self._bar = tqdm(total=steps, initial=done, desc="es2", unit="step", dynamic_ncols=True)
         self._trackers = [_tracker(name, folder, config) for name in config.train.report_to]
 
     def log(self, row: dict[str, Any]) -> None:
@@ -70,6 +77,13 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         step = row.get("step")
         rows[step if isinstance(step, int) else index] = row
     return [rows[step] for step in sorted(rows)]
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Leaves the rows up to a step, each once, where a run goes on after it."""
+    if path.is_file():
+        rows = [row for row in read_metrics(path) if row.get("step", 0) <= step]
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _is_broken(value: Any) -> bool:

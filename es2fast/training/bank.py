@@ -16,6 +16,8 @@ last k rows of all of them. Rows of earlier micro-batches of the same step belon
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,14 @@ class EmbeddingBank:
     def rows(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """(k_a, H) harmful and (k_b, H) harmless rows of earlier micro-batches; None at first."""
         return self._rows.get(layer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For `load_state_dict`: layer -> the two groups' rows."""
+        return {str(layer): list(pair) for layer, pair in self._rows.items()}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """As it was at `state_dict`, on `device`."""
+        self._rows = {int(k): (a.to(device), b.to(device)) for k, (a, b) in state.items()}
 
     @torch.no_grad()
     def add(self, layer: int, harmful: Tensor, harmless: Tensor) -> None:

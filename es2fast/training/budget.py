@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -39,6 +40,14 @@ class DualAscent:
         self.weight = config.kl.weight if config.kl.budget is None else max(config.kl.weight, 1e-3)
         self._smooth: float | None = None
         self._error: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """For `load_state_dict`."""
+        return {"weight": self.weight, "smooth": self._smooth, "error": self._error}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As it was at `state_dict`."""
+        self.weight, self._smooth, self._error = state["weight"], state["smooth"], state["error"]
 
     def update(self, kl: float) -> None:
         """After a step whose global KL was `kl` nats per token."""

@@ -7,6 +7,7 @@ decide from a step's metrics, which all ranks share, so every rank does the same
 from __future__ import annotations
 
 import gc
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,22 +17,26 @@ import torch
 
 from es2fast.config import Config, save_config
 from es2fast.data import MicroBatch, Prompt, collate
+from es2fast.distributed.interrupt import StopWish
 from es2fast.distributed.runtime import Runtime
 from es2fast.errors import RunStopped
 from es2fast.modeling.taps import blocks
 from es2fast.run.export import save_model
+from es2fast.run.files import write_text
 from es2fast.run.folder import RunFolder
 from es2fast.run.metrics import MetricsWriter
 from es2fast.training.budget import DualAscent, meet_budget
+from es2fast.training.checkpoint import load
 from es2fast.training.engine import build_engine
 from es2fast.training.plan import Plan
-from es2fast.training.prepare import Prepared, prepare
+from es2fast.training.prepare import Prepared, cached_teacher, prepare
 from es2fast.training.profiling import StepProfiler
 from es2fast.training.refusals import (
     AnchorTexts,
     RefusalAnchor,
     refusal_metrics,
 )
+from es2fast.training.resume import Checkpoints, Resumed
 from es2fast.training.robust import SimulatedAttack
 from es2fast.training.safeguards import CollapseMonitor, EarlyStop, remedy
 from es2fast.training.step import measure_kl, train_step
@@ -71,16 +76,32 @@ class TrainResult:
         }
 
 
-def train(plan: Plan, runtime: Runtime) -> TrainResult:
+def train(
+    plan: Plan,
+    runtime: Runtime,
+    resumed: Resumed | None = None,
+    wish: StopWish | None = None,
+) -> TrainResult:
     """Trains and writes the folder's model/, metrics.jsonl and layers.json.
+
+    Args:
+        plan: the run.
+        runtime: its ranks.
+        resumed: the checkpoint that it goes on from.
+        wish: how this rank is asked to stop; rank 0 also looks for the folder's STOP file.
 
     Raises:
         UserError: see `prepare`.
         RunStopped: the collapse monitor ended the run; model/ was not written, `last_good/` holds
             the last sane weights.
+        RunInterrupted: a rank was asked to stop, and a checkpoint was saved.
     """
     config, folder = plan.config, plan.folder
-    prepared, harmless, texts = prepare(plan, runtime)
+    if resumed is None:
+        prepared, harmless, texts = prepare(plan, runtime)
+    else:
+        prepared, harmless, texts = resumed.prepared, resumed.harmless, resumed.texts
+        prepared.teacher = cached_teacher(plan, harmless, runtime)
     gc.collect()  # the base model of the preparation is gone before two models are loaded
     if runtime.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -89,10 +110,16 @@ def train(plan: Plan, runtime: Runtime) -> TrainResult:
         print(f"layers {prepared.layers}: {prepared.reason}", flush=True)
     engine = build_engine(plan, prepared, runtime)
     feed = Feed(plan, harmless, runtime.rank, texts, prepared.teacher)
-    writer = MetricsWriter(folder, config, main=runtime.is_main, steps=config.train.steps)
+    done = 0 if resumed is None else resumed.step
+    writer = MetricsWriter(
+        folder, config, main=runtime.is_main, steps=config.train.steps, done=done
+    )
     profiler = StepProfiler(config.train.profile, engine, folder, runtime.is_main)
+    saver = Checkpoints(plan, runtime, prepared, harmless, texts, wish)
     try:
-        result, good = _loop(config, engine, prepared, feed, writer, runtime, profiler)
+        result, good = _loop(
+            config, engine, prepared, feed, writer, runtime, profiler, saver, resumed
+        )
     finally:
         profiler.close()
         writer.close()
@@ -100,8 +127,11 @@ def train(plan: Plan, runtime: Runtime) -> TrainResult:
         if good.copy is not None and good.copy.step > 0:
             good.restore()
             _save(engine, plan, folder.last_good, runtime)
+        message = _stop_message(result, result.trouble, good, folder)
+        if runtime.is_main:
+            write_text(folder.stopped, json.dumps({"step": result.steps, "why": message}) + "\n")
         runtime.barrier()
-        raise RunStopped(_stop_message(result, result.trouble, good, folder))
+        raise RunStopped(message)
     _save(engine, plan, folder.model, runtime)
     if runtime.is_main and result.scale < 1:
         print(
@@ -196,8 +226,10 @@ def _loop(
     writer: MetricsWriter,
     runtime: Runtime,
     profiler: StepProfiler,
+    saver: Checkpoints,
+    resumed: Resumed | None,
 ) -> tuple[TrainResult, GoodWeights]:
-    """All optimizer steps and the last look at the weights."""
+    """All optimizer steps, those before the checkpoint apart, and the last look at the weights."""
     began = time.perf_counter()
     steps = config.train.steps
     dual, target = DualAscent(config), EarlyStop(config.train.early_stop)
@@ -211,13 +243,28 @@ def _loop(
     trouble: str | None = None
     ended = False
     step = 0
+    parts: dict[str, Any] = {
+        "dual": dual, "target": target, "monitor": monitor, "simulated": simulated, "good": good,
+    }  # fmt: skip
+    if engine.module.bank is not None:
+        parts["bank"] = engine.module.bank
+    if resumed is not None:
+        load(engine, parts, resumed.folder, runtime)
+        step = resumed.step
     while not ended:
         step += 1
         started = time.perf_counter()
         good.before_step(step)
         attack, margin = simulated.for_step(step), margin_at(config, step)
         sums = train_step(
-            engine, feed(step - 1), dual.weight, runtime, attack, simulated.observe, margin
+            engine,
+            feed(step - 1),
+            dual.weight,
+            runtime,
+            attack,
+            simulated.observe,
+            margin,
+            saver.asked_to_stop,
         )
         profiler.step()
         row = _row(step, sums, dual.weight, prepared, engine, time.perf_counter() - started)
@@ -231,6 +278,8 @@ def _loop(
             writer.log(row)
         writer.tick(row)
         dual.update(row["kl"])
+        if not ended:
+            saver.after(engine, parts, step, asked_to_stop=sums["stop"] > 0)
     scale, kl = 1.0, row["kl"]
     if trouble is None:
         batches = [feed(step + i) for i in range(min(steps, MEASURED))]

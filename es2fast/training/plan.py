@@ -23,6 +23,7 @@ from es2fast.modeling.load import check_weights, load_model_config, load_tokeniz
 from es2fast.modeling.skeleton import check_lora_targets, check_weight_files, make_skeleton
 from es2fast.modeling.taps import check_layers
 from es2fast.modeling.teacher import resolve_teacher
+from es2fast.run.claim import check_claim
 from es2fast.run.folder import RunFolder
 from es2fast.run.metrics import check_trackers
 from es2fast.training.refusals import anchor_line, check_refusals
@@ -121,7 +122,7 @@ def make_plan(config: Config, *, world_size: int = 1) -> Plan:
         UserError: the first mistake found.
     """
     folder = RunFolder(config.output_dir)
-    folder.check_free(overwrite=config.train.overwrite)
+    check_claim(folder, config)
     check_trackers(config.train)
     make_attacks(
         config.evaluate.attacks, steps=config.evaluate.attack_steps

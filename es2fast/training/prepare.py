@@ -64,16 +64,38 @@ class Prepared:
 
     def save(self, folder: RunFolder) -> None:
         """layers.json and, with a whitening, whitening.safetensors (`layer.name` -> tensor)."""
+        write_text(folder.layers, json.dumps(self.plain(), indent=1, default=float) + "\n")
+        if self.whitening:
+            save_file(self.tensors(), folder.whitening)
+
+    def plain(self) -> dict[str, Any]:
+        """All but the whitening and the teacher's cache, as plain values."""
         plain = dataclasses.asdict(dataclasses.replace(self, whitening={}, teacher=None))
         del plain["whitening"], plain["teacher"]
-        write_text(folder.layers, json.dumps(plain, indent=1, default=float) + "\n")
-        if self.whitening:
-            tensors = {
-                f"{layer}.{name}": tensor.contiguous()
-                for layer, found in self.whitening.items()
-                for name, tensor in found.tensors().items()
-            }
-            save_file(tensors, folder.whitening)
+        return plain
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`layer.name` -> tensor of the whitening."""
+        return {
+            f"{layer}.{name}": tensor.contiguous()
+            for layer, found in self.whitening.items()
+            for name, tensor in found.tensors().items()
+        }
+
+    @classmethod
+    def of(cls, plain: dict[str, Any], tensors: dict[str, Tensor]) -> Prepared:
+        """From `plain`, read back from JSON, and `tensors`."""
+        found: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            layer, _, part = name.partition(".")
+            found.setdefault(int(layer), {})[part] = tensor
+        keyed = {
+            name: {int(layer): value for layer, value in plain[name].items()}
+            for name in ("d0", "norm0", "whitened0")
+        }
+        table = [LayerProbe(**row) for row in plain["table"]]
+        whitening = {layer: Whitening(**parts) for layer, parts in found.items()}
+        return cls(**{**plain, **keyed, "table": table, "whitening": whitening})
 
 
 class BaseModel(nn.Module):
@@ -131,6 +153,24 @@ def prepare(plan: Plan, runtime: Runtime) -> tuple[Prepared, list[Prompt], Ancho
         )
     release()
     return prepared, harmless, texts
+
+
+def cached_teacher(plan: Plan, harmless: Sequence[Prompt], runtime: Runtime) -> TeacherCache | None:
+    """The teacher's cache of a run that goes on, if it has one; call on every rank. Files that are
+    gone since are made again, for which the base model is loaded."""
+    if not keeps_teacher(plan.config.train):
+        return None
+    base: list[Any] = []
+
+    def forward(**inputs: Any) -> Any:
+        if not base:
+            base.extend(load_base(plan, runtime))
+        return base[1]("teacher", **inputs)
+
+    cache = cache_teacher(plan, harmless, forward, runtime)
+    if base:
+        base[2]()
+    return cache
 
 
 def own_refusals(plan: Plan, model: nn.Module, runtime: Runtime) -> AnchorTexts | None:

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ from es2fast.attacks.states.scav import Scav
 from es2fast.config import Config
 from es2fast.distributed.runtime import Runtime
 from es2fast.modeling.taps import Intervention
+from es2fast.probing.probes import Probe
 
 FEWEST = 4  # states per group that a probe is fitted on
 
@@ -63,6 +65,26 @@ class SimulatedAttack:
         self._fitted: int | None = None
         self._means: dict[int, tuple[Tensor, Tensor]] = {}
         self._scav: Scav | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """For `load_state_dict`: this rank's kept states, and what was last fitted."""
+        probes = {} if self._scav is None else self._scav.probes
+        return {
+            "kept": {str(layer): list(pair) for layer, pair in self._kept.items()},
+            "means": {str(layer): list(pair) for layer, pair in self._means.items()},
+            "fitted": self._fitted,
+            "probes": {str(layer): dict(vars(probe)) for layer, probe in probes.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As it was at `state_dict`."""
+        device = self._runtime.device
+        self._kept = {int(k): (a, b) for k, (a, b) in state["kept"].items()}
+        self._means = {int(k): (a.to(device), b.to(device)) for k, (a, b) in state["means"].items()}
+        self._fitted = state["fitted"]
+        if state["probes"]:
+            self._scav = Scav()
+            self._scav.probes = {int(k): Probe(**probe) for k, probe in state["probes"].items()}
 
     def for_step(self, step: int) -> Intervention | None:
         """The attack of optimizer step `step`, or None for a clean one; call on every rank."""

@@ -3,41 +3,91 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 
 from es2fast.config import Config, save_config
 from es2fast.distributed import runtime as runtimes
+from es2fast.distributed.interrupt import StopWish
+from es2fast.distributed.runtime import Runtime
+from es2fast.run.claim import Lock, check_claim
 from es2fast.run.files import write_text
+from es2fast.run.metrics import cut_metrics
 from es2fast.training.loop import TrainResult, train
 from es2fast.training.plan import Plan, make_plan
+from es2fast.training.resume import Resumed, find
 
 
-def run(config: Config) -> tuple[Plan, TrainResult] | None:
-    """Starts the ranks, checks, trains, and writes all of the run folder but the model card.
+def run(config: Config, wish: StopWish | None = None) -> tuple[Plan, TrainResult] | None:
+    """Starts the ranks, checks, trains, and writes all of the run folder but the model card. An
+    unfinished run of this configuration is continued, see `checkpoint.resume`.
+
+    Args:
+        config: the run.
+        wish: how this process is asked to stop, beside the folder's STOP file.
 
     Returns:
         on rank 0 what was planned and what came of it; None elsewhere.
 
     Raises:
         UserError: any mistake in configuration, data, model or folders.
-        RunStopped: see `loop.train`.
+        RunStopped, RunInterrupted: see `loop.train`.
     """
     runtime = runtimes.start(config)
+    finished = run_on(runtime, config, wish)
+    runtimes.stop()
+    return finished
+
+
+def run_on(
+    runtime: Runtime, config: Config, wish: StopWish | None = None
+) -> tuple[Plan, TrainResult] | None:
+    """`run` on ranks that have been started, and stay; call on every rank."""
     plan = make_plan(config, world_size=runtime.world_size)
     runtime.barrier()  # every rank has looked at the folder before one writes into it
+    with ExitStack() as stack:
+        resumed = _enter(plan, runtime, stack)
+        result = _trained(plan, runtime, resumed, wish)
+    return (plan, result) if runtime.is_main else None
+
+
+def _trained(
+    plan: Plan, runtime: Runtime, resumed: Resumed | None, wish: StopWish | None
+) -> TrainResult:
     if runtime.is_main:
-        plan.folder.claim()
-        save_config(config, plan.folder.config)
         lines = [*plan.groups.report.lines(), *([plan.why_stage] if plan.why_stage else [])]
         print("\n".join(lines), flush=True)
     runtime.barrier()
-    result = train(plan, runtime)
+    result = train(plan, runtime, resumed, wish)
     if runtime.is_main:
         write_text(plan.folder.summary, json.dumps(summary(plan, result), indent=1) + "\n")
         plan.folder.drop_previous()
         print(f"saved {plan.folder.model}", flush=True)
     runtime.barrier()
-    runtimes.stop()
-    return (plan, result) if runtime.is_main else None
+    return result
+
+
+def _enter(plan: Plan, runtime: Runtime, stack: ExitStack) -> Resumed | None:
+    """The checkpoint that the run goes on from; rank 0 locks the folder until the stack ends.
+
+    Raises:
+        UserError: another run has it.
+    """
+
+    def enter() -> bool:
+        stack.callback(Lock(plan.folder).release)
+        return check_claim(plan.folder, plan.config)  # now that nobody else changes it
+
+    goes_on = runtime.on_main(enter)
+    resumed = find(plan, runtime) if goes_on else None
+    if runtime.is_main:
+        if resumed is None:
+            plan.folder.claim()
+            save_config(plan.config, plan.folder.config)
+        else:
+            cut_metrics(plan.folder.metrics, resumed.step)
+            print(f"continues after step {resumed.step} from {resumed.folder}", flush=True)
+    runtime.barrier()
+    return resumed
 
 
 def summary(plan: Plan, result: TrainResult) -> dict[str, object]:

@@ -25,6 +25,14 @@ class EarlyStop:
         self._enabled = enabled
         self._met = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """For `load_state_dict`."""
+        return {"met": self._met}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As it was at `state_dict`."""
+        self._met = state["met"]
+
     def reached(self, row: dict[str, Any], layers: Sequence[int], full: bool = True) -> bool:
         """After each step; full: its margin was the whole one, see `separation.ramp`."""
         met = full and all(row[f"sep/{layer}"] <= AT_REST for layer in layers)
@@ -47,6 +55,7 @@ class CollapseMonitor:
     """
 
     FIRST = 10
+    _KEPT = ("_steps", "_in_a_row", "_largest", "_refusals")
     MEMORY = 50.0  # harmless rows that the running mean of their refusals goes back
 
     def __init__(self, config: Config, world_size: int = 1):
@@ -57,6 +66,15 @@ class CollapseMonitor:
         train = config.train
         self._rows = train.micro_batch_size * train.gradient_accumulation * world_size
         self._refusals: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """For `load_state_dict`."""
+        return {name: getattr(self, name) for name in self._KEPT}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As it was at `state_dict`."""
+        for name in self._KEPT:
+            setattr(self, name, state[name])
 
     def sane(self, row: dict[str, Any]) -> bool:
         """These numbers are those of weights worth keeping; asked after `verdict`, which has the

@@ -32,6 +32,7 @@ def train_step(
     attack: Intervention | None = None,
     observe: Callable[[dict[int, Tensor], int], None] | None = None,
     margin: float | None = None,
+    asked_to_stop: Callable[[], bool] | None = None,
 ) -> dict[str, float]:
     """One optimizer step over this rank's micro-batches.
 
@@ -39,11 +40,12 @@ def train_step(
         attack: a simulated attack on the harmful states.
         observe: gets the block outputs (layer -> (n + m, H)) and n of each clean micro-batch.
         margin: of this step, in place of the configured one.
+        asked_to_stop: this rank; asked once, at the end of the step.
 
     Returns:
         the same numbers on every rank: sums over ranks and micro-batches, `kl_sum`, with an anchor
         the rest of SUMS, and COUNTS; means of the objective's other metrics;
-        `grad_norm` before clipping.
+        `grad_norm` before clipping; `stop`, above 0 when any rank was asked to stop.
     """
     counts = _counts(batches, runtime)
     metrics: dict[str, Tensor] = {}
@@ -62,6 +64,8 @@ def train_step(
     shared["grad_norm"] = torch.as_tensor(
         0.0 if norm is None else norm, device=runtime.device
     ).float()
+    stop = asked_to_stop is not None and asked_to_stop()
+    shared["stop"] = torch.tensor(float(stop), device=runtime.device)
     summed = {key: metrics[key] for key in SUMS if key in metrics}
     sums = [*summed.values(), *(value / runtime.world_size for value in shared.values())]
     values = torch.cat([runtime.sum(torch.stack(sums)), counts]).tolist()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -88,6 +89,14 @@ class GoodWeights:
         self._every = every
         self._pending: _Copy | None = None
         self.copy: _Copy | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """For `load_state_dict`, between two steps; this rank's part of the weights."""
+        return {} if self.copy is None else dict(vars(self.copy))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As it was at `state_dict`."""
+        self.copy = _Copy(**state) if state else None
 
     def before_step(self, step: int) -> None:
         """Copies the weights, when it is time, before optimizer step `step` (from 1)."""

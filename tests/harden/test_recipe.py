@@ -15,8 +15,9 @@ from es2fast.config import Config, parse_config
 from es2fast.data import load_groups
 from es2fast.errors import UserError
 from es2fast.harden.recipe import BORDERLINE, RECIPES, default_out, resolve, telling_options
-from es2fast.harden.run import check_folder, differences
+from es2fast.harden.run import check_folder
 from es2fast.run.folder import RunFolder
+from es2fast.run.identity import differences
 
 GROUPS = ("harmful", "harmless", BORDERLINE, "eval_harmful", "eval_harmless")
 

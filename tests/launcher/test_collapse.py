@@ -58,6 +58,7 @@ def test_collapse_keeps_the_last_good_weights_and_the_earlier_model(
     }  # fmt: skip
     (tmp_path / "run/model").mkdir(parents=True)
     (tmp_path / "run/model/kept.txt").write_text("of an earlier run")
+    (tmp_path / "run/.es2fast").touch()  # the mark of a run's folder
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     done = launch(tmp_path / "run.yaml")
     everything = done.stdout + done.stderr

@@ -1,0 +1,43 @@
+"""Whether two configurations are the same run: which fields differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from es2fast.config import Config
+
+# no weight depends on them
+IRRELEVANT = (
+    "evaluate.",
+    "checkpoint.",
+    "train.log_every",
+    "train.report_to",
+    "data.cache_dir",
+    "safeguards.keep_every",
+)
+
+
+def differences(old: Config, new: Config) -> Iterator[str]:
+    """Fields that differ, with both values where they are short, in the order of the file."""
+    before, after = (dict(_leaves(config.model_dump(mode="json"))) for config in (old, new))
+    for name in dict.fromkeys([*before, *after]):
+        a, b = before.get(name), after.get(name)
+        if a != b and name not in ("train.overwrite", "output_dir"):
+            short = len(f"{a}{b}") < 60
+            yield f"{name} ({a} there, {b} now)" if short else name
+
+
+def other_run(old: Config, new: Config) -> str:
+    """The fields, in words, by which `new` would train other weights than `old`; "" if none."""
+    names = [name for name in differences(old, new) if not name.startswith(IRRELEVANT)]
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return ", ".join(names[:6]) + more
+
+
+def _leaves(value: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, child in value.items():
+        if isinstance(child, dict) and child:
+            yield from _leaves(child, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", child

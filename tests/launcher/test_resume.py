@@ -1,0 +1,83 @@
+"""A run that is stopped and given again ends in the weights of one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_models import save_tiny, write_prompts
+
+from es2fast.distributed.launch import free_port
+
+pytestmark = [pytest.mark.launcher, pytest.mark.slow]
+WORKER = str(Path(__file__).parents[1] / "training" / "resume_worker.py")
+ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+EVERYTHING = {
+    "separation": {
+        "bank": 8,
+        "robust": {"probability": 0.5, "attacks": ["scav", "mean_difference"], "states": 16},
+    },
+    "kl": {"budget": 0.02},
+    "safeguards": {"keep_every": 2},
+}
+
+
+def case(folder: Path, name: str, every: int, train: dict[str, Any], **changes: Any) -> str:
+    config = {
+        "model": {"name": str(folder / "model"), "dtype": "fp32"},
+        "data": write_prompts(folder / "data") | {"cache_dir": str(folder / "cache")},
+        "layers": [1, 2],
+        "train": {"steps": 3, "micro_batch_size": 1, "lr": 1e-3, "device": "cpu"} | train,
+        "checkpoint": {"every": every},
+        "output_dir": str(folder / name),
+    }  # fmt: skip
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(config | changes))
+    return str(folder / f"{name}.yaml")
+
+
+def weights(run: Path) -> bytes:
+    return next((run / "model").glob("*.safetensors")).read_bytes()
+
+
+def steps(run: Path) -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_stopped_after_every_step(tmp_path: Path, ranks: int) -> None:
+    """LoRA with dropout under ZeRO-3, on one rank whole blocks under ZeRO-2 too, with every state
+    that there is."""
+    save_tiny(tmp_path / "model")
+    lora = {"trainable": "lora", "lora": {"r": 4, "dropout": 0.1}}
+    paths = []
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        ("lora", lora, "zero3"),
+        ("blocks", {"teacher": "cache"}, "zero2"),
+    ]
+    cases = cases[: 1 if ranks > 1 else 2]
+    for kind, train, stage in cases:
+        changes = EVERYTHING | {"deepspeed": stage}
+        paths += [case(tmp_path, f"{kind}-{every}", every, train, **changes) for every in (9, 0)]
+    start = [sys.executable, WORKER]
+    if ranks > 1:
+        start = [
+            *(sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)),
+            *("--master_port", str(free_port()), WORKER),
+        ]
+    done = subprocess.run(
+        [*start, *paths], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    for kind, *_ in cases:
+        whole, parts = tmp_path / f"{kind}-9", tmp_path / f"{kind}-0"
+        assert f"{parts} took 3 starts" in done.stdout
+        assert steps(whole) == steps(parts)
+        assert weights(whole) == weights(parts)
+        assert not (parts / "checkpoints").exists()
