@@ -114,5 +114,5 @@ def test_killed_and_asked_to_stop_it_ends_in_the_same_weights(tmp_path: Path) ->
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert weights(run) == weights(tmp_path / "plain")
-    with pytest.raises(UserError, match="already holds a run.*train.overwrite"):
+    with pytest.raises(UserError, match=r"already holds a run.*train\.overwrite"):
         make_plan(load_config(tmp_path / "killed.yaml"))
