@@ -34,8 +34,6 @@ def check_claim(folder: RunFolder, config: Config) -> bool:
         UserError: the folder is no run's, holds another run, or what this one reads from.
     """
     where = f"output_dir: {str(folder.path)!r}"
-    if not config.output_dir.strip():
-        raise UserError("output_dir: '' names no folder; give one, such as runs/es2")
     if folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"{where} is a file; {_OTHER}")
     _check_sources(folder, config)

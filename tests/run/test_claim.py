@@ -37,8 +37,8 @@ def test_a_users_folder_is_left_alone(tmp_path: Path, name: str, overwrite: bool
 
 
 def test_no_name_is_no_folder() -> None:
-    with pytest.raises(UserError, match="output_dir: '' names no folder"):
-        check_claim(RunFolder(""), config_of(""))
+    with pytest.raises(UserError, match="output_dir: is blank; name a folder"):
+        config_of("")
 
 
 @pytest.mark.parametrize("place", ["", "model", "previous/model"])
