@@ -98,7 +98,7 @@ def check_weight_files(skeleton: nn.Module, model: ModelConfig, config: Any) -> 
                 "together"
             )
     missing = sorted(expected.keys() - shapes.keys() - _tied(skeleton))
-    if 2 * len(common) > len(expected) and missing:  # else stored under names of another layout
+    if missing and common == shapes.keys():  # else some are stored under names of another layout
         raise UserError(missing_tensors(model.name, missing))
 
 
