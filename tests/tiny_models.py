@@ -48,7 +48,7 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16},
     "olmo2": {},
     "gpt_neox": {},
-    "gpt2": {},
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }  # fmt: skip
 HEAD_FAMILIES: dict[str, dict[str, Any]] = {
     "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0},

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny, write_prompts
 
 from es2fast.distributed.launch import free_port
@@ -71,10 +73,18 @@ def test_a_file_that_only_one_node_lacks(tmp_path: Path, deepspeed: str) -> None
 
 
 def test_what_rank_0_finds_while_measuring_ends_both_with_one_message(tmp_path: Path) -> None:
-    """One harmful prompt is too few for a probe; only rank 0 has the states to see it."""
-    source = write_prompts(tmp_path / "data")["harmful"]
-    lines = run(tmp_path, data={"harmful": [{"source": source, "limit": 1}]})
-    assert errors(lines) == ["error: probe: a group has 1 prompts; at least 2 are needed"]
+    """Without attention the last token's state is the same for all prompts; only rank 0 has the
+    states to see it."""
+    weights = save_tiny(tmp_path / "model") / "model.safetensors"
+    tensors = load_file(weights)
+    for name in tensors:
+        if "o_proj" in name:
+            tensors[name] = torch.zeros_like(tensors[name])
+    save_file(tensors, weights, metadata={"format": "pt"})
+    lines = run(tmp_path)
+    found = errors(lines)
+    assert len(found) == 1
+    assert found[0].startswith("error: layers: harmful and harmless prompts have the same state")
     assert not any("Traceback" in line for line in lines)
 
 
