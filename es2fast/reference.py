@@ -52,9 +52,7 @@ def markdown() -> str:
         if plain:
             parts.append(f"## {f'`{path}`' if path else 'Top level'}\n")
             parts.append(_table(plain, f"{path}." if path else ""))
-    parts.append(
-        "## A source of prompts\n\nA plain string is short for `{source: ...}`.\n"
-    )
+    parts.append("## A source of prompts\n\nA plain string is short for `{source: ...}`.\n")
     parts.append(_table(DataSource.model_fields, "data.harmful."))
     return "\n".join(parts)
 
