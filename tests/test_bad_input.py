@@ -189,6 +189,14 @@ def test_lora_targets_that_no_module_has(raw: Raw) -> None:
         refused(raw, words, ["train.trainable=lora", f"train.lora.targets={targets}"])
 
 
+def test_moments_hold_for_a_frozen_plain_head_and_the_forward_kl(raw: Raw, tmp_path: Path) -> None:
+    moments = "train.teacher=moments"
+    refused(raw, "train.teacher: moments | kl.direction", [moments, "kl.direction=reverse"])
+    refused(raw, "train.teacher: moments | trainable=all", [moments, "train.trainable=all"])
+    raw["model"]["name"] = str(save_tiny(tmp_path / "capped", "gemma2"))
+    refused(raw, "train.teacher: moments", [moments])
+
+
 def test_entries_of_a_list_can_be_overridden(raw: Raw) -> None:
     plain = load_config(copy.deepcopy(raw), ["data.harmful.0.limit=3"])
     short = load_config(copy.deepcopy(raw), ["data.harmful.limit=3", "layers=0,2"])

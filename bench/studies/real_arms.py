@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from es2fast.config import merged
+
 BASE = "base"
 CIRCUIT_BREAKER = "circuit_breaker"
 
@@ -17,6 +19,13 @@ ROBUST = {
 }
 EVERY_BLOCK = {"trainable": "lora", "lr": 2e-4, "trainable_blocks": "all"}
 RESPONSES = {"weight": 10.0, "positions": "response"}
+BOTH_ROBUST: dict[str, Any] = {
+    "layers": [8, 16],
+    "separation": {"margin": 4.0, "moves": "harmful", "ramp": 0.5, "robust": ROBUST},
+    "refusal": ANCHOR,
+    "kl": RESPONSES,
+    "train": EVERY_BLOCK,
+}
 
 
 @dataclass(frozen=True)
@@ -67,34 +76,19 @@ ARMS: dict[str, Arm] = {
     "both_robust": Arm(
         "separation (of the harmful states alone, margin growing, blocks 8 and 16) and anchor, "
         "under simulated attacks; LoRA on every block, KL on response tokens",
-        {
-            "layers": [8, 16],
-            "separation": {"margin": 4.0, "moves": "harmful", "ramp": 0.5, "robust": ROBUST},
-            "refusal": ANCHOR,
-            "kl": RESPONSES,
-            "train": EVERY_BLOCK,
-        },
+        BOTH_ROBUST,
     ),
     "longer": Arm(
         "as both_robust, with three times the steps and kl.weight 20",
-        {
-            "layers": [8, 16],
-            "separation": {"margin": 4.0, "moves": "harmful", "ramp": 0.5, "robust": ROBUST},
-            "refusal": ANCHOR,
-            "kl": {"weight": 20.0, "positions": "response"},
-            "train": EVERY_BLOCK | {"steps": 120},
-        },
+        merged(BOTH_ROBUST, {"kl": {"weight": 20.0}, "train": {"steps": 120}}),
     ),
     "closer": Arm(
         "as both_robust, with margin 2, kl.weight 20, twice the steps, and ablation simulated "
         "inside of blocks as well, of directions from the middle",
-        {
-            "layers": [8, 16],
-            "separation": {"margin": 2.0, "moves": "harmful", "ramp": 0.5, "robust": ROBUST},
-            "refusal": ANCHOR,
-            "kl": {"weight": 20.0, "positions": "response"},
-            "train": EVERY_BLOCK | {"steps": 80},
-        },
+        merged(
+            BOTH_ROBUST,
+            {"separation": {"margin": 2.0}, "kl": {"weight": 20.0}, "train": {"steps": 80}},
+        ),
     ),
     CIRCUIT_BREAKER: Arm("circuit breaker, from its formula"),
     "default": Arm(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def make_skeleton(model: ModelConfig, config: Any) -> nn.Module:
         options["attn_implementation"] = model.attn_implementation
     try:
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, **options)
+            skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
     except (ValueError, ImportError) as error:
         if model.attn_implementation is None:
             raise UserError(

@@ -8,16 +8,14 @@ buckets.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from es2fast.config import Config
-from es2fast.errors import UserError
 from es2fast.modeling.load import DTYPES
+from es2fast.modeling.skeleton import make_skeleton
 from es2fast.modeling.teacher import head_is_shared, resolve_teacher, set_trainable
 from es2fast.ops.tokens import CPU_CHUNK, GPU_CHUNK, GPU_CHUNK_TRAINABLE
 from es2fast.training.activations import student_bytes
@@ -77,19 +75,9 @@ def model_sizes(config: Config, model: Any) -> Shape:
     """
     top = max(int(config.layer_choice.last * model.get_text_config().num_hidden_layers), 1) - 1
     deepest = top if config.layers == "auto" else max(config.layers)
+    skeleton = make_skeleton(config.model, model)
     with torch.device("meta"):
-        return shape_of(set_trainable(_empty_model(config, model), config.train, deepest), deepest)
-
-
-def _empty_model(config: Config, model: Any) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    trusted = config.model.trust_remote_code
-    try:
-        return AutoModelForCausalLM.from_config(copy.deepcopy(model), trust_remote_code=trusted)
-    except (ValueError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"model.name: {config.model.name!r} cannot be loaded ({reason})") from None
+        return shape_of(set_trainable(skeleton, config.train, deepest), deepest)
 
 
 def estimate(

@@ -50,6 +50,22 @@ def steps(run: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in rows]
 
 
+def test_a_full_disk_costs_the_checkpoint_and_not_the_run(tmp_path: Path) -> None:
+    """Files end where a full disk would end them: the engine's states do not fit, a model does."""
+    save_tiny(tmp_path / "model")
+    path = case(tmp_path, "full", 1, {}, deepspeed="zero2")
+    done = subprocess.run(
+        [sys.executable, WORKER, path], env=ENVIRONMENT | {"LARGEST_FILE": "180000"},
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    for step in (1, 2):
+        assert f"warning: the checkpoint of step {step} could not be written" in done.stdout
+    assert "there is none yet" in done.stdout and "Traceback" not in done.stderr
+    assert len(steps(tmp_path / "full")) == 3 and weights(tmp_path / "full")
+    assert not list((tmp_path / "full").glob("checkpoints/*"))
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_stopped_after_every_step(tmp_path: Path, ranks: int) -> None:
     """LoRA with dropout under ZeRO-3, on one rank whole blocks under ZeRO-2 too, with every state

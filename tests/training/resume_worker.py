@@ -1,10 +1,13 @@
 """Runs configurations one after the other on the same ranks: `resume_worker.py CONFIG ...`.
 
 One with checkpoint.every=0 is asked to stop after every step, and started again until it is done.
+LARGEST_FILE, in bytes, stands for a full disk.
 """
 
 from __future__ import annotations
 
+import os
+import resource
 import sys
 
 from es2fast.config import load_config
@@ -17,6 +20,8 @@ from es2fast.training.run import run_on
 def main() -> None:
     paths = [item for item in sys.argv[1:] if not item.startswith("--local_rank")]
     runtime = runtimes.start(load_config(paths[0]))
+    if "LARGEST_FILE" in os.environ:  # from here on: the operators that were built are larger
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["LARGEST_FILE"]),) * 2)
     for path in paths:
         config = load_config(path)
         stop = RunFolder(config.output_dir).stop_file
