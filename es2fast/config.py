@@ -119,6 +119,11 @@ class DataConfig(_Section):
     borderline_share: float = Field(
         0.25, gt=0, lt=1, description="of the harmless rows of a step, where there are borderline"
     )
+    refused: Literal["keep", "drop"] = Field(
+        "keep",
+        description="harmless prompts whose response is a refusal by the rules: keep trains to "
+        "go on refusing them, drop leaves them out",
+    )
     labelled: Sources = Field(
         default_factory=list, description="files whose `label` column tells the two groups apart"
     )
@@ -409,6 +414,14 @@ class KLConfig(_Section):
     positions: Literal["all", "response", "last"] = Field(
         "all", description="harmless tokens on which next-token distributions are compared"
     )
+    first_weight: float = Field(
+        1.0,
+        gt=0,
+        le=1e3,
+        description="of each of a response's first tokens in the mean over tokens, where others "
+        "have 1: they decide whether an answer is a refusal",
+    )
+    first_tokens: int = Field(4, ge=1, description="how many first tokens have first_weight")
     weight: float = Field(10.0, ge=0, description="lambda; its start value when a budget is given")
     budget: float | None = Field(
         None, gt=0, description="nats per token; lambda then adapts so that the KL stays below"

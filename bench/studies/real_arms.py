@@ -90,6 +90,19 @@ ARMS: dict[str, Arm] = {
             {"separation": {"margin": 2.0}, "kl": {"weight": 20.0}, "train": {"steps": 80}},
         ),
     ),
+    "first": Arm(
+        "as closer, without the harmless prompts that the base model refuses, the first four "
+        "tokens of a response with eight times the weight in the KL, and kl.weight 40",
+        merged(
+            BOTH_ROBUST,
+            {
+                "separation": {"margin": 2.0},
+                "data": {"refused": "drop"},
+                "kl": {"weight": 40.0, "first_weight": 8.0},
+                "train": {"steps": 80},
+            },
+        ),
+    ),
     CIRCUIT_BREAKER: Arm("circuit breaker, from its formula"),
     "default": Arm(
         "es2fast's defaults: hinge, whole blocks, lr 5e-5",

@@ -39,7 +39,7 @@ class MicroBatch:
     input_ids: Tensor  # (n + m, T) int64, harmful rows first
     attention_mask: Tensor  # (n + m, T) int64
     prompt_last: Tensor  # (n + m,) int64, column of the last prompt token
-    kl_weights: Tensor  # (m, T) float32, 1 where next-token distributions are compared
+    kl_weights: Tensor  # (m, T) float32, above 0 where next-token distributions are compared
     num_harmful: int  # n
     num_tokens: int  # non-padding tokens of all rows
     refusal_weights: Tensor | None = None  # (n, T) float32, of the prediction made at a column
@@ -67,6 +67,7 @@ def collate(
     positions: str,
     refusals: Sequence[Refusal] | None = None,
     decay: float = 1.0,
+    first: tuple[float, int] = (1.0, 0),
 ) -> MicroBatch:
     """Builds a micro-batch: harmful rows are prompts, harmless rows prompt + response.
 
@@ -80,6 +81,8 @@ def collate(
             response keeps its last prompt token under `response`, so no row has weight 0.
         refusals: what follows each harmful prompt; None: nothing does.
         decay: a refusal's tokens are learned with the weights 1, decay, decay^2, ...
+        first: weight of the positions that predict a response's first tokens, and how many these
+            are; other positions keep 1.
 
     Raises:
         UserError: an empty group, a missing response, or unknown `positions`.
@@ -109,7 +112,7 @@ def collate(
         input_ids=padded["input_ids"],
         attention_mask=padded["attention_mask"],
         prompt_last=prompt_last,
-        kl_weights=_kl_weights(padded["attention_mask"][n:], prompt_last[n:], positions),
+        kl_weights=_kl_weights(padded["attention_mask"][n:], prompt_last[n:], positions, first),
         num_harmful=n,
         num_tokens=int(padded["attention_mask"].sum()),
         refusal_weights=None if refusals is None else _refusal_weights(refusals, width, decay),
@@ -125,16 +128,21 @@ def _refusal_weights(refusals: Sequence[Refusal], width: int, decay: float) -> T
     return weights
 
 
-def _kl_weights(mask: Tensor, prompt_last: Tensor, positions: str) -> Tensor:
+def _kl_weights(
+    mask: Tensor, prompt_last: Tensor, positions: str, first: tuple[float, int]
+) -> Tensor:
     """(m, T) float32 from the harmless rows' mask (m, T) and last prompt columns (m,)."""
-    if positions == "all":
-        return mask.float()
     column = torch.arange(mask.shape[1])
     last = prompt_last[:, None]
-    if positions == "last":
-        return (column == last).float()
-    end = (last + 1).clamp_min(mask.shape[1] - 1)  # T - 1, and T for a row without response
-    return ((column >= last) & (column < end)).float()
+    if positions == "all":
+        seen = mask.float()
+    elif positions == "last":
+        seen = (column == last).float()
+    else:
+        end = (last + 1).clamp_min(mask.shape[1] - 1)  # T - 1, and T for a row without response
+        seen = ((column >= last) & (column < end)).float()
+    weight, count = first
+    return torch.where((column >= last) & (column < last + count), weight * seen, seen)
 
 
 def kl_span(prompt: int, answer: int, positions: str) -> tuple[int, int]:

@@ -37,6 +37,7 @@ from es2fast.training.refusals import (
     refusal_metrics,
 )
 from es2fast.training.resume import Checkpoints, Resumed
+from es2fast.training.responses import trained_rows
 from es2fast.training.robust import SimulatedAttack
 from es2fast.training.safeguards import CollapseMonitor, EarlyStop, remedy
 from es2fast.training.step import measure_kl, train_step
@@ -110,6 +111,8 @@ def train(
         print(f"layers {prepared.layers}: {prepared.reason}", flush=True)
     engine = build_engine(plan, prepared, runtime)
     feed = Feed(plan, harmless, runtime.rank, texts, prepared.teacher)
+    if runtime.is_main and (left_out := feed.left_out_line):
+        print(left_out, flush=True)
     done = 0 if resumed is None else resumed.step
     writer = MetricsWriter(
         folder, config, main=runtime.is_main, steps=config.train.steps, done=done
@@ -192,16 +195,32 @@ class Feed:
     ):
         self._teacher = teacher
         self._formatter, self._positions = plan.formatter, plan.config.kl.positions
+        kl = plan.config.kl
+        self._first = (kl.first_weight, kl.first_tokens)
         self._harmful, self._harmless = plan.groups.harmful, harmless
+        self._rows = trained_rows(plan.config, harmless)
         by_length = plan.config.train.length_window > 1
-        self._sampler = plan.sampler(rank, plan.row_lengths(harmless) if by_length else None)
+        lengths = plan.row_lengths([harmless[i] for i in self._rows]) if by_length else None
+        self._sampler = plan.sampler(rank, lengths, self._rows)
         self._anchor: RefusalAnchor | None = None
         if texts is not None:
             self._anchor = RefusalAnchor(plan.config, plan.formatter, self._harmful, texts)
 
+    @property
+    def left_out_line(self) -> str:
+        """What `data.refused` leaves out, in words; empty: nothing."""
+        count = len(self._harmless) - len(self._rows)
+        if not count:
+            return ""
+        return (
+            f"left out of training: {count} of {len(self._harmless)} harmless prompts, which the "
+            "base model refuses (data.refused: drop)"
+        )
+
     def __call__(self, step: int) -> list[MicroBatch]:
         """The micro-batches of optimizer step `step`, from 0."""
-        return [self._batch(step, a, b) for a, b in self._sampler.indices(step)]
+        pairs = self._sampler.indices(step)
+        return [self._batch(step, a, [self._rows[i] for i in b]) for a, b in pairs]
 
     def _batch(self, step: int, harmful: list[int], harmless: list[int]) -> MicroBatch:
         anchor = self._anchor
@@ -212,6 +231,7 @@ class Feed:
             self._positions,
             None if anchor is None else [anchor.row(step, i) for i in harmful],
             1.0 if anchor is None else anchor.decay,
+            self._first,
         )
         if self._teacher is not None:
             batch.teacher = self._teacher.tokens(harmless)

@@ -169,9 +169,10 @@ def training_states(
 
 
 def _chunk(shape: Shape, device: str) -> int:
+    """At most (`ops.tokens.full_wave_chunk` takes up to twice the least)."""
     if device == "cpu":
         return CPU_CHUNK
-    return GPU_CHUNK_TRAINABLE if shape.head_trained else GPU_CHUNK
+    return 2 * (GPU_CHUNK_TRAINABLE if shape.head_trained else GPU_CHUNK)
 
 
 def _copies(config: Config, shape: Shape, item: int, device: str, split: int) -> float:

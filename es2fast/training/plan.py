@@ -56,19 +56,30 @@ class Plan:
         return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
 
     def sampler(
-        self, rank: int, lengths: tuple[list[int], list[int]] | None = None
+        self,
+        rank: int,
+        lengths: tuple[list[int], list[int]] | None = None,
+        harmless: list[int] | None = None,
     ) -> PairedSampler:
-        """Which rows of the two training groups `rank` sees at each step; `lengths` of their rows,
-        responses included, for `train.length_window`."""
+        """Which rows of the two training groups `rank` sees at each step.
+
+        Args:
+            rank: whose.
+            lengths: of both groups' rows, responses included, for `train.length_window`.
+            harmless: the harmless rows that take part, ascending, which the sampler numbers anew;
+                default: all.
+        """
+        ordinary = len(self.groups.harmless) - self.groups.borderline
+        rows = range(len(self.groups.harmless)) if harmless is None else harmless
         return PairedSampler(
             len(self.groups.harmful),
-            len(self.groups.harmless),
+            len(rows),
             seed=self.config.train.seed,
             micro_batch_size=self.config.train.micro_batch_size,
             gradient_accumulation=self.config.train.gradient_accumulation,
             rank=rank,
             world_size=self.world_size,
-            num_borderline=self.groups.borderline,
+            num_borderline=sum(row >= ordinary for row in rows),
             borderline_share=self.config.data.borderline_share,
             lengths=lengths,
             window=self.config.train.length_window,

@@ -15,9 +15,12 @@ from collections.abc import Sequence
 from torch import nn
 from tqdm import tqdm
 
+from es2fast.config import Config
 from es2fast.data import Prompt, ResponseCache, model_fingerprint
 from es2fast.distributed.runtime import Runtime
 from es2fast.distributed.zero import partitioned
+from es2fast.errors import UserError
+from es2fast.judges.rules import is_refusal
 from es2fast.modeling.generate import generate
 from es2fast.training.plan import Plan
 
@@ -35,6 +38,23 @@ def fill_responses(plan: Plan, model: nn.Module, runtime: Runtime) -> list[Promp
         else dataclasses.replace(prompt, response=next(answers))
         for prompt in prompts
     ]
+
+
+def trained_rows(config: Config, harmless: Sequence[Prompt]) -> list[int]:
+    """The harmless prompts that training sees, each with its response, by `data.refused`.
+
+    Raises:
+        UserError: every response is a refusal.
+    """
+    if config.data.refused == "keep":
+        return list(range(len(harmless)))
+    rows = [i for i, prompt in enumerate(harmless) if not is_refusal(prompt.response or "")]
+    if not rows:
+        raise UserError(
+            f"data.refused: drop leaves none of the {len(harmless)} harmless prompts, since every "
+            "response is a refusal; give other prompts in data.harmless or use data.refused=keep"
+        )
+    return rows
 
 
 def base_answers(
