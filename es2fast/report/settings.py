@@ -64,6 +64,9 @@ def config_rows(config: Config, layers: Sequence[int] | None = None) -> list[tup
     weight = f"λ = {kl.weight:g}"
     if kl.budget is not None:
         weight = f"λ adaptive from {kl.weight:g}, budget {kl.budget:g} nats/token"
+    seen = f"{kl.positions} tokens"
+    if kl.first_weight != 1:
+        seen += f", a response's first {kl.first_tokens} weighing {kl.first_weight:g}"
     pairs = f"{train.micro_batch_size} × {train.gradient_accumulation}"
     lora = f", r = {train.lora.r}, alpha = {train.lora.alpha:g}"
     return [
@@ -74,7 +77,7 @@ def config_rows(config: Config, layers: Sequence[int] | None = None) -> list[tup
         ),
         ("layer weights", _words(config.separation.weights or "1 each")),
         ("refusal anchor", _anchor(config.refusal)),
-        ("KL", f"{kl.direction}, temperature {kl.temperature:g}, {kl.positions} tokens; {weight}"),
+        ("KL", f"{kl.direction}, temperature {kl.temperature:g}, {seen}; {weight}"),
         ("trainable", train.trainable + (lora if train.trainable == "lora" else "")),
         ("teacher", train.teacher),
         ("optimizer steps", str(train.steps)),

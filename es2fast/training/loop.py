@@ -36,8 +36,8 @@ from es2fast.training.refusals import (
     RefusalAnchor,
     refusal_metrics,
 )
-from es2fast.training.resume import Checkpoints, Resumed
 from es2fast.training.responses import trained_rows
+from es2fast.training.resume import Checkpoints, Resumed
 from es2fast.training.robust import SimulatedAttack
 from es2fast.training.safeguards import CollapseMonitor, EarlyStop, remedy
 from es2fast.training.step import measure_kl, train_step

@@ -51,6 +51,19 @@ def test_kl_weights(formatter, positions, expected):
     assert weights.tolist() == expected
 
 
+@pytest.mark.parametrize(
+    ("positions", "expected"),
+    [
+        ("all", [[1, 1, 1, 1, 5, 5, 1, 1], [1, 1, 1, 1, 1, 5, 5, 1]]),
+        ("response", [[0, 0, 0, 0, 5, 5, 1, 0], [0, 0, 0, 0, 0, 5, 5, 0]]),
+        ("last", [[0, 0, 0, 0, 5, 0, 0, 0], [0, 0, 0, 0, 0, 5, 0, 0]]),
+    ],
+)
+def test_first_tokens_of_a_response_weigh_more(formatter, positions, expected):
+    weights = collate(formatter, HARMFUL, HARMLESS, positions, first=(5.0, 2)).kl_weights
+    assert weights.tolist() == expected
+
+
 def test_all_leaves_padding_out(formatter):
     weights = collate(formatter, HARMFUL, [HARMLESS[0], Prompt.of("w1", "w2")], "all").kl_weights
     assert weights.tolist() == [[1] * 8, [0] + [1] * 7]

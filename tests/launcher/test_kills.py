@@ -21,7 +21,11 @@ from es2fast.config import load_config
 from es2fast.errors import UserError
 from es2fast.training.plan import make_plan
 
-pytestmark = [pytest.mark.launcher, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.launcher,
+    pytest.mark.slow,
+    pytest.mark.skipif("ES2FAST_LONG" not in os.environ, reason="minutes; set ES2FAST_LONG=1"),
+]
 STEPS = 8
 ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 

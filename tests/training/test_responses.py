@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import save_tiny, write_prompts
+from tiny_models import OBJECTS, save_tiny, write_prompts
 
 from es2fast.config import parse_config
 from es2fast.data import Prompt
 from es2fast.distributed.runtime import Runtime
+from es2fast.errors import UserError
 from es2fast.modeling.generate import generate
 from es2fast.modeling.load import load_causal_lm
 from es2fast.training import responses
-from es2fast.training.plan import make_plan
-from es2fast.training.responses import base_answers
+from es2fast.training.loop import Feed
+from es2fast.training.plan import Plan, make_plan
+from es2fast.training.responses import base_answers, trained_rows
 
 ALONE = Runtime(rank=0, world_size=1, device=torch.device("cpu"), dtype="fp32")
 
@@ -51,3 +54,61 @@ def test_longest_first_changes_no_answer(tmp_path: Path, monkeypatch: pytest.Mon
     order = [length for batch in batches for length in batch]
     assert order == sorted(order, reverse=True) and len(set(order)) > 5
     assert len(set(one_by_one)) > 3
+
+
+def refusing_plan(tmp_path: Path, refusals: list[int], borderline: list[int], how: str) -> Plan:
+    """Eight harmless prompts, those at `borderline` behind the others, with given responses."""
+    files: dict[str, Any] = {**write_prompts(tmp_path / "data")}
+    for name in ("harmless", "borderline"):
+        rows = [
+            {
+                "prompt": f"please draw a {OBJECTS[i]}",
+                "response": "I cannot help with that" if i in refusals else "sure .",
+            }
+            for i in range(8)
+            if (i in borderline) == (name == "borderline")
+        ]
+        path = tmp_path / f"data/{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files[name] = [str(path)] if rows else []
+    raw = {
+        "model": {"name": str(save_tiny(tmp_path / "model")), "dtype": "fp32"},
+        "data": files | {"borderline_share": 0.5, "refused": how},
+        "kl": {"first_weight": 3.0, "first_tokens": 1},
+        "train": {"device": "cpu", "micro_batch_size": 2},
+        "output_dir": str(tmp_path / "run"),
+    }
+    return make_plan(parse_config(raw))
+
+
+def test_refused_harmless_prompts_are_left_out(tmp_path: Path) -> None:
+    plan = refusing_plan(tmp_path, [1, 4, 5], [4, 5, 6, 7], "drop")
+    harmless = plan.groups.harmless
+    assert trained_rows(plan.config, harmless) == [0, 2, 3, 6, 7]
+    feed = Feed(plan, harmless, 0)
+    assert "3 of 8 harmless prompts" in feed.left_out_line
+    number = {}
+    for i, prompt in enumerate(harmless):
+        ids, answer = plan.formatter.conversation_ids(prompt, prompt.response or "")
+        number[(*ids, *answer)] = i
+    seen = []
+    for step in range(6):
+        (batch,) = feed(step)
+        rows = [ids[mask.bool()].tolist() for ids, mask in
+                zip(batch.input_ids[2:], batch.attention_mask[2:])]  # fmt: skip
+        assert (batch.kl_weights == 3.0).sum(1).tolist() == [1, 1]
+        seen.append({number[tuple(row)] for row in rows})
+    assert set().union(*seen) == {0, 2, 3, 6, 7}
+    assert all(len(rows & {6, 7}) == 1 for rows in seen)  # half of each step's rows is borderline
+
+
+def test_by_default_refused_harmless_prompts_stay(tmp_path: Path) -> None:
+    plan = refusing_plan(tmp_path, [1, 4, 5], [], "keep")
+    assert trained_rows(plan.config, plan.groups.harmless) == list(range(8))
+    assert Feed(plan, plan.groups.harmless, 0).left_out_line == ""
+
+
+def test_nothing_left_is_a_mistake(tmp_path: Path) -> None:
+    plan = refusing_plan(tmp_path, list(range(8)), [], "drop")
+    with pytest.raises(UserError, match=r"data\.refused: drop leaves none of the 8"):
+        Feed(plan, plan.groups.harmless, 0)
