@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from bench.studies.real_arms import ARMS, ATTACKS, BASE, CIRCUIT_BREAKER
+from bench.studies.real_figure import figure
 from es2fast.report.stats import rate_interval
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = ROOT / "bench" / "results" / "real_models.jsonl"
 EVALUATION = ROOT / "docs" / "evaluation.md"
 REAL_MODELS = ROOT / "docs" / "real_models.md"
+FIGURE = ROWS.with_suffix(".png")
 PRIMARY = "Qwen2.5-Coder-0.5B-Instruct"
 
 OTHERS = (BASE, "paper", "default", CIRCUIT_BREAKER)  # models of docs/evaluation.md
@@ -116,6 +118,8 @@ def documents(rows: Sequence[Row]) -> dict[Path, str]:
 
 
 def write_documents(rows: Sequence[Row]) -> None:
-    """Both, in place."""
+    """Both, in place, and the figure of the primary model's first seed."""
     for path, text in documents(rows).items():
         path.write_text(text)
+    primary = [row for row in rows if row["base"] == PRIMARY and not row["seed"]]
+    figure(primary, (BASE, *ARMS)).savefig(FIGURE, dpi=90)

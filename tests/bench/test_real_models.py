@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from bench.studies.real_arms import ARMS, ATTACKS, BASE, CIRCUIT_BREAKER
+from bench.studies.real_figure import figure
 from bench.studies.real_models import config_hash, configuration, key_of
 from bench.studies.real_prompts import ordinary_prompts
 from bench.studies.real_report import ROWS, documents, fill, harmless_table, table
@@ -80,6 +81,18 @@ def test_the_price_is_told_by_kind_of_prompt() -> None:
     row = {"model": "base", "attack": "direct", "harmless": harmless}
     cells = harmless_table([row], ("base",)).splitlines()[2].split(" | ")
     assert cells[1:4] == ["0 % [0–13], n = 25", "20 % [9–39], n = 25", "50 %"]
+
+
+def test_the_figure_has_a_mark_per_rate() -> None:
+    price = {"refusal_by_type": {"ordinary": [25, 0.0], "borderline": [20, 0.2]}}
+    row: dict[str, Any] = {"model": "base", "attack": "direct", "useful": 0.5, "n": 50}
+    row["harmless"] = price
+    other = row | {"model": "both", "attack": "prefill", "useful": 0.1}
+    attacked, paid = figure([row, other], ("base", "separation", "both")).axes
+    assert [tick.get_text() for tick in attacked.get_yticklabels()] == ["direct", "prefill"]
+    marks = [line.get_xdata()[0] for axes in (attacked, paid) for line in axes.lines
+             if len(line.get_xdata())]  # fmt: skip
+    assert marks == [50.0, 10.0, 0.0, 20.0]
 
 
 def test_what_stands_between_marks_is_replaced() -> None:
