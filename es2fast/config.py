@@ -64,11 +64,16 @@ class DataSource(_Section):
         description="keep rows whose columns hold these values, each one or a list of them, such "
         "as {label: safe}; compared as text, upper and lower case alike",
     )
+    side: Literal["harmful", "harmless"] | None = Field(
+        None,
+        description="where a column `label` tells harmful rows (harmful, unsafe, 1, true) from "
+        "harmless ones (harmless, safe, 0, false), keep this side's",
+    )
     rows: str | None = Field(
         None,
         pattern=r"^\d*:\d*(:[1-9]\d*)?$",
-        description="slice of the rows that `where` kept, as in Python: '::2' and '1::2' part a "
-        "source in two that share nothing",
+        description="slice of the rows that `where` and `side` kept, as in Python: '::2' and "
+        "'1::2' part a source in two that share nothing",
     )
     limit: int | None = Field(None, ge=1, description="keep the first N of these rows")
     kind: str | None = Field(

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from es2fast.config import DataSource
-from es2fast.data.sources import Table, one_line, read_table
+from es2fast.data.sources import LABEL_COLUMN, SIDES, Table, one_line, read_table
 from es2fast.errors import UserError
 
 PROMPT_COLUMNS = (
@@ -35,12 +35,9 @@ PROMPT_COLUMNS = (
 )
 RESPONSE_COLUMN = "response"
 OTHER_RESPONSE_COLUMNS = ("answer", "output", "completion")
-LABEL_COLUMN = "label"
 KIND_COLUMNS = (LABEL_COLUMN, "type")
 KIND = "kind"  # stands beside columns for what a source says of all its rows
 MOST_KINDS = 40  # different values; a column with more names no kinds
-_HARMFUL_LABELS = frozenset({"harmful", "unsafe", "1", "1.0", "true"})
-_HARMLESS_LABELS = frozenset({"harmless", "safe", "0", "0.0", "false"})
 
 
 @dataclass(frozen=True)
@@ -140,7 +137,7 @@ def read_source(
         found.prompts.append(replace(prompt, kinds=known) if known else prompt)
         if label_of is not None:
             label = label_of[number]
-            found.harmful.append(label in _HARMFUL_LABELS)
+            found.harmful.append(label in SIDES["harmful"])
             found.labels[label] = found.labels.get(label, 0) + 1
     if not found.prompts:
         raise UserError(f"{where} has only blank prompts in column {column!r}")
@@ -197,9 +194,9 @@ def _kind_columns(table: Table) -> list[str]:
 
 def _check_labels(table: Table, group: str, where: str) -> None:
     """Refuses rows whose column `label` says that they belong to the other group."""
-    other = _HARMLESS_LABELS if group == "harmful" else _HARMFUL_LABELS
+    other = SIDES["harmless" if group == "harmful" else "harmful"]
     cells = [str(row.get(LABEL_COLUMN)).strip().casefold() for row in table.rows]
-    if not set(cells) <= _HARMFUL_LABELS | _HARMLESS_LABELS:
+    if not set(cells) <= SIDES["harmful"] | SIDES["harmless"]:
         return  # a label of another kind
     wrong = [cell for cell in cells if cell in other]
     if wrong and LABEL_COLUMN in table.columns:
@@ -213,7 +210,7 @@ def _check_labels(table: Table, group: str, where: str) -> None:
 
 def _labels(table: Table, where: str) -> list[str]:
     labels = [str(row.get(LABEL_COLUMN)).strip().casefold() for row in table.rows]
-    unknown = sorted(set(labels) - _HARMFUL_LABELS - _HARMLESS_LABELS)
+    unknown = sorted(set(labels) - SIDES["harmful"] - SIDES["harmless"])
     if unknown:
         shown = ", ".join(repr(one_line(label, 30)) for label in unknown[:5])
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""

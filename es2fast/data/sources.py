@@ -34,6 +34,11 @@ from es2fast.errors import UserError
 _DATASET_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
 TEXT_COLUMN = "text"
+LABEL_COLUMN = "label"
+SIDES = {
+    "harmful": frozenset({"harmful", "unsafe", "1", "1.0", "true"}),
+    "harmless": frozenset({"harmless", "safe", "0", "0.0", "false"}),
+}
 
 
 @dataclass
@@ -45,7 +50,7 @@ class Table:
 
 
 def read_table(source: DataSource, field: str, wanted: Callable[[str], bool]) -> Table:
-    """The rows of a source that its `where`, `rows` and `limit` leave, applied in this order.
+    """The rows of a source that its `where`, `side`, `rows` and `limit` leave, in this order.
 
     Args:
         source: what to read.
@@ -54,7 +59,7 @@ def read_table(source: DataSource, field: str, wanted: Callable[[str], bool]) ->
 
     Raises:
         UserError: the source is missing, empty or malformed, or has no such split; `where` names a
-            column that it lacks; `where` or `rows` leave nothing.
+            column that it lacks; `where`, `side` or `rows` leave nothing.
     """
     path = Path(source.source).expanduser()
     try:
@@ -78,7 +83,8 @@ def read_table(source: DataSource, field: str, wanted: Callable[[str], bool]) ->
 
 
 def _selected(table: Table, source: DataSource, field: str) -> Table:
-    """The rows that `where` keeps, of those the slice `rows`, of those the first `limit`."""
+    """The rows that `where` and `side` keep, of those the slice `rows`, of those the first
+    `limit`."""
     rows = table.rows
     for column, value in source.where.items():
         if column not in table.columns:
@@ -96,6 +102,8 @@ def _selected(table: Table, source: DataSource, field: str) -> Table:
                 f"{shown}"
             )
         rows = kept
+    if source.side is not None and LABEL_COLUMN in table.columns:
+        rows = _one_side(rows, source, field)
     if source.rows is not None:
         parts = [int(part) if part else None for part in source.rows.split(":")]
         count, rows = len(rows), rows[slice(*parts)]
@@ -107,6 +115,21 @@ def _selected(table: Table, source: DataSource, field: str) -> Table:
     return Table(table.columns, rows[: source.limit])
 
 
+def _one_side(rows: list[dict[str, Any]], source: DataSource, field: str) -> list[dict[str, Any]]:
+    """The rows of `source.side`; all where the labels are of another kind."""
+    assert source.side is not None
+    labels = [_plain(row.get(LABEL_COLUMN)) for row in rows]
+    if not set(labels) <= SIDES["harmful"] | SIDES["harmless"]:
+        return rows
+    kept = [row for row, label in zip(rows, labels) if label in SIDES[source.side]]
+    if not kept:
+        raise UserError(
+            f"{field}: side: no row of {source.source!r} is labelled {source.side}; it holds "
+            + ", ".join(map(repr, sorted(set(labels))))
+        )
+    return kept
+
+
 def _plain(cell: Any) -> str:
     """How `where` compares cells: a CSV knows only text, and YAML reads 1 and true."""
     return str(cell).strip().casefold()
@@ -114,7 +137,7 @@ def _plain(cell: Any) -> str:
 
 def _row_count(source: DataSource) -> int | None:
     """Rows that have to be read: `limit`, unless others are chosen first; None: all."""
-    return None if source.where or source.rows else source.limit
+    return None if source.where or source.side or source.rows else source.limit
 
 
 def one_line(text: object, width: int = 160) -> str:

@@ -6,8 +6,9 @@ defaults; `recipes/default.yaml` names public prompt sets too. Later ones win:
     recipe < recipes/quick.yaml (with --quick) < prompt files (--harmful ...) < key=value
 
 Prompts have five roles. A file takes the place of the recipe's sources of its role and keeps their
-`limit`. Borderline prompts, which look harmful and are not, are `data.borderline`, and held out
-those of `kind: borderline` in `data.eval_harmless`; one file serves both, every other row each.
+`limit`; where its rows are labelled, those of its role's side are read. Borderline prompts, which
+look harmful and are not, are `data.borderline`, and held out those of `kind: borderline` in
+`data.eval_harmless`; one file serves both, every other row each.
 """
 
 from __future__ import annotations
@@ -115,6 +116,7 @@ def _files(
     if role == BORDERLINE and list(places) == [NONE]:
         return []
     kept: dict[str, Any] = {"limit": own[0].limit} if own else {}
+    kept["side"] = "harmful" if role.endswith("harmful") else "harmless"
     if role == BORDERLINE:
         kept |= {"kind": BORDERLINE, "rows": _HALVES[group]}
     return [DataSource(source=place, **kept) for place in places]

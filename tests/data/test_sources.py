@@ -329,6 +329,19 @@ def test_where_then_rows_then_limit(tmp_path):
     assert texts(path, rows="2:4") == ["p2", "p3"]
 
 
+def test_side_keeps_the_rows_of_one_label(tmp_path):
+    path = labelled_rows(tmp_path)
+    assert texts(path, side="harmless") == texts(path, where={"label": "safe"})
+    assert texts(path, side="harmful") == texts(path, where={"label": "unsafe"})
+    assert texts(path, side="harmless", rows="1::2") == texts(path, side="harmless")[1::2]
+    assert texts(path, side="harmful", limit=2) == texts(path, side="harmful")[:2]
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(f'{{"prompt": "p{i}", "label": "kind {i}"}}\n' for i in range(3)))
+    assert texts(other, side="harmful") == ["p0", "p1", "p2"]  # labels of another kind
+    text = message(path, side="harmless", where={"label": "unsafe"})
+    assert "side" in text and "'unsafe'" in text
+
+
 def test_where_reads_a_columnar_source_by_class_names_and_unknown_columns(tmp_path):
     names = datasets.ClassLabel(names=["safe", "unsafe"])
     features = datasets.Features({"prompt": datasets.Value("string"), "Verdict": names})

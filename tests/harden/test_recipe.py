@@ -83,6 +83,8 @@ def test_files_take_the_place_of_their_role_and_overrides_win(tmp_path: Path) ->
     assert [half.rows for half in halves] == ["::2", "1::2"]
     assert {half.kind for half in halves} == {BORDERLINE}
     assert (config.train.steps, config.kl.weight, config.train.overwrite) == (7, 3, True)
+    sides = [config.data.harmful[0].side, config.data.harmless[0].side, halves[0].side]
+    assert sides == ["harmful", "harmless", "harmless"] and halves[1].side == "harmless"
     none = resolve("m", tmp_path, files={BORDERLINE: ["none"]})
     assert not none.data.borderline and len(none.data.eval_harmless) == 1
 
