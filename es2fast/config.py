@@ -134,6 +134,9 @@ class DataConfig(_Section):
     )
     eval_harmful: Sources = Field(default_factory=list, description="held-out harmful prompts")
     eval_harmless: Sources = Field(default_factory=list, description="held-out harmless prompts")
+    eval_labelled: Sources = Field(
+        default_factory=list, description="held-out prompts of both kinds, told apart likewise"
+    )
     near_duplicates: float | None = Field(
         0.8,
         gt=0,

@@ -130,10 +130,12 @@ def load_groups(config: DataConfig, *, need_train: bool = True) -> PromptGroups:
         prompts = _read(source, f"data.borderline[{number}]", report, side="harmless")[0]
         groups["harmless"] += prompts
         borderline |= {prompt.key for prompt in prompts}
-    for number, source in enumerate(config.labelled):
-        prompts, harmful = _read(source, f"data.labelled[{number}]", report, labelled=True)
-        for prompt, is_harmful in zip(prompts, harmful):
-            groups["harmful" if is_harmful else "harmless"].append(prompt)
+    for prefix in ("", "eval_"):
+        for number, source in enumerate(getattr(config, f"{prefix}labelled")):
+            path = f"data.{prefix}labelled[{number}]"
+            prompts, harmful = _read(source, path, report, labelled=True)
+            for prompt, is_harmful in zip(prompts, harmful):
+                groups[prefix + ("harmful" if is_harmful else "harmless")].append(prompt)
     if need_train:
         _check_present(groups)
     for name in GROUPS:

@@ -324,6 +324,6 @@ def _check_held_out(groups: PromptGroups) -> None:
     for name in ("eval_harmful", "eval_harmless"):
         if not getattr(groups, name):
             raise UserError(
-                f"data.{name}: no held-out prompts; name a source that training did not see, or "
-                f"give --{name.removeprefix('eval_')} FILE"
+                f"data.{name}: no held-out prompts; name a source that training did not see, one "
+                f"of both kinds in data.eval_labelled, or give --{name.removeprefix('eval_')} FILE"
             )

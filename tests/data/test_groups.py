@@ -133,6 +133,20 @@ def test_labelled_rows_join_both_groups(tmp_path):
     assert "labels 0: 1, 1: 1" in line and "1 responses in 'response'" in line
 
 
+def test_held_out_rows_of_both_kinds_are_told_apart(tmp_path):
+    path = tmp_path / "both.csv"
+    path.write_text("prompt,label\nbad,unsafe\ngood,safe\nworse,unsafe\n")
+    config = files(tmp_path, harmful=["worse", "worst"], harmless=["fine"])
+    config.eval_labelled = DataConfig(eval_labelled=str(path)).eval_labelled
+    groups = load_groups(config)
+    assert [p.text for p in groups.eval_harmful] == ["bad", "worse"]
+    assert [p.text for p in groups.eval_harmless] == ["good"]
+    assert [p.text for p in groups.harmful] == ["worst"]  # what is held out is not trained on
+    path.write_text("prompt\nbad\n")
+    with pytest.raises(UserError, match=r"data\.eval_labelled\[0\].* has no column 'label'"):
+        load_groups(config)
+
+
 @real_data
 def test_public_prompt_sets():
     config = DataConfig(
