@@ -122,6 +122,7 @@ def accuracy_interval(correct: Tensor, weights: Tensor) -> Interval:
 
     right, n = int(correct.sum()), len(correct)
     if 0 < right < n:
-        return interval(correct, weights)
+        low, high = interval(correct, weights)
+        return max(low, 0.0), min(high, 1.0)  # weights add up to 1 but for rounding
     found = binomtest(right, n).proportion_ci(0.95, method="wilson")
     return float(found.low), float(found.high)

@@ -89,6 +89,18 @@ def test_draws_resample_within_each_group_and_are_the_same_again():
     assert not torch.equal(weights, draws((5, 8), 300, seed=3))
 
 
+def test_an_interval_of_a_share_stays_within_zero_and_one():
+    ends = []
+    for n, m in [(25, 40), (12, 12), (33, 17), (48, 21), (7, 90)]:
+        correct = torch.ones(n + m)
+        correct[0] = 0.0
+        weights = draws((n, m))
+        ends.append(float((weights @ correct.double()).max()))
+        low, high = accuracy_interval(correct, weights)
+        assert 0 <= low <= high <= 1
+    assert max(ends) > 1  # what has to be cut: sums of rounded weights
+
+
 def test_intervals_agree_with_the_normal_approximation_where_that_holds():
     values = torch.randn(400, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     low, high = interval(values, draws((400,), 2000))
