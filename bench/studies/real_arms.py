@@ -103,6 +103,18 @@ ARMS: dict[str, Arm] = {
             },
         ),
     ),
+    "held": Arm(
+        "as closer, the first four tokens of a response with four times the weight in the KL, "
+        "kl.weight 30, 120 steps",
+        merged(
+            BOTH_ROBUST,
+            {
+                "separation": {"margin": 2.0},
+                "kl": {"weight": 30.0, "first_weight": 4.0},
+                "train": {"steps": 120},
+            },
+        ),
+    ),
     CIRCUIT_BREAKER: Arm("circuit breaker, from its formula"),
     "default": Arm(
         "es2fast's defaults: hinge, whole blocks, lr 5e-5",
