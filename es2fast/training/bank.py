@@ -33,6 +33,7 @@ class EmbeddingBank:
     def __init__(self, size: int, world: int):
         self._capacity = -(-size // world)
         self._rows: dict[int, tuple[Tensor, Tensor]] = {}
+        self._marked: dict[int, tuple[Tensor, Tensor]] = {}
 
     def rows(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """(k_a, H) harmful and (k_b, H) harmless rows of earlier micro-batches; None at first."""
@@ -45,6 +46,14 @@ class EmbeddingBank:
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """As it was at `state_dict`, on `device`."""
         self._rows = {int(k): (a.to(device), b.to(device)) for k, (a, b) in state.items()}
+
+    def mark(self) -> None:
+        """What `undo` goes back to."""
+        self._marked = dict(self._rows)
+
+    def undo(self) -> None:
+        """Forgets what was added since `mark`."""
+        self._rows = self._marked
 
     @torch.no_grad()
     def add(self, layer: int, harmful: Tensor, harmless: Tensor) -> None:

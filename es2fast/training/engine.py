@@ -81,13 +81,20 @@ def build_engine(plan: Plan, prepared: Prepared, runtime: Runtime) -> Any:
 
 
 def _keep_norm(engine: Any, largest: float) -> None:
-    """DeepSpeed clips at stage 0 in fp32 but forgets the norm, which the safeguards watch. The
+    """DeepSpeed clips at stage 0 in fp32 but forgets the norm, which the safeguards watch, and does
+    not leave out a step whose gradients are no finite numbers, as its other stages do. The
     gradients are averaged by then, so every rank finds the same."""
+    optimizer, update = engine.optimizer, engine.optimizer.step
 
     def clip() -> None:
         engine._global_grad_norm = nn.utils.clip_grad_norm_(engine.module.parameters(), largest)
 
+    def step(*args: Any, **options: Any) -> Any:
+        optimizer.overflow = not math.isfinite(engine._global_grad_norm)  # what the engine asks for
+        return None if optimizer.overflow else update(*args, **options)
+
     engine.clip_fp32_gradients = clip
+    optimizer.step = step
 
 
 def _optimizer(

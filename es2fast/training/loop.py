@@ -10,6 +10,7 @@ import gc
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 from es2fast.config import Config, save_config
 from es2fast.data import MicroBatch, Prompt, collate
+from es2fast.data.sources import one_line
 from es2fast.distributed.interrupt import StopWish
 from es2fast.distributed.runtime import Runtime
 from es2fast.errors import RunStopped
@@ -39,7 +41,8 @@ from es2fast.training.refusals import (
 from es2fast.training.responses import trained_rows
 from es2fast.training.resume import Checkpoints, Resumed
 from es2fast.training.robust import SimulatedAttack
-from es2fast.training.safeguards import CollapseMonitor, EarlyStop, remedy
+from es2fast.training.safeguards import CollapseMonitor, EarlyStop, Spikes, remedy
+from es2fast.training.skipped import SkippedSteps
 from es2fast.training.step import measure_kl, train_step
 from es2fast.training.teacher_cache import TeacherCache
 from es2fast.training.weights import GoodWeights, TrainableWeights
@@ -63,6 +66,7 @@ class TrainResult:
     stopped_early: bool = False
     scale: float = 1.0
     trouble: str | None = None
+    skipped: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -74,6 +78,7 @@ class TrainResult:
             "d0": {str(k): v for k, v in self.prepared.d0.items()},
             "stopped_early": self.stopped_early,
             "update_scale": self.scale,
+            "skipped_steps": self.skipped,
         }
 
 
@@ -222,6 +227,20 @@ class Feed:
         pairs = self._sampler.indices(step)
         return [self._batch(step, a, [self._rows[i] for i in b]) for a, b in pairs]
 
+    def names(self, step: int) -> list[list[str]]:
+        """Per micro-batch of a step its rows, harmful ones first: where they are from."""
+        return [
+            [
+                *(f"harmful prompt {i + 1} {one_line(self._harmful[i].text, 40)!r}" for i in a),
+                *(
+                    f"harmless prompt {self._rows[i] + 1} "
+                    f"{one_line(self._harmless[self._rows[i]].text, 40)!r}"
+                    for i in b
+                ),
+            ]
+            for a, b in self._sampler.indices(step)
+        ]
+
     def _batch(self, step: int, harmful: list[int], harmless: list[int]) -> MicroBatch:
         anchor = self._anchor
         batch = collate(
@@ -253,7 +272,8 @@ def _loop(
     began = time.perf_counter()
     steps = config.train.steps
     dual, target = DualAscent(config), EarlyStop(config.train.early_stop)
-    monitor = CollapseMonitor(config, runtime.world_size)
+    monitor, spikes = CollapseMonitor(config, runtime.world_size), Spikes()
+    skips = SkippedSteps(runtime, feed.names)
     depth = len(blocks(engine.module.student))
     simulated = SimulatedAttack(config, prepared.layers, runtime, depth)
     weights = TrainableWeights(engine.module.student)
@@ -265,6 +285,7 @@ def _loop(
     step = 0
     parts: dict[str, Any] = {
         "dual": dual, "target": target, "monitor": monitor, "simulated": simulated, "good": good,
+        "spikes": spikes, "skips": skips,
     }  # fmt: skip
     if engine.module.bank is not None:
         parts["bank"] = engine.module.bank
@@ -285,19 +306,24 @@ def _loop(
             simulated.observe,
             margin,
             saver.asked_to_stop,
+            partial(skips.add, step - 1),
         )
         profiler.step()
         row = _row(step, sums, dual.weight, prepared, engine, time.perf_counter() - started)
         if config.separation.robust.probability:
             row["attacked"] = float(attack is not None)
+        row |= {"skipped": sums["skipped"], "spike": float(spikes.flag(row))}
         trouble = monitor.verdict(row)
+        if trouble is not None and row["skipped"]:
+            trouble = f"{trouble}; {skips.words()}"
         good.measured(monitor.sane(row), row["kl"])
         met = target.reached(row, prepared.layers, margin == config.separation.margin)
         ended = trouble is not None or met or step == steps
         if ended or step % config.train.log_every == 0:
             writer.log(row)
         writer.tick(row)
-        dual.update(row["kl"])
+        if not row["skipped"]:
+            dual.update(row["kl"])
         if not ended:
             saver.after(engine, parts, step, asked_to_stop=sums["stop"] > 0)
     scale, kl = 1.0, row["kl"]
@@ -318,6 +344,7 @@ def _loop(
         stopped_early=step < steps,
         scale=scale,
         trouble=trouble,
+        skipped=skips.count,
     ), good
 
 

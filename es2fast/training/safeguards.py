@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 from es2fast.config import Config
@@ -41,14 +42,49 @@ class EarlyStop:
         return self._enabled and self._met >= 5
 
 
+class Spikes:
+    """Flags losses that stand out: above the median of the last 20 by six times what their scaled
+    median absolute deviation estimates as one standard deviation. With simulated attacks clean and
+    attacked steps are compared among themselves."""
+
+    WINDOW = 20
+
+    def __init__(self) -> None:
+        self._losses: dict[str, list[float]] = {"clean": [], "attacked": []}
+
+    def state_dict(self) -> dict[str, Any]:
+        """For `load_state_dict`."""
+        return {name: list(values) for name, values in self._losses.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As it was at `state_dict`."""
+        self._losses = {name: list(values) for name, values in state.items()}
+
+    def flag(self, row: dict[str, Any]) -> bool:
+        """After each step; one without a finite loss is a spike."""
+        loss = row["loss"]
+        if not math.isfinite(loss):
+            return True
+        past = self._losses["attacked" if row.get("attacked") else "clean"]
+        spike = False
+        if len(past) == self.WINDOW:
+            middle = median(past)
+            spread = 1.4826 * median(abs(value - middle) for value in past)
+            spike = loss > middle + 6.0 * max(spread, 1e-3 * abs(middle))
+            del past[0]
+        past.append(loss)
+        return spike
+
+
 class CollapseMonitor:
     """Says when a run is past saving.
 
-    A loss that is not finite counts at once. A KL above `max_kl`, a gradient norm that is not
-    finite, or one above `max_grad_growth` times the largest of the first ten steps, count when they
-    last for `patience` steps. There is no separate watch on the entropy of the next-token
-    distribution: one that collapses is far from the base model's, which is what the KL measures.
-    Refusals of harmless prompts, which only a refusal anchor teaches, count as a running mean.
+    A loss that is not finite counts at once, unless its step was left out and changed nothing. Such
+    steps, a KL above `max_kl`, a gradient norm that is not finite, or one above `max_grad_growth`
+    times the largest of the first ten steps, count when they last for `patience` steps. There is no
+    separate watch on the entropy of the next-token distribution: one that collapses is far from the
+    base model's, which is what the KL measures. Refusals of harmless prompts, which only a refusal
+    anchor teaches, count as a running mean.
 
     Args:
         world_size: ranks whose rows a step's share of refusals is over.
@@ -93,7 +129,7 @@ class CollapseMonitor:
         self._in_a_row = 0 if complaint is None else self._in_a_row + 1
         if complaint is None:
             return None
-        if not math.isfinite(row["loss"]):
+        if not math.isfinite(row["loss"]) and not row.get("skipped"):
             return complaint
         if self._in_a_row < self._guard.patience:
             return None

@@ -33,38 +33,61 @@ def train_step(
     observe: Callable[[dict[int, Tensor], int], None] | None = None,
     margin: float | None = None,
     asked_to_stop: Callable[[], bool] | None = None,
+    skipped: Callable[[list[Tensor]], None] | None = None,
 ) -> dict[str, float]:
     """One optimizer step over this rank's micro-batches.
+
+    A step whose gradients are no finite numbers on some rank changes nothing: neither weights nor
+    optimizer, schedule, bank or what `observe` gathers.
 
     Args:
         attack: a simulated attack on the harmful states.
         observe: gets the block outputs (layer -> (n + m, H)) and n of each clean micro-batch.
         margin: of this step, in place of the configured one.
         asked_to_stop: this rank; asked once, at the end of the step.
+        skipped: called on every rank when the step was left out, with (n + m,) booleans per
+            micro-batch: the row's tapped states are finite.
 
     Returns:
         the same numbers on every rank: sums over ranks and micro-batches, `kl_sum`, with an anchor
         the rest of SUMS, and COUNTS; means of the objective's other metrics;
-        `grad_norm` before clipping; `stop`, above 0 when any rank was asked to stop.
+        `grad_norm` before clipping; `stop`, above 0 when any rank was asked to stop; `skipped`, 1
+        when the step was left out.
     """
     counts = _counts(batches, runtime)
     metrics: dict[str, Tensor] = {}
+    bank = engine.module.bank
+    if bank is not None:
+        bank.mark()
+    seen: list[dict[int, Tensor]] = []
+    finite: list[Tensor] = []
     for batch in batches:
         loss, found = _forward(
             engine, batch, kl_weight, counts, len(batches), runtime, attack, margin
         )
         engine.backward(loss)
         engine.step()
-        if attack is None and observe is not None:
-            observe(engine.module.taps.outputs, batch.num_harmful)
+        taps = engine.module.taps
+        seen.append(dict(taps.outputs))
+        finite.append(torch.stack([x.isfinite().all(-1) for x in taps.states.values()]).all(0))
         for key, value in found.items():
             metrics[key] = metrics.get(key, 0.0) + value.float()
+    applied = engine.was_step_applied()
+    if not applied:
+        if bank is not None:
+            bank.undo()
+        if skipped is not None:
+            skipped(finite)
+    elif attack is None and observe is not None:
+        for batch, outputs in zip(batches, seen):
+            observe(outputs, batch.num_harmful)
     norm = engine.get_global_grad_norm()
     shared = {key: value / len(batches) for key, value in metrics.items() if key not in SUMS}
     shared["grad_norm"] = torch.as_tensor(
         0.0 if norm is None else norm, device=runtime.device
     ).float()
     stop = asked_to_stop is not None and asked_to_stop()
+    shared["skipped"] = torch.tensor(float(not applied), device=runtime.device)
     shared["stop"] = torch.tensor(float(stop), device=runtime.device)
     summed = {key: metrics[key] for key in SUMS if key in metrics}
     sums = [*summed.values(), *(value / runtime.world_size for value in shared.values())]
