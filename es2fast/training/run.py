@@ -12,6 +12,7 @@ from es2fast.distributed.runtime import Runtime
 from es2fast.run.claim import Lock, check_claim
 from es2fast.run.files import write_text
 from es2fast.run.metrics import cut_metrics
+from es2fast.training.agreement import check_agreement
 from es2fast.training.loop import TrainResult, train
 from es2fast.training.plan import Plan, make_plan
 from es2fast.training.resume import Resumed, find
@@ -43,6 +44,7 @@ def run_on(
 ) -> tuple[Plan, TrainResult] | None:
     """`run` on ranks that have been started, and stay; call on every rank."""
     plan = make_plan(config, world_size=runtime.world_size)
+    check_agreement(plan, runtime)
     runtime.barrier()  # every rank has looked at the folder before one writes into it
     with ExitStack() as stack:
         resumed = _enter(plan, runtime, stack)
