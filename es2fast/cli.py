@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from es2fast.config import load_config
-from es2fast.errors import STOPPED, RunStopped, UserError, disk_message
+from es2fast.errors import STOPPED, RunInterrupted, RunStopped, UserError, disk_message
 from es2fast.harden.command import harden
 from es2fast.planning.command import plan
 from es2fast.tune.command import tune
@@ -53,6 +53,8 @@ def main() -> None:
         else:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(STOPPED if isinstance(error, RunStopped) else 2)
+    except RunInterrupted as note:
+        print(note)
     except OSError as error:
         message = disk_message(error)
         if message is None:

@@ -14,7 +14,7 @@ import yaml
 
 from es2fast.config import Config, parse_config, save_config
 from es2fast.demo.toy import build_toy
-from es2fast.distributed.launch import launch
+from es2fast.distributed.launch import launch_to_end
 from es2fast.errors import UserError
 from es2fast.evaluation.run import evaluate_run
 from es2fast.report.schema import Report, read_report
@@ -58,7 +58,7 @@ def run_demo(out: Path, *, seed: int = 0, steps: int | None = None, device: str 
     if not _trained(out, config):
         path = out / "demo.yaml"
         save_config(config, path)
-        launch(path, device=device)
+        launch_to_end(path, RunFolder(out), device=device)
     folder = RunFolder(out)
     if not folder.report.is_file():
         evaluate_run(out)

@@ -13,10 +13,32 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from es2fast.distributed.interrupt import LIFELINE, SIGNALS, lifeline
 from es2fast.distributed.runtime import resolve_device
-from es2fast.errors import STOPPED, RunStopped, UserError
+from es2fast.errors import STOPPED, RunInterrupted, RunStopped, UserError
+from es2fast.run.folder import RunFolder
+
+
+def launch_to_end(config: Path, folder: RunFolder, **options: Any) -> None:
+    """`launch`, for what goes on with the trained model.
+
+    Args:
+        config: YAML file of the run.
+        folder: the run's, `output_dir`.
+        options: of `launch`.
+
+    Raises:
+        RunInterrupted: the training was asked to stop before its end.
+        UserError, RunStopped: see `launch`.
+    """
+    launch(config, **options)
+    if not folder.finished:
+        raise RunInterrupted(
+            f"the training in {str(folder.path)!r} was asked to stop; the same command again "
+            "continues"
+        )
 
 
 def launch(

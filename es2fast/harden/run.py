@@ -17,7 +17,7 @@ from pathlib import Path
 
 from es2fast.attacks.registry import make_attacks
 from es2fast.config import Config, load_config, save_config
-from es2fast.distributed.launch import launch, rank_count
+from es2fast.distributed.launch import launch_to_end, rank_count
 from es2fast.errors import UserError
 from es2fast.evaluation.run import TUNED, evaluate_run
 from es2fast.harden.progress import Steps, estimated, write
@@ -120,7 +120,7 @@ def _train(plan: Plan, folder: RunFolder, steps: Steps, ranks: int | None) -> No
     save_config(config, folder.path / RECIPE)
     what = f"{train.steps} steps on {plan.world_size} rank{'s' * (plan.world_size > 1)}"
     with steps.step("train", what), estimated(folder.metrics, train.steps):
-        launch(folder.path / RECIPE, ranks=ranks, device=train.device)
+        launch_to_end(folder.path / RECIPE, folder, ranks=ranks, device=train.device)
 
 
 def _evaluate(plan: Plan, folder: RunFolder, steps: Steps) -> Report:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from es2fast.config import Config, load_config, save_config
-from es2fast.errors import RunStopped, UserError
+from es2fast.errors import RunInterrupted, RunStopped, UserError
 from es2fast.modeling.load import load_model_config
 from es2fast.run.files import write_text
 from es2fast.tune.space import Space, varied
@@ -158,6 +158,9 @@ def _one(
         study.tell(trial, state=state)
         print(f"trial {trial.number}: {state.name.lower()}: {error}", flush=True)
         return
+    except RunInterrupted:  # the trial is begun anew by the next worker
+        _requeue(study, trial.number)
+        raise
     except Exception as error:  # a bug: seen by the user, and not met again on the next call
         trial.set_user_attr(REASON, f"{type(error).__name__}: {error}")
         study.tell(trial, state=TrialState.FAIL)

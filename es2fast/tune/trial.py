@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from es2fast.config import Config, save_config
-from es2fast.distributed.launch import launch, rank_count
+from es2fast.distributed.launch import launch_to_end, rank_count
 from es2fast.errors import RunStopped, UserError
 from es2fast.evaluation.run import TUNED, evaluate_run
 from es2fast.report.schema import BASE, Report
@@ -66,7 +66,7 @@ def run_trial(config: Config, ranks: int | None, earlier: list[Path]) -> Outcome
     recipe, log = folder.path / RECIPE, folder.path / LOG
     save_config(config, recipe)
     try:
-        launch(recipe, ranks=ranks, device=config.train.device, log=log)
+        launch_to_end(recipe, folder, ranks=ranks, device=config.train.device, log=log)
     except UserError as error:
         kind = RunStopped if isinstance(error, RunStopped) else UserError
         raise kind(_reason(log) or str(error)) from None

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny_models import save_tiny, write_prompts
 
-from es2fast.errors import UserError
+from es2fast.errors import RunInterrupted, UserError
 from es2fast.harden.recipe import resolve
 from es2fast.harden.run import RECIPE, run_harden
 
@@ -73,7 +73,8 @@ def test_from_a_name_to_a_verdict_and_on_from_where_it_stopped(
 
 
 def test_a_model_that_refuses_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A random model: the anchor teaches the fallback and says so; newer weights are noticed."""
+    """A random model: the anchor teaches the fallback and says so; asked to stop, it goes on with
+    the same command; newer weights are noticed."""
     model = save_tiny(tmp_path / "model")
     sources = write_prompts(tmp_path / "data", count=16)
     for name, path in sources.items():
@@ -85,8 +86,14 @@ def test_a_model_that_refuses_nothing(tmp_path: Path, capfd: pytest.CaptureFixtu
         overrides=[*SHORT, "data.near_duplicates=null", f"data.cache_dir={tmp_path}",
                    "data.max_length=48", "refusal.prefill.tokens=4"],
     )  # fmt: skip
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/STOP").touch()
+    with pytest.raises(RunInterrupted, match="was asked to stop; the same command again continues"):
+        run_harden(config, ranks=1)
+    assert not (tmp_path / "out/model").exists() and not (tmp_path / "out/STOP").exists()
     report = run_harden(config, ranks=1)
     printed = capfd.readouterr().out
+    assert "continues after step 1" in printed
     assert "refuses none of the 10 harmful prompts; the anchor teaches refusal.fallback" in printed
     assert printed.strip().splitlines()[-1].startswith("Verdict: ")
     rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").open()]
