@@ -7,7 +7,8 @@
 
 Every contestant gets the same rows in the same steps, the same losses (hinge on two blocks, forward
 KL on all harmless tokens), precision and trainable parameters, in a process of its own; with
-`--rounds` they take turns. Time: the median step after the warm-up. Extra memory: on a CPU the
+`--rounds` they take turns. Time: the median step after the warm-up, by the clock and in CPU seconds,
+which other programs on the machine disturb less. Extra memory: on a CPU the
 process's peak resident set (VmHWM, restarted before the models are loaded) less what it was then
 and less the bytes of the model's weights, so a second model, optimizer states, activations and
 whatever loading leaves behind count; on a GPU the allocator's peak less the weights. The teacher's
@@ -60,6 +61,7 @@ _TEACHERS = {
 }
 # switch -> more of the section `train`, part of the package left out
 SWITCHES: dict[str, tuple[dict[str, Any], str]] = {
+    "no packing": ({"packing": False}, ""),
     "no early exit": ({}, "early_exit"),
     "no fused KL": ({}, "fused_kl"),
     "length_window 8": ({"length_window": 8}, ""),
@@ -165,15 +167,17 @@ def work(arguments: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
         contestant, inputs = ours, list(range(arguments.steps))
     else:
         contestant, inputs = _plain(arguments, entry, d0)
-    seconds, losses = [], []
+    seconds, busy, losses = [], [], []
     for given in inputs:
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         losses.append(contestant.step(given))  # reads the losses, so a GPU has finished
         seconds.append(time.perf_counter() - started)
+        busy.append(time.process_time() - used)
     timed = sorted(seconds[arguments.warmup :])
     middle = statistics.median(timed)
     return dict(
         s_per_step=middle, fastest=timed[0], slowest=timed[-1],
+        cpu_s_per_step=statistics.median(busy[arguments.warmup :]),
         samples_per_s=2 * arguments.rows / middle,
         extra_mb=_extra_mb(arguments.device, before, contestant.weights_bytes),
         weights_mb=contestant.weights_bytes / 1e6, stage=getattr(contestant, "stage", None),

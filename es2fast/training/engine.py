@@ -93,7 +93,7 @@ def _keep_norm(engine: Any, largest: float) -> None:
 def _optimizer(
     config: Config, raw: dict[str, Any], parameters: list[nn.Parameter], runtime: Runtime
 ) -> torch.optim.Optimizer:
-    """AdamW: torch's own (fused on a GPU), DeepSpeed's CPU kernel when states are offloaded."""
+    """AdamW: torch's own fused one, DeepSpeed's CPU kernel when states are offloaded."""
     options: dict[str, Any] = {
         "lr": config.train.lr,
         "betas": config.train.betas,
@@ -103,4 +103,4 @@ def _optimizer(
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
-    return torch.optim.AdamW(parameters, fused=runtime.device.type == "cuda", **options)
+    return torch.optim.AdamW(parameters, fused=True, **options)
