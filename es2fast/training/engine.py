@@ -24,6 +24,7 @@ from es2fast.modeling.teacher import (
     resolve_teacher,
     set_trainable,
 )
+from es2fast.training.master_adamw import MasterAdamW
 from es2fast.training.objective import ES2Objective
 from es2fast.training.plan import Plan
 from es2fast.training.prepare import Prepared
@@ -67,6 +68,8 @@ def build_engine(plan: Plan, prepared: Prepared, runtime: Runtime) -> Any:
     parameters = [p for p in objective.parameters() if p.requires_grad]
     warmup = math.ceil(train.warmup_ratio * train.steps)
     optimizer = None if "optimizer" in raw else _optimizer(config, raw, parameters, runtime)
+    if isinstance(optimizer, MasterAdamW):
+        raw["bf16"] = {"enabled": False}  # or DeepSpeed would make fp32 copies too
     engine, *_ = deepspeed.initialize(
         model=objective,
         model_parameters=parameters,
@@ -74,17 +77,22 @@ def build_engine(plan: Plan, prepared: Prepared, runtime: Runtime) -> Any:
         lr_scheduler=lambda opt: get_scheduler(train.schedule, opt, warmup, train.steps),
         config=raw,
     )
-    if plan.zero_stage == 0 and runtime.dtype == "fp32":
-        _keep_norm(engine, train.max_grad_norm)
+    if plan.zero_stage == 0 and (runtime.dtype == "fp32" or isinstance(optimizer, MasterAdamW)):
+        _keep_norm(engine, optimizer, train.max_grad_norm)
+    if plan.zero_stage == 0 and runtime.world_size == 1:
+        engine.enable_backward_allreduce = False  # it would flatten all gradients for nobody
     engine.train()
     return engine
 
 
-def _keep_norm(engine: Any, largest: float) -> None:
+def _keep_norm(engine: Any, optimizer: Any, largest: float) -> None:
     """DeepSpeed clips at stage 0 in fp32 but forgets the norm, which the safeguards watch. The
     gradients are averaged by then, so every rank finds the same."""
 
     def clip() -> None:
+        if isinstance(optimizer, MasterAdamW):
+            engine._global_grad_norm = optimizer.clip(largest)
+            return
         engine._global_grad_norm = nn.utils.clip_grad_norm_(engine.module.parameters(), largest)
 
     engine.clip_fp32_gradients = clip
@@ -93,7 +101,8 @@ def _keep_norm(engine: Any, largest: float) -> None:
 def _optimizer(
     config: Config, raw: dict[str, Any], parameters: list[nn.Parameter], runtime: Runtime
 ) -> torch.optim.Optimizer:
-    """AdamW: torch's own fused one, DeepSpeed's CPU kernel when states are offloaded."""
+    """AdamW: torch's own fused one; with fp32 copies for bf16 weights at stage 0, where ZeRO makes
+    none; DeepSpeed's CPU kernel when states are offloaded."""
     options: dict[str, Any] = {
         "lr": config.train.lr,
         "betas": config.train.betas,
@@ -103,4 +112,6 @@ def _optimizer(
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
+    if runtime.dtype == "bf16" and not raw.get("zero_optimization", {}).get("stage"):
+        return MasterAdamW(parameters, **options)
     return torch.optim.AdamW(parameters, fused=True, **options)

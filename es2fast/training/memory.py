@@ -148,8 +148,8 @@ def training_states(
 ) -> TrainingStates:  # fmt: skip
     """What DeepSpeed keeps of the trained parameters.
 
-    At stage 0 fp32 weights are their own copy. Else a step makes the rank's gradients anew in fp32,
-    and a CPU's AdamW, which is not fused, as many bytes again.
+    At stage 0 fp32 weights are their own copy, and bf16 ones are updated piece by piece. Else a
+    step makes the rank's gradients anew in fp32.
 
     Args:
         trained: parameters.
@@ -160,11 +160,13 @@ def training_states(
     """
     if stage == 0 and item == 4:
         return TrainingStates(4.0 * trained, 8.0 * trained, 0.0)
-    own = trained if stage == 0 else trained / ranks
+    if stage == 0:
+        return TrainingStates(float(item * trained), 12.0 * trained, 0.0)
+    own = trained / ranks
     return TrainingStates(
         gradients=item * (trained if stage < 2 else own),
         optimizer=12.0 * own,
-        copies=(8 if device == "cpu" else 4) * own,
+        copies=4 * own,
     )
 
 
