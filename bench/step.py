@@ -90,11 +90,12 @@ def main() -> None:
         rows=f"{arguments.rows}+{arguments.rows}", layers=layers_of(model),
     )  # fmt: skip
     chosen = [e for e in ENTRIES if not arguments.only or e.name in arguments.only]
-    for kind in dict.fromkeys(("twin", *(e.teacher for e in chosen))):
-        if kind in ("twin", "cache", "moments"):
-            found = spawn(arguments, model, {"prepare": kind})
-            rows.add(name=f"prepare, {kind}", **common, **found)
-            base = found
+    kept = {e.teacher for e in chosen} & {"cache", "moments"}
+    for kind in sorted(kept) or ["twin"]:
+        base = spawn(arguments, model, {"prepare": kind})
+        rows.add(name=f"prepare, {kind}", **common, **base)
+        if "error" in base:
+            raise SystemExit(f"step: {base['error']}")
     for turn in range(arguments.rounds):
         for entry in chosen:
             found = spawn(arguments, model, {"entry": asdict(entry), "base": base})
@@ -254,6 +255,39 @@ def _extra_mb(device: str, before: int | None, weights: int) -> float | None:
 
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else status_bytes("VmHWM")
     return (peak - before - weights) / 1e6
+
+
+def table(path: Path) -> str:
+    """The latest row of every contestant, beside the plain one of the same model, precision, rows
+    and trainable parameters: ratios of samples/s (by CPU seconds on a CPU) and of extra memory."""
+    latest: dict[tuple[str, ...], dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if not row["name"].startswith("prepare"):
+            latest[row["model"], row["dtype"], row["rows"], row["device"], row["name"]] = row
+    lines = [
+        "| model, dtype, rows | trained | contestant | s/step | speed | extra GB | of plain |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (model, dtype, rows, device, name), row in latest.items():
+        if "error" in row:
+            continue
+        trained, _, teacher = name.partition("-")[2].partition("-")
+        plain = latest.get((model, dtype, rows, device, f"plain-{trained}"))
+        shown = name.partition("-")[0] + (f" {teacher}" if teacher else "")
+        speed = memory = "–"
+        if plain is not None and "error" not in plain:
+            key = "cpu_s_per_step" if device == "cpu" else "s_per_step"
+            speed = f"{plain[key] / row[key]:.2f}×"
+            if row["extra_mb"] and plain["extra_mb"]:
+                memory = f"{row['extra_mb'] / plain['extra_mb']:.0%}"
+        seconds = row["cpu_s_per_step"] if device == "cpu" else row["s_per_step"]
+        extra = "–" if row["extra_mb"] is None else f"{row['extra_mb'] / 1e3:.2f}"
+        lines.append(
+            f"| {model}, {dtype}, {rows} | {trained} | {shown} | {seconds:.2f} | {speed} | "
+            f"{extra} | {memory} |"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

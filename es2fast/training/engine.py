@@ -21,6 +21,7 @@ from es2fast.modeling.load import load_causal_lm
 from es2fast.modeling.teacher import (
     frozen_head,
     head_is_shared,
+    make_twin,
     resolve_teacher,
     set_trainable,
 )
@@ -46,14 +47,19 @@ def build_engine(plan: Plan, prepared: Prepared, runtime: Runtime) -> Any:
     with zero3_loading(raw):
         student = load_causal_lm(config.model, runtime.dtype)
         twin = resolve_teacher(train) == "twin"
-        teacher = load_causal_lm(config.model, runtime.dtype) if twin else None
+        whole = twin and plan.zero_stage == 3
+        teacher = load_causal_lm(config.model, runtime.dtype) if whole else None
     if train.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     head = None
-    if not head_is_shared(train):
-        head = frozen_head(student) if teacher is None else lm_head_of(teacher)
+    if not head_is_shared(train) and not twin:
+        head = frozen_head(student)
     torch.manual_seed(train.seed)  # LoRA's start: the same on every rank and in every run
     student = set_trainable(student, train, prepared.layers[-1])
+    if twin and teacher is None:
+        teacher = make_twin(student)
+    if teacher is not None and not head_is_shared(train):
+        head = lm_head_of(teacher)
     objective = ES2Objective(
         student,
         teacher,

@@ -105,7 +105,9 @@ def estimate(
     split = world_size if stage == 3 else 1
     kind = resolve_teacher(config.train)
     twin = kind == "twin"
-    teacher = shape.total if twin else 0
+    teacher = 0
+    if twin:  # below stage 3 it shares what does not train
+        teacher = shape.total if stage == 3 else shape.trained
     if kind == "cache" and not head_is_shared(config.train):
         teacher = shape.hidden * shape.vocabulary  # a frozen copy of the LM head
     rows, chunk = config.train.micro_batch_size, _chunk(shape, device)

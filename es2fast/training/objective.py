@@ -110,6 +110,7 @@ class ES2Objective(nn.Module):
         super().train(mode)
         if self.teacher is not None:
             self.teacher.eval()
+            self.student.train(mode)  # it may share modules with the twin
         return self
 
     def forward(
