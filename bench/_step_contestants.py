@@ -5,8 +5,8 @@ after another.
 `output_hidden_states`, full logits, `torch.cdist`, `torch.nn.functional.kl_div`, AdamW on fp32
 weights (copies where the model is in bf16). Its groups are padded apart, on the right, so it pays
 for less padding than one batch of both would. It shares no code with the package but the rows'
-ids. `Liger` is the same with Liger's fused linear JSD at beta 0, KL(base || tuned), on hidden states.
-`Ours` are the package's own engine and step.
+ids. `Liger` is the same with Liger's fused linear JSD at beta 0, KL(base || tuned), on hidden
+states. `Ours` are the package's own engine and step.
 """
 
 from __future__ import annotations

@@ -13,16 +13,17 @@ from typing import Any
 
 import torch
 
-WORDS = (
+_TEXT = (
     "the and you that was for are with his they this have from one had word but not what all were "
     "when your can said there use each which she how their will other about out many then them "
     "these some her would make like him into time has look two more write see number way could "
     "people than first water been call who oil its now find long down day did get come made may "
     "part over new sound take only little work know place year live back give most very after"
-).split()
-SYSTEM = "the day you find all of them there will be one more word about time and water".split()
+)
+WORDS = _TEXT.split()
+SYSTEM = "the day you find all of them there will be one more word about time and water"
 TEMPLATE = (
-    "<s>system " + " ".join(SYSTEM) + " </s>{% for m in messages %}{{ ' <s>' + m['role'] + ' ' + "
+    "<s>system " + SYSTEM + " </s>{% for m in messages %}{{ ' <s>' + m['role'] + ' ' + "
     "m['content'] + ' </s>' }}{% endfor %}{% if add_generation_prompt %} <s>assistant{% endif %}"
 )
 HARMFUL, HARMLESS, RESPONSE = (8, 24), (6, 24), (8, 48)  # words, the lowest and the highest number
@@ -52,7 +53,9 @@ def model_folder(shape: str, work: Path) -> Path:
     if (folder / "tokenizer.json").is_file():
         return folder
     special = ["<pad>", "</s>", "<unk>", "<s>system", "<s>user", "<s>assistant"]
-    words = {word: i for i, word in enumerate([*special, *dict.fromkeys([*WORDS, *SYSTEM])])}
+    words = {
+        word: i for i, word in enumerate([*special, *dict.fromkeys([*WORDS, *SYSTEM.split()])])
+    }
     raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(

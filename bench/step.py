@@ -7,12 +7,12 @@
 
 Every contestant gets the same rows in the same steps, the same losses (hinge on two blocks, forward
 KL on all harmless tokens), precision and trainable parameters, in a process of its own; with
-`--rounds` they take turns. Time: the median step after the warm-up, by the clock and in CPU seconds,
-which other programs on the machine disturb less. Extra memory: on a CPU the
+`--rounds` they take turns. Time: the median step after the warm-up, by the clock and in CPU
+seconds, which other programs on the machine disturb less. Extra memory: on a CPU the
 process's peak resident set (VmHWM, restarted before the models are loaded) less what it was then
 and less the bytes of the model's weights, so a second model, optimizer states, activations and
 whatever loading leaves behind count; on a GPU the allocator's peak less the weights. The teacher's
-cache is made before, by the package's own `prepare`, and its seconds stand in the rows of `prepare`.
+cache is made before, by the package's own `prepare`, whose seconds stand in the rows of `prepare`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench._harness import Rows, conditions, restart_peak, status_bytes
-from bench._step_workload import SHAPES, configuration, layers_of, model_folder
+from bench._harness import Rows, conditions, restart_peak, status_bytes  # noqa: E402
+from bench._step_workload import SHAPES, configuration, layers_of, model_folder  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "step.jsonl"
 
@@ -164,8 +164,9 @@ def work(arguments: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
         more, off = SWITCHES.get(entry.switch, ({}, ""))
         from bench._step_contestants import Ours
 
-        ours = Ours(_configuration(arguments, entry.trainable, entry.teacher, **more), d0, norm0, off)
-        contestant, inputs = ours, list(range(arguments.steps))
+        raw = _configuration(arguments, entry.trainable, entry.teacher, **more)
+        contestant: Any = Ours(raw, d0, norm0, off)
+        inputs: list[Any] = list(range(arguments.steps))
     else:
         contestant, inputs = _plain(arguments, entry, d0)
     seconds, busy, losses = [], [], []
@@ -205,7 +206,8 @@ def _configuration(
 ) -> dict[str, Any]:
     return configuration(
         arguments.model, arguments.work, rows=arguments.rows, steps=arguments.steps,
-        dtype=arguments.dtype, device=arguments.device, trainable=trainable, teacher=teacher, **more,
+        dtype=arguments.dtype, device=arguments.device, trainable=trainable, teacher=teacher,
+        **more,
     )  # fmt: skip
 
 

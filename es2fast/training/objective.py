@@ -5,11 +5,11 @@
 
 Legend: n harmful rows (A), m harmless rows (B), T tokens, H hidden size, D data-parallel ranks.
 
-Both groups run as one batch, padded or packed into one sequence. The states at the last prompt token are tapped at the chosen blocks;
-after the deepest of them the harmful rows are dropped, so the blocks above, the final norm and the
-LM head see harmless rows alone: the paper's separation. With a refusal anchor (rho > 0) they carry
-a refusal behind the prompt and run to the end, and the LM head takes the harmless tokens of the KL
-and the harmful ones of the cross-entropy in one call.
+Both groups run as one batch, padded or packed into one sequence. The states at the last prompt
+token are tapped at the chosen blocks; after the deepest of them the harmful rows are dropped, so
+the blocks above, the final norm and the LM head see harmless rows alone: the paper's separation.
+With a refusal anchor (rho > 0) they carry a refusal behind the prompt and run to the end, and the
+LM head takes the harmless tokens of the KL and the harmful ones of the cross-entropy in one call.
 
 DeepSpeed receives this module and sees exactly one forward per backward. Pairs are global:
 `pairwise_separation` gathers all ranks' embeddings (without gradient for the others') and gives a

@@ -20,8 +20,17 @@ from es2fast.modeling.taps import Intervention, causal_lm
 from es2fast.training.micro_batch import objective_inputs, packed_form
 from es2fast.training.refusals import refusal_counts
 
-# of a step, all ranks; computed: tokens that are no padding, those that packed rows share once
-COUNTS = ("kl_tokens", "tokens", "computed", "places", "rows", "refusal_weights", "refusals", "watched")
+# of a step, all ranks; computed: tokens that are no padding, those that rows share counted once
+COUNTS = (
+    "kl_tokens",
+    "tokens",
+    "computed",
+    "places",
+    "rows",
+    "refusal_weights",
+    "refusals",
+    "watched",
+)
 # of the objective's metrics; the rest are means
 SUMS = ("kl_sum", "refusal_sum", "refusal_hits", "harmless_hits")
 

@@ -43,7 +43,9 @@ def test_steps_are_those_of_fp32_weights(
         mine.step()
         reference.step()
         for p, q in zip(ours, plain):
-            torch.testing.assert_close(mine.state[p]["master"].double(), q.data, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                mine.state[p]["master"].double(), q.data, rtol=1e-5, atol=1e-6
+            )
             assert torch.equal(p.data, mine.state[p]["master"].bfloat16())
 
 
