@@ -129,18 +129,26 @@ def extra_memory(function: Callable[[], Any], device: str) -> float | None:
 
 
 def _extra_resident(function: Callable[[], Any]) -> float | None:
+    before = restart_peak()
+    if before is None:
+        return None
+    function()
+    return (status_bytes("VmHWM") - before) / 1e6
+
+
+def restart_peak() -> int | None:
+    """Lets VmHWM of this process start anew; its resident bytes now. None where that cannot be
+    done (no Linux)."""
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
         return None
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what malloc keeps would be used again unseen
-    reset.write_text("5")  # the peak starts anew
-    before = _status("VmRSS")
-    function()
-    return (_status("VmHWM") - before) / 1e6
+    reset.write_text("5")
+    return status_bytes("VmRSS")
 
 
-def _status(key: str) -> int:
+def status_bytes(key: str) -> int:
     """Bytes of an entry of /proc/self/status."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):

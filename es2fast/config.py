@@ -498,6 +498,12 @@ class TrainConfig(_Section):
         description="micro-batches among whose rows those of like length are put together, which "
         "leaves less padding; 1: rows come at random",
     )
+    packing: bool = Field(
+        True,
+        description="a micro-batch's rows as one sequence: no padding, and their common beginning "
+        "is computed once; where the model's attention does not take that, where it would cost "
+        "more, and in steps under a simulated attack rows are padded",
+    )
     lr: float = Field(5e-5, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (

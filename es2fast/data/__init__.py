@@ -2,7 +2,8 @@
 
 `sources` reads tables, `prompts` turns their rows into queries, `groups` builds the harmful and
 harmless groups and checks them against each other, `format` applies the chat template, `batches`
-pads, `sampling` says which rows a step sees, `cache` keeps answers written by the base model.
+pads, `packing` makes one sequence of a batch, `sampling` says which rows a step sees, `cache` keeps
+answers written by the base model.
 """
 
 from es2fast.data.batches import MicroBatch, Refusal, collate, kl_span

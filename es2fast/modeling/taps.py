@@ -207,9 +207,29 @@ def at_positions(positions: Tensor) -> Callable[[Tensor], Tensor]:
     return select
 
 
+def in_sequence(positions: Tensor) -> Callable[[Tensor], Tensor]:
+    """Selector of places in one sequence: positions (n,) int64; hidden (1, S, H) -> (n, H)."""
+
+    def select(hidden: Tensor) -> Tensor:
+        return hidden[0, positions.to(hidden.device)]
+
+    return select
+
+
 def position_ids(attention_mask: Tensor) -> Tensor:
     """(B, T) token positions that start at 0 on each row's first real token."""
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+def cut_tokens(value: Tensor, length: int, count: int) -> Tensor:
+    """A block's argument without the first `count` of a sequence's `length` tokens: what has the
+    tokens in dimension 1 after a batch of 1 (states, positions, rotary tables), masks (.., S, S),
+    and (S,); anything else as it is."""
+    if value.dim() == 4 and value.shape[-2:] == (length, length):
+        return value[..., count:, count:]
+    if value.dim() >= 2 and value.shape[:2] == (1, length):
+        return value[:, count:]
+    return value[count:] if value.shape == (length,) else value
 
 
 class SeparationTaps:
@@ -223,6 +243,7 @@ class SeparationTaps:
     backward; so they stay armed until the next pass says otherwise.
 
     A pass that keeps its harmful rows (`arm(..., keep=True)`, for the refusal anchor) cuts nothing.
+    Rows packed into one sequence (`arm(..., packed=...)`) are cut by tokens in place of rows.
 
     In the normed space the deepest state is read inside the block above it, which therefore still
     sees all rows: rows end one block later, which costs the harmful rows one block more.
@@ -251,6 +272,7 @@ class SeparationTaps:
         self._select: Callable[[Tensor], Tensor] | None = None
         self._rows = 0
         self._num_harmful = 0
+        self._packed: tuple[int, int] | None = None
         self._keep_all = False
         every, points = blocks(model), tap_points(model, layers, space)
         hit = layers if attacked is None else attacked
@@ -272,6 +294,7 @@ class SeparationTaps:
         attack: Intervention | None = None,
         *,
         keep: bool = False,
+        packed: tuple[int, int] | None = None,
     ) -> None:
         """Before the student's pass.
 
@@ -279,20 +302,29 @@ class SeparationTaps:
         under attack returned at these positions, without gradient and before the attack.
 
         Args:
-            positions: (B,) of the tapped states, harmful rows first.
+            positions: (B,) of the tapped states, harmful rows first: columns, or places of the one
+                sequence.
             num_harmful: n.
             attack: what is made of the harmful rows' block outputs: what is tapped there and
                 everything above sees the changed stream, and the gradient is that of the change.
                 Blocks that the harmful rows do not reach are left alone.
             keep: let the harmful rows run to the end.
+            packed: the rows are one sequence of so many tokens, of which so many at the beginning
+                belong to harmful rows alone; it is not attacked.
+
+        Raises:
+            ValueError: an attack on a packed sequence.
         """
+        if attack is not None and packed is not None:
+            raise ValueError("a packed sequence cannot be attacked; pass padded rows")
         self.states = {}
         self.outputs = {}
         self._intervention = attack
         self._positions = positions
-        self._select = at_positions(positions)
+        self._select = at_positions(positions) if packed is None else in_sequence(positions)
         self._rows = positions.shape[0]
         self._num_harmful = num_harmful
+        self._packed = packed
         self._keep_all = keep
 
     def disarm(self) -> None:
@@ -307,7 +339,7 @@ class SeparationTaps:
     def _attack(self, layer: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             hidden, attack = hidden_of(output), self._intervention
-            if self._select is None or hidden.shape[0] != self._rows:
+            if self._select is None or not self._whole(hidden):
                 return None
             self.outputs[layer] = self._select(hidden).detach()
             if attack is None or layer not in attack.layers:
@@ -334,9 +366,15 @@ class SeparationTaps:
         hidden = self._changed(attack, 0, hidden)
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
+    def _whole(self, hidden: Tensor) -> bool:
+        """Hidden states (B, T, H) before the harmful rows are cut off."""
+        if self._packed is None:
+            return hidden.shape[0] == self._rows
+        return hidden.shape[1] == self._packed[0]
+
     def _acting_inside(self, hidden: Tensor) -> Intervention | None:
         attack = self._intervention
-        armed = self._select is not None and hidden.shape[0] == self._rows
+        armed = self._select is not None and self._whole(hidden)
         return attack if armed and attack is not None and attack.inside else None
 
     def _changed(self, attack: Intervention, layer: int, hidden: Tensor) -> Tensor:
@@ -361,6 +399,8 @@ class SeparationTaps:
 
     def _harmless(self, value: Any) -> Any:
         if isinstance(value, Tensor):
+            if self._packed is not None:
+                return cut_tokens(value, *self._packed)
             per_row = value.dim() >= 2 and value.shape[0] == self._rows
             return value[self._num_harmful :] if per_row else value
         if isinstance(value, (tuple, list)):

@@ -1,13 +1,15 @@
 """Who plays the base model during training.
 
 `adapters_off`: with LoRA the student without its adapters *is* the base model: no extra memory.
-`twin`: a frozen copy that lives in the same engine (2 bytes per parameter, divided by the ranks
-under ZeRO-3), for every other choice of trainable parameters.
+`twin`: a frozen copy that lives in the same engine, for every other choice of trainable parameters.
+Below ZeRO-3 only of what trains: the rest of the student is the base model's own. Under ZeRO-3 it
+is whole (2 bytes per parameter, divided by the ranks), since its hooks want every module once.
 `cache`, `moments`: nobody; what the base model says was written to disk before the training.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,9 +107,37 @@ def teacher_hidden(student: nn.Module, teacher: nn.Module | None, inputs: dict[s
         inputs: keyword arguments of the backbone.
     """
     if teacher is not None:
-        return backbone(teacher)(**inputs).last_hidden_state
+        with evaluating(teacher):
+            return backbone(teacher)(**inputs).last_hidden_state
     with _adapters_off(student):
         return backbone(student)(**inputs).last_hidden_state
+
+
+def make_twin(student: nn.Module) -> nn.Module:
+    """A copy of a student that has not been trained yet; it shares the modules that will not be.
+
+    Args:
+        student: with its trainable parameters chosen, none of them partitioned.
+    """
+    shared = {
+        id(module): module
+        for module in student.modules()
+        if (weights := list(module.parameters())) and not any(w.requires_grad for w in weights)
+    }
+    return freeze(copy.deepcopy(student, dict(shared)))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode while this lasts, then each of its modules in the mode it had: a twin
+    shares some with the student."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
 
 
 def freeze(teacher: nn.Module) -> nn.Module:
@@ -186,8 +216,8 @@ def frozen_head(model: nn.Module) -> nn.Linear:
     with gathered(list(head.parameters())):
         weight = head.weight.detach().clone()
         bias = None if head.bias is None else head.bias.detach().clone()
-    copy = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    copy.weight = nn.Parameter(weight, requires_grad=False)
+    frozen = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    frozen.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
-        copy.bias = nn.Parameter(bias, requires_grad=False)
-    return copy
+        frozen.bias = nn.Parameter(bias, requires_grad=False)
+    return frozen

@@ -21,9 +21,11 @@ from es2fast.modeling.load import load_causal_lm
 from es2fast.modeling.teacher import (
     frozen_head,
     head_is_shared,
+    make_twin,
     resolve_teacher,
     set_trainable,
 )
+from es2fast.training.master_adamw import MasterAdamW
 from es2fast.training.objective import ES2Objective
 from es2fast.training.plan import Plan
 from es2fast.training.prepare import Prepared
@@ -45,14 +47,19 @@ def build_engine(plan: Plan, prepared: Prepared, runtime: Runtime) -> Any:
     with zero3_loading(raw):
         student = load_causal_lm(config.model, runtime.dtype)
         twin = resolve_teacher(train) == "twin"
-        teacher = load_causal_lm(config.model, runtime.dtype) if twin else None
+        whole = twin and plan.zero_stage == 3
+        teacher = load_causal_lm(config.model, runtime.dtype) if whole else None
     if train.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     head = None
-    if not head_is_shared(train):
-        head = frozen_head(student) if teacher is None else lm_head_of(teacher)
+    if not head_is_shared(train) and not twin:
+        head = frozen_head(student)
     torch.manual_seed(train.seed)  # LoRA's start: the same on every rank and in every run
     student = set_trainable(student, train, prepared.layers[-1])
+    if twin and teacher is None:
+        teacher = make_twin(student)
+    if teacher is not None and not head_is_shared(train):
+        head = lm_head_of(teacher)
     objective = ES2Objective(
         student,
         teacher,
@@ -67,6 +74,8 @@ def build_engine(plan: Plan, prepared: Prepared, runtime: Runtime) -> Any:
     parameters = [p for p in objective.parameters() if p.requires_grad]
     warmup = math.ceil(train.warmup_ratio * train.steps)
     optimizer = None if "optimizer" in raw else _optimizer(config, raw, parameters, runtime)
+    if isinstance(optimizer, MasterAdamW):
+        raw["bf16"] = {"enabled": False}  # or DeepSpeed would make fp32 copies too
     engine, *_ = deepspeed.initialize(
         model=objective,
         model_parameters=parameters,
@@ -74,8 +83,10 @@ def build_engine(plan: Plan, prepared: Prepared, runtime: Runtime) -> Any:
         lr_scheduler=lambda opt: get_scheduler(train.schedule, opt, warmup, train.steps),
         config=raw,
     )
-    if plan.zero_stage == 0 and runtime.dtype == "fp32":
+    if plan.zero_stage == 0 and (runtime.dtype == "fp32" or isinstance(optimizer, MasterAdamW)):
         _keep_norm(engine, train.max_grad_norm)
+    if plan.zero_stage == 0 and runtime.world_size == 1:
+        engine.enable_backward_allreduce = False  # it would flatten all gradients for nobody
     engine.train()
     return engine
 
@@ -87,6 +98,9 @@ def _keep_norm(engine: Any, largest: float) -> None:
     optimizer, update = engine.optimizer, engine.optimizer.step
 
     def clip() -> None:
+        if isinstance(optimizer, MasterAdamW):
+            engine._global_grad_norm = optimizer.clip(largest)
+            return
         engine._global_grad_norm = nn.utils.clip_grad_norm_(engine.module.parameters(), largest)
 
     def step(*args: Any, **options: Any) -> Any:
@@ -100,7 +114,8 @@ def _keep_norm(engine: Any, largest: float) -> None:
 def _optimizer(
     config: Config, raw: dict[str, Any], parameters: list[nn.Parameter], runtime: Runtime
 ) -> torch.optim.Optimizer:
-    """AdamW: torch's own (fused on a GPU), DeepSpeed's CPU kernel when states are offloaded."""
+    """AdamW: torch's own fused one; with fp32 copies for bf16 weights at stage 0, where ZeRO makes
+    none; DeepSpeed's CPU kernel when states are offloaded."""
     options: dict[str, Any] = {
         "lr": config.train.lr,
         "betas": config.train.betas,
@@ -110,4 +125,6 @@ def _optimizer(
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
-    return torch.optim.AdamW(parameters, fused=runtime.device.type == "cuda", **options)
+    if runtime.dtype == "bf16" and not raw.get("zero_optimization", {}).get("stage"):
+        return MasterAdamW(parameters, **options)
+    return torch.optim.AdamW(parameters, fused=True, **options)

@@ -399,7 +399,8 @@ def _row(
         "step_seconds": seconds,
         "samples_per_second": sums["rows"] / seconds,
         "tokens_per_second": sums["tokens"] / seconds,
-        "padding": 1.0 - sums["tokens"] / sums["places"],
+        "padding": 1.0 - sums["computed"] / sums["places"],
+        "shared": 1.0 - sums["computed"] / sums["tokens"],
         "peak_memory_bytes": _peak_memory(),
     }
 

@@ -105,7 +105,9 @@ def estimate(
     split = world_size if stage == 3 else 1
     kind = resolve_teacher(config.train)
     twin = kind == "twin"
-    teacher = shape.total if twin else 0
+    teacher = 0
+    if twin:  # below stage 3 it shares what does not train
+        teacher = shape.total if stage == 3 else shape.trained
     if kind == "cache" and not head_is_shared(config.train):
         teacher = shape.hidden * shape.vocabulary  # a frozen copy of the LM head
     rows, chunk = config.train.micro_batch_size, _chunk(shape, device)
@@ -148,8 +150,8 @@ def training_states(
 ) -> TrainingStates:  # fmt: skip
     """What DeepSpeed keeps of the trained parameters.
 
-    At stage 0 fp32 weights are their own copy. Else a step makes the rank's gradients anew in fp32,
-    and a CPU's AdamW, which is not fused, as many bytes again.
+    At stage 0 fp32 weights are their own copy, and bf16 ones are updated piece by piece. Else a
+    step makes the rank's gradients anew in fp32.
 
     Args:
         trained: parameters.
@@ -160,11 +162,13 @@ def training_states(
     """
     if stage == 0 and item == 4:
         return TrainingStates(4.0 * trained, 8.0 * trained, 0.0)
-    own = trained if stage == 0 else trained / ranks
+    if stage == 0:
+        return TrainingStates(float(item * trained), 12.0 * trained, 0.0)
+    own = trained / ranks
     return TrainingStates(
         gradients=item * (trained if stage < 2 else own),
         optimizer=12.0 * own,
-        copies=(8 if device == "cpu" else 4) * own,
+        copies=4 * own,
     )
 
 

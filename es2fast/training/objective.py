@@ -5,11 +5,11 @@
 
 Legend: n harmful rows (A), m harmless rows (B), T tokens, H hidden size, D data-parallel ranks.
 
-Both groups run as one batch. The states at the last prompt token are tapped at the chosen blocks;
-after the deepest of them the harmful rows are dropped, so the blocks above, the final norm and the
-LM head see harmless rows alone: the paper's separation. With a refusal anchor (rho > 0) they carry
-a refusal behind the prompt and run to the end, and the LM head takes the harmless tokens of the KL
-and the harmful ones of the cross-entropy in one call.
+Both groups run as one batch, padded or packed into one sequence. The states at the last prompt
+token are tapped at the chosen blocks; after the deepest of them the harmful rows are dropped, so
+the blocks above, the final norm and the LM head see harmless rows alone: the paper's separation.
+With a refusal anchor (rho > 0) they carry a refusal behind the prompt and run to the end, and the
+LM head takes the harmless tokens of the KL and the harmful ones of the cross-entropy in one call.
 
 DeepSpeed receives this module and sees exactly one forward per backward. Pairs are global:
 `pairwise_separation` gathers all ranks' embeddings (without gradient for the others') and gives a
@@ -26,10 +26,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from es2fast.config import Config
+from es2fast.data.packing import Packed
 from es2fast.errors import UserError
 from es2fast.modeling import head as heads
 from es2fast.modeling.sublayers import attention_of, mlp_of
-from es2fast.modeling.taps import Intervention, SeparationTaps, backbone, blocks, position_ids
+from es2fast.modeling.taps import (
+    Intervention,
+    SeparationTaps,
+    backbone,
+    blocks,
+    cut_tokens,
+    position_ids,
+)
 from es2fast.modeling.teacher import freeze, teacher_hidden
 from es2fast.ops.moments.cache import TeacherMoments
 from es2fast.ops.separation.op import pairwise_separation
@@ -84,6 +92,7 @@ class ES2Objective(nn.Module):
         bank = config.separation.bank
         self.bank = EmbeddingBank(bank, self.world) if bank else None
         self.alphas = layer_weights(config, self.layers)
+        self._dtype = next(student.parameters()).dtype
         hit = attacked_blocks(config, self.layers, len(blocks(student)))
         robust = config.separation.robust
         ablated = hit if robust.probability and "ablation" in robust.attacks else []
@@ -101,12 +110,13 @@ class ES2Objective(nn.Module):
         super().train(mode)
         if self.teacher is not None:
             self.teacher.eval()
+            self.student.train(mode)  # it may share modules with the twin
         return self
 
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None,
         prompt_last: Tensor,
         kl_index: Tensor,
         kl_weights: Tensor,
@@ -118,13 +128,16 @@ class ES2Objective(nn.Module):
         margin: float | None = None,
         refusal: RefusalTokens | None = None,
         target: Tensor | TeacherMoments | None = None,
+        packed: Packed | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One micro-batch.
 
         Args:
-            input_ids, attention_mask: (n + m, T) int64, harmful rows first.
-            prompt_last: (n + m,) column of the last prompt token.
-            kl_index: (N,) positions in the flattened (m, T) harmless block that enter the KL.
+            input_ids, attention_mask: (n + m, T) int64, harmful rows first; of packed rows the
+                ids (1, S), and no mask.
+            prompt_last: (n + m,) column of the last prompt token; its place in the one sequence.
+            kl_index: (N,) positions in the flattened (m, T) harmless block that enter the KL; of
+                packed rows in the sequence behind the harmful suffixes. Those of `refusal` alike.
             kl_weights: (N,) fp32 weights of these tokens.
             num_harmful: n.
             kl_weight: lambda.
@@ -135,6 +148,7 @@ class ES2Objective(nn.Module):
             refusal: what the anchor learns; None: harmful rows end early.
             target: what a cache holds of the base model at the tokens of kl_index; default: it
                 runs here.
+            packed: the rows are one sequence.
 
         Returns:
             the loss to call backward on (scaled so that DeepSpeed's averages come out right), and
@@ -144,29 +158,37 @@ class ES2Objective(nn.Module):
             `refusal_hits`, first tokens that are the likeliest, and `harmless_hits`, those that are
             so on harmless rows, all of this rank.
         """
-        rows = input_ids.shape[0]
-        inputs = _backbone_inputs(input_ids, attention_mask)
-        harmless_inputs = {
-            key: value[num_harmful:] if isinstance(value, Tensor) else value
-            for key, value in inputs.items()
-        }
+        if packed is None:
+            assert attention_mask is not None
+            inputs = _backbone_inputs(input_ids, attention_mask, position_ids(attention_mask))
+            count, size, dim = num_harmful, input_ids.shape[0], 0
+        else:
+            inputs = _backbone_inputs(input_ids, packed.mask(self._dtype), packed.position_ids)
+            count, size, dim = packed.harmful, input_ids.shape[1], 1
         self.taps.disarm()
         if target is None:
-            states = teacher_hidden(self.student, self.teacher, harmless_inputs)
+            states = teacher_hidden(self.student, self.teacher, _behind(inputs, size, count, dim))
             target = states.flatten(0, 1)[kl_index]
-        self.taps.arm(prompt_last, num_harmful, attack, keep=refusal is not None)
+        self.taps.arm(
+            prompt_last,
+            num_harmful,
+            attack,
+            keep=refusal is not None,
+            packed=None if packed is None else (size, count),
+        )
         final = backbone(self.student)(**inputs).last_hidden_state
         margin = self.config.separation.margin if margin is None else margin
         sep, metrics = self._separation(self.taps.states, num_harmful, margin)
         if self.training and attack is None:
             self._remember(self.taps.states, num_harmful)
         kl_task = self._kl_task(target, kl_weights)
-        hidden = final[num_harmful - rows :].flatten(0, 1)[kl_index]
+        behind = final.shape[dim] - (size - count)  # 0 where the harmful rows ended early
+        harmless = final.narrow(dim, behind, size - count).flatten(0, 1)
+        hidden = harmless[kl_index]
         if refusal is None:
             kl_sum = self.lm_head(hidden, kl_task)
         else:
-            harmful, harmless = (part.flatten(0, 1) for part in
-                                 (final[:num_harmful], final[num_harmful:]))  # fmt: skip
+            harmful = final.narrow(dim, 0, count).flatten(0, 1)
             watched = harmless[refusal.watch].detach()
             hidden = torch.cat([hidden, harmful[refusal.index], watched])
             kl_sum, ce_sum, hits, wrong = self.lm_head(hidden, kl_task, refusal.task).unbind()
@@ -292,10 +314,23 @@ def band_excess(ratio: Tensor, low: float, high: float) -> Tensor:
     return (low - ratio).relu() + (ratio - high).relu()
 
 
-def _backbone_inputs(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+def _backbone_inputs(input_ids: Tensor, mask: Tensor, positions: Tensor) -> dict[str, Any]:
     return {
         "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "position_ids": position_ids(attention_mask),
+        "attention_mask": mask,
+        "position_ids": positions,
         "use_cache": False,
+    }
+
+
+def _behind(inputs: dict[str, Any], size: int, count: int, dim: int) -> dict[str, Any]:
+    """Inputs of the harmless part: without the first `count` of `size` rows (dim 0) or tokens of
+    the one sequence (dim 1)."""
+    return {
+        key: value
+        if not isinstance(value, Tensor)
+        else value[count:]
+        if dim == 0
+        else cut_tokens(value, size, count)
+        for key, value in inputs.items()
     }

@@ -1,12 +1,12 @@
 """`deepspeed: auto`: the ZeRO stage that suits a run of those whose estimated memory fits, and why.
 
-    0   fp32 on one rank or on a CPU: nothing is partitioned, copied or gathered
+    0   one rank, or fp32 on a CPU: nothing is partitioned, flattened or gathered
     1   several micro-batches a step: gradients are exchanged once per step
     2   otherwise
     3   only where 2 does not fit: it gathers every weight for each pass and for each token that
         the base model writes
 
-With bf16 weights stage 0 is left out: ZeRO's own fp32 copies can be shared, stage 0's cannot.
+With bf16 weights on several ranks stage 0 is left out: ZeRO's fp32 copies are shared there.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def base_fits(config: Config, model: Any, *, world_size: int, device: str, dtype
 
 def lightest(*, ranks: int, device: str, dtype: str, accumulation: int) -> tuple[int, str]:
     """The stage that costs least time where it fits, and why it does; 2 needs no reason."""
-    if dtype == "fp32" and ranks == 1:
+    if ranks == 1:
         return 0, "a single rank has nobody to share with"
     if dtype == "fp32" and device == "cpu":
         return 0, "nothing has to be partitioned"

@@ -14,12 +14,23 @@ import torch
 from torch import Tensor
 
 from es2fast.data import MicroBatch
+from es2fast.data.packing import Packed
 from es2fast.distributed.runtime import Runtime
-from es2fast.modeling.taps import Intervention
-from es2fast.training.refusals import RefusalTokens, refusal_counts
+from es2fast.modeling.taps import Intervention, causal_lm
+from es2fast.training.micro_batch import objective_inputs, packed_form
+from es2fast.training.refusals import refusal_counts
 
-# of a step, all ranks
-COUNTS = ("kl_tokens", "tokens", "places", "rows", "refusal_weights", "refusals", "watched")
+# of a step, all ranks; computed: tokens that are no padding, those that rows share counted once
+COUNTS = (
+    "kl_tokens",
+    "tokens",
+    "computed",
+    "places",
+    "rows",
+    "refusal_weights",
+    "refusals",
+    "watched",
+)
 # of the objective's metrics; the rest are means
 SUMS = ("kl_sum", "refusal_sum", "refusal_hits", "harmless_hits")
 
@@ -54,16 +65,17 @@ def train_step(
         `grad_norm` before clipping; `stop`, above 0 when any rank was asked to stop; `skipped`, 1
         when the step was left out.
     """
-    counts = _counts(batches, runtime)
+    packings = _packings(engine, batches, attack)
+    counts = _counts(batches, packings, runtime)
     metrics: dict[str, Tensor] = {}
     bank = engine.module.bank
     if bank is not None:
         bank.mark()
     seen: list[dict[int, Tensor]] = []
     finite: list[Tensor] = []
-    for batch in batches:
+    for batch, packed in zip(batches, packings):
         loss, found = _forward(
-            engine, batch, kl_weight, counts, len(batches), runtime, attack, margin
+            engine, batch, packed, kl_weight, counts, len(batches), runtime, attack, margin
         )
         engine.backward(loss)
         engine.step()
@@ -95,17 +107,30 @@ def train_step(
     return dict(zip([*summed, *shared, *COUNTS], values))
 
 
-def _counts(batches: list[MicroBatch], runtime: Runtime) -> Tensor:
+def _packings(
+    engine: Any, batches: list[MicroBatch], attack: Intervention | None
+) -> list[Packed | None]:
+    """The micro-batches' packed forms; an attack acts on padded rows."""
+    objective = engine.module
+    wanted = objective.config.train.packing and attack is None
+    model = causal_lm(objective.student).config
+    return [packed_form(batch, model, wanted) for batch in batches]
+
+
+def _counts(
+    batches: list[MicroBatch], packings: list[Packed | None], runtime: Runtime
+) -> Tensor:  # fmt: skip
     """COUNTS over ranks and micro-batches."""
     own = [
         (
             float(b.kl_weights.sum()),
             b.num_tokens,
-            b.input_ids.numel(),
+            b.num_tokens if packed is None else packed.tokens,
+            b.input_ids.numel() if packed is None else packed.tokens,
             len(b.input_ids),
             *refusal_counts(b),
         )
-        for b in batches
+        for b, packed in zip(batches, packings)
     ]
     return runtime.sum(torch.tensor(own, device=runtime.device).sum(0))
 
@@ -113,6 +138,7 @@ def _counts(batches: list[MicroBatch], runtime: Runtime) -> Tensor:
 def _forward(
     engine: Any,
     batch: MicroBatch,
+    packed: Packed | None,
     kl_weight: float,
     counts: Tensor,
     accumulation: int,
@@ -122,29 +148,14 @@ def _forward(
     anchored: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The objective on one micro-batch; without the refusals that it holds if not `anchored`."""
-    device = runtime.device
-    index = batch.kl_weights.flatten().nonzero().squeeze(1)
-    weights = batch.kl_weights.flatten()[index]
-    refusal = (
-        RefusalTokens.of(batch, counts[COUNTS.index("refusal_weights")], device)
-        if anchored
-        else None
-    )
-    batch = batch.to(device)
+    anchor = counts[COUNTS.index("refusal_weights")]
     return engine(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        prompt_last=batch.prompt_last,
-        kl_index=index.to(device),
-        kl_weights=weights.to(device),
-        num_harmful=batch.num_harmful,
+        **objective_inputs(batch, packed, anchor, runtime.device, anchored),
         kl_weight=kl_weight,
         kl_tokens=counts[0],
         accumulation=accumulation,
         attack=attack,
         margin=margin,
-        refusal=refusal,
-        target=batch.teacher,
     )
 
 
@@ -158,9 +169,12 @@ def measure_kl(engine: Any, steps: list[list[MicroBatch]], runtime: Runtime) -> 
     engine.eval()
     total = torch.zeros(2, device=runtime.device)
     for batches in steps:
-        counts = _counts(batches, runtime)
-        for batch in batches:
-            _, found = _forward(engine, batch, 0.0, counts, len(batches), runtime, anchored=False)
+        packings = _packings(engine, batches, None)
+        counts = _counts(batches, packings, runtime)
+        for batch, packed in zip(batches, packings):
+            _, found = _forward(
+                engine, batch, packed, 0.0, counts, len(batches), runtime, anchored=False
+            )
             total[0] += found["kl_sum"]
         total[1] += counts[0] / runtime.world_size
     engine.train()

@@ -77,7 +77,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     two = {
         "twin": case(untied, data),
         "twin_checkpointed": case(untied, data, gradient_checkpointing=True),
+        "twin_padded": case(untied, data, packing=False),
         "lora": case(untied, data, trainable="lora", lora={"r": 4}),
+        "lora_padded": case(untied, data, trainable="lora", lora={"r": 4}, packing=False),
         "lora_checkpointed": case(
             untied, data, trainable="lora", lora={"r": 4}, gradient_checkpointing=True
         ),
@@ -160,7 +162,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 CACHED = ["cache", "cache_all_tied", "cache_anchor_lora", "moments", "moments_zero2"]
-CASES = ["twin", "twin_checkpointed", "lora", "lora_checkpointed", "all", "all_tied", "all_biased",
+CASES = ["twin", "twin_padded", "twin_checkpointed", "lora", "lora_padded", "lora_checkpointed",
+         "all", "all_tied", "all_biased",
          "tied", "tied_lora", "accumulated", "zero0", "zero1", "zero2",
          "normed", "normed_checkpointed", "norm_band",
          "bank", "bank_accumulated", *UNBOUNDED, "softplus", "cosine",

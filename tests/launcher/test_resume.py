@@ -68,18 +68,20 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_stopped_after_every_step(tmp_path: Path, ranks: int) -> None:
-    """LoRA with dropout under ZeRO-3, on one rank whole blocks under ZeRO-2 too, with every state
-    that there is."""
+    """LoRA with dropout under ZeRO-3, on one rank whole blocks under ZeRO-2 too, and in bf16 under
+    stage 0, with every state that there is."""
     save_tiny(tmp_path / "model")
     lora = {"trainable": "lora", "lora": {"r": 4, "dropout": 0.1}}
     paths = []
     cases: list[tuple[str, dict[str, Any], str]] = [
         ("lora", lora, "zero3"),
         ("blocks", {"teacher": "cache"}, "zero2"),
+        ("bf16", {}, "zero0"),
     ]
-    cases = cases[: 1 if ranks > 1 else 2]
+    cases = cases[: 1 if ranks > 1 else 3]
     for kind, train, stage in cases:
-        changes = EVERYTHING | {"deepspeed": stage}
+        model = {"name": str(tmp_path / "model"), "dtype": "bf16" if kind == "bf16" else "fp32"}
+        changes = EVERYTHING | {"deepspeed": stage, "model": model}
         paths += [case(tmp_path, f"{kind}-{every}", every, train, **changes) for every in (9, 0)]
     start = [sys.executable, WORKER]
     if ranks > 1:

@@ -1,0 +1,32 @@
+"""Which models compute several rows right when they are one sequence.
+
+A packed sequence needs attention that takes a mask of its own, positions that come from
+`position_ids`, and nothing else that goes from token to token. That is a matter of the model's
+code, so these are the families with which it was tried (tests/modeling/test_packing.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+FAMILIES = (
+    "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "phi", "olmo2",
+    "gpt_neox", "gpt2", "granite", "cohere", "mixtral", "qwen3_moe",
+)  # fmt: skip
+ATTENTION = ("sdpa", "eager")  # flash attention takes no mask
+
+
+def takes_packed(config: Any, length: int) -> bool:
+    """A model computes packed rows of at most `length` tokens as it computes them apart.
+
+    Args:
+        config: transformers' config.
+        length: tokens of the longest row; a sliding window has to hold it.
+    """
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    return (
+        text.model_type in FAMILIES
+        and getattr(config, "_attn_implementation", None) in ATTENTION
+        and (window is None or window >= length)
+    )
