@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from es2fast.ops.gemms import TORCH_GEMMS, Gemms, has_mixed_gemm, logit_rows
-from es2fast.ops.linear_kl.rows import KLSpec, row_divergence
+from es2fast.ops.linear_kl.rows import KLSpec, base_and_difference, row_divergence
 from es2fast.ops.tokens import PackedTokens, saved_dtype
 
 # Below this many deciding tokens a bfloat16 G has two parts. One part errs by at most 0.29 % in a
@@ -88,8 +88,9 @@ class RowGradient:
     row_unit: Tensor | None = None  # (C, 1)
 
 
-# (raw teacher logits, raw student logits or delta, row scale, where G goes or None for a place of
-# the backend's own, problem) -> (rows, gradient)
+# (raw teacher logits, raw student logits or delta, row scale, where G goes, problem) -> (rows,
+# gradient). The place is None, for one of the backend's own, or where G waits; a G as wide as the
+# logits waits where the student's logits are.
 RowPass = Callable[
     [Tensor, Tensor, Tensor, Tensor | None, KLProblem], tuple[Tensor, RowGradient | None]
 ]
@@ -259,23 +260,32 @@ def torch_row_pass(
     zt: Tensor, zs: Tensor, scale: Tensor, place: Tensor | None, p: KLProblem
 ) -> tuple[Tensor, RowGradient | None]:
     """The row pass in plain torch."""
-    shared = p.teacher_weight is None
-    bias_t = p.bias if shared else p.teacher_bias
+    rows, g = row_divergence(*logit_sides(zt, zs, p), p.spec, p.need_grad)
+    return rows, None if g is None else finished_gradient(g, scale, place, p)
+
+
+def logit_sides(zt: Tensor, zs: Tensor, p: KLProblem) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Raw logits, without bias and overwritten -> (z of the base, z_other - z_base, slope)."""
+    bias_t = p.bias if p.teacher_weight is None else p.teacher_bias
     if bias_t is not None:
         zt.add_(bias_t.to(zt.dtype))
     if p.bias is not None and not p.is_delta:
         zs.add_(p.bias.to(zs.dtype))
-    rows, g = row_divergence(zt, zs, p.spec, p.is_delta, p.need_grad)
-    if g is None:
-        return rows, None
+    return base_and_difference(zt, zs, p.spec, p.is_delta)
+
+
+def finished_gradient(
+    g: Tensor, scale: Tensor, place: Tensor | None, p: KLProblem
+) -> RowGradient:  # fmt: skip
+    """G of the rows' scaled losses, rounded as the GEMMs want it; g is overwritten."""
     dtype = torch_gradient_dtype(p)
     if place is None and dtype == g.dtype:
-        return rows, RowGradient(g.mul_(scale[:, None]))
+        return RowGradient(g.mul_(scale[:, None]))
     if p.exact and dtype == torch.bfloat16:
         high = g.mul_(scale[:, None]).to(dtype)
-        return rows, RowGradient(high, g.sub_(high).to(dtype))
+        return RowGradient(high, g.sub_(high).to(dtype))
     place = torch.empty_like(g, dtype=dtype) if place is None else place
-    return rows, RowGradient(torch.mul(g, scale[:, None], out=place))
+    return RowGradient(torch.mul(g, scale[:, None], out=place))
 
 
 def run_torch(problem: KLProblem) -> KLResult:

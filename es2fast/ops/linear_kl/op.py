@@ -69,13 +69,14 @@ RUN: dict[str, Callable[[KLProblem], KLResult]] = {
 # --- checks ---------------------------------------------------------------------------------------
 
 
-def _check_teacher(
+def check_teacher(
     hidden: Tensor,
     weight: Tensor,
     teacher_hidden: Tensor,
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
 ) -> None:
+    """The teacher's side fits the student's and is not trained."""
     refuse(
         teacher_weight is None and teacher_bias is not None,
         "teacher_bias is given without teacher_weight: a shared head shares its bias; pass "
@@ -114,9 +115,10 @@ def _check_teacher(
             )
 
 
-def _check_options(
+def check_options(
     direction: str, beta: float, temperature: float, softcap: float | None, reduction: str
 ) -> None:
+    """Options that are no tensors."""
     refuse(
         direction not in DIRECTION, f"direction={direction!r}: expected one of {tuple(DIRECTION)}"
     )
@@ -212,9 +214,9 @@ def linear_kl_div(
 
     Source: the definitions above; JSD as in Agarwal et al., arXiv 2306.13649.
     """
-    _check_options(direction, beta, temperature, softcap, reduction)
+    check_options(direction, beta, temperature, softcap, reduction)
     check_head("", hidden, weight, bias)
-    _check_teacher(hidden, weight, teacher_hidden, teacher_weight, teacher_bias)
+    check_teacher(hidden, weight, teacher_hidden, teacher_weight, teacher_bias)
     check_tokens(token_weights, max_valid_tokens, hidden.shape[0])
     refuse(
         chunk_tokens is not None and chunk_tokens < 1,

@@ -210,7 +210,11 @@ def test_logits_beyond_2_31_elements(backend, dtype):
             rows, gradient = row_pass(make(z_t), make(z_s), problem.scale, None, problem)
             if own:
                 place = make(torch.zeros(n, v, dtype=gradient.g.dtype))
-                rows, gradient = row_pass(make(z_t), make(z_s), problem.scale, place, problem)
+                zs = make(z_s)
+                if gradient.g.dtype == FP32:  # one place for both
+                    place.copy_(zs)
+                    zs = place
+                rows, gradient = row_pass(make(z_t), zs, problem.scale, place, problem)
                 assert gradient.g.data_ptr() == place.data_ptr()
             results.append((rows, gradient.g.clone()))
     for rows, g in results[1:]:
@@ -234,5 +238,7 @@ def op_row_pass(backend: str):
 @pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
 def test_vocabulary_of_2_18_with_softcap(backend, dtype):
     """Gemma 2 and 3: 262144 columns; the soft-cap is Gemma 2's."""
+    if backend == "triton":
+        pytest.skip("minutes in the interpreter; V is one of its numbers, 128259 is tested")
     problem = make_problem(dtype, n=1, h=32, v=2**18, softcap=30.0, distance=0.05)
     check(problem, backend, "x")
