@@ -170,7 +170,9 @@ def contestants(mode: str, device: str) -> Iterator[Contestant]:
     for direction in ("forward", "reverse", "jsd"):
         yield Contestant(f"es2fast {direction}", direction, _ours(direction))
     if mode == "no-grad":  # the tile-fused kernel, beside chunks
-        yield Contestant("es2fast forward, low memory", "forward", _ours("forward", low_memory=True))
+        yield Contestant(
+            "es2fast forward, low memory", "forward", _ours("forward", low_memory=True)
+        )
     if mode == "trainable":  # beside one GEMM for all
         per_chunk = _ours("forward", grad_buffer_bytes=0)
         yield Contestant("es2fast forward, dW per chunk", "forward", per_chunk)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,11 @@ def probe_gemms(rows: Rows, args: argparse.Namespace) -> None:
         logits = logit_rows(chunk, v, torch.float32, x.device)
         some, g = x[:chunk], g_all[:chunk]
         doubled = doubled_pitch(g)
-        report("logits, strided float32", chunk, lambda: logits_into(some, w, logits))
-        report("dX", chunk, lambda: input_gradient(g, w, torch.float32))
-        report("dX, doubled pitch", chunk, lambda: input_gradient(doubled, w, torch.float32))
-        report("dW, beta = 1", chunk, lambda: add_weight_gradient(dw, g, some, False))
-        report("dW, to bfloat16", chunk, lambda: weight_gradient(g, some, x.dtype))
-        del logits, doubled
+        report("logits, strided float32", chunk, partial(logits_into, some, w, logits))
+        report("dX", chunk, partial(input_gradient, g, w, torch.float32))
+        report("dX, doubled pitch", chunk, partial(input_gradient, doubled, w, torch.float32))
+        report("dW, beta = 1", chunk, partial(add_weight_gradient, dw, g, some, False))
+        report("dW, to bfloat16", chunk, partial(weight_gradient, g, some, x.dtype))
 
 
 def doubled_pitch(g: Tensor) -> Tensor:
@@ -104,7 +104,9 @@ def tune(rows: Rows, args: argparse.Namespace) -> None:
                 options = dict(chunk_tokens=chunk, grad_buffer_bytes=budget)
                 call = lambda o=options, i=i: linear_kl_div(i.x, i.w, i.x_t, i.w_t, **o)  # noqa: E731
                 found = measure(i.step(call), args.device)
-                rows.add(op="tune", mode=mode, n=shape[0], h=shape[1], v=shape[2], **options, **found)
+                rows.add(
+                    op="tune", mode=mode, n=shape[0], h=shape[1], v=shape[2], **options, **found
+                )
     if args.device == "cuda":
         tune_row_kernel(rows, shape)
 
@@ -138,7 +140,7 @@ def tune_row_kernel(rows: Rows, shape: tuple[int, int, int]) -> None:
                     found = measure(lambda p=p: kernels.row_pass(zt, zs, scale, place, p), "cuda")
                     rows.add(
                         op="tune row kernel", direction=direction, groups=groups, vec=vec,
-                        num_warps=warps, rows=chunk, v=v, in_use=kernels.LIGHT == used, **found,
+                        num_warps=warps, rows=chunk, v=v, in_use=used == kernels.LIGHT, **found,
                     )  # fmt: skip
     finally:
         kernels.LIGHT = used

@@ -15,9 +15,9 @@ itself).
 
 Before anyone is timed, value and gradients are compared with the float64 definition on a small
 input; the errors stand in every row, and who is wrong, fails or is not installed gets a row with
-the reason and no time (:mod:`bench._linear_kl_contestants`). On a GPU every contestant has a process
-of its own in every mode, since an illegal access poisons all that follows in one; ours come first.
-Rows are appended to ``linear_kl.jsonl`` in the folder ``--out``.
+the reason and no time (:mod:`bench._linear_kl_contestants`). On a GPU every contestant has a
+process of its own in every mode, since an illegal access poisons all that follows in one; ours come
+first. Rows are appended to ``linear_kl.jsonl`` in the folder ``--out``.
 """
 
 from __future__ import annotations

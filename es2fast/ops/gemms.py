@@ -3,9 +3,10 @@
 Logits are made by ``x W^T``, gradients by ``G W`` and ``G^T x``; the results are float32 (float64
 for float64 inputs) even where the factors have 16 bits: on CUDA by ``torch.mm`` and ``torch.addmm``
 with ``out_dtype`` (a float32 ``dw`` there needs torch 2.10), elsewhere by upcasting a block of the
-weight at a time. A dW made by one product alone may have 16 bits: it is rounded once, at the end. Outputs are written in place: their inner stride is 1, so cuBLAS takes the padded
-row pitch as its leading dimension and copies nothing. A backend with GEMMs of its own passes
-another :class:`Gemms` to the chunk loop.
+weight at a time. A dW made by one product alone may have 16 bits: it is rounded once, at the end.
+Outputs are written in place: their inner stride is 1, so cuBLAS takes the padded row pitch as its
+leading dimension and copies nothing. A backend with GEMMs of its own passes another :class:`Gemms`
+to the chunk loop.
 """
 
 from __future__ import annotations

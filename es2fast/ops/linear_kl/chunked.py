@@ -12,8 +12,8 @@ of the float32 dW which is not needed then. Where all rows fit, and with a 16-bi
 N = 2H, dW is one GEMM with k = N straight to the weight's dtype. Above, it is one GEMM per buffer,
 added up in float32; by default the buffer is then half as large, so that with 16-bit weights the
 peak is that of a float32 dW and its copy, 6VH bytes, in every case. Where it would hold less than
-two chunks, each chunk has its GEMM. So what lives at once is bounded by ``chunk_tokens * V`` and the
-budget, never by ``N * V``.
+two chunks, each chunk has its GEMM. So what lives at once is bounded by ``chunk_tokens * V`` and
+the budget, never by ``N * V``.
 
 A 16-bit G is rounded, which averages out over tokens. Where few tokens decide the gradient it does
 not, and a bfloat16 G is then the sum of two (``KLProblem.exact``; :func:`few_decide` is the rule).

@@ -196,8 +196,8 @@ def linear_kl_div(
         low_memory: True: without gradients no logits are stored where the backend can do so
             (triton; 16 bits; KL), which is slower. None: where ``chunk_tokens`` is None and the
             chunk's logits would take more than half of the GPU's free memory.
-        exact: True: a bfloat16 G is the sum of two, for one more GEMM each in dX and dW. None: where
-            fewer than 64 tokens decide the gradient, whose roundings would not average out:
+        exact: True: a bfloat16 G is the sum of two, for one more GEMM each in dX and dW. None:
+            where fewer than 64 tokens decide the gradient, whose roundings would not average out:
             (sum w^2)^2 / sum w^4 < 64. Weights on a GPU with ``max_valid_tokens`` are not looked
             at, which would synchronise: then ``max_valid_tokens`` < 64.
         backend: "triton", "torch", "native", or None for the best one on hidden's device.

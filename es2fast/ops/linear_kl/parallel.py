@@ -1,9 +1,9 @@
 """The linear KL with the vocabulary spread over ranks: no rank ever holds a whole head.
 
 Every rank has the same tokens and V/p rows of the head(s). Per chunk of tokens it makes the logits
-of its columns and reduces them to six numbers per token (:func:`es2fast.ops.linear_kl.rows.partials`);
-those of all ranks are gathered and merged by the rule that merges column ranges on one device, and
-the gradient G of the own columns follows from the merged ones. ``G W`` is then the rank's part of
+of its columns and reduces them to six numbers per token (:func:`.rows.partials`); those of all
+ranks are gathered and merged by the rule that merges column ranges on one device, and the gradient
+G of the own columns follows from the merged ones. ``G W`` is then the rank's part of
 dX, which is summed over the ranks in float32, once per call: parts cancel, so they must not be
 rounded before. dW is the rank's own and needs no exchange.
 

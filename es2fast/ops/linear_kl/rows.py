@@ -232,9 +232,10 @@ def shifted_gradient(
 def merge_partials(parts: Tensor) -> tuple[Tensor, Tensor]:
     """Merge per-row partials of disjoint column ranges into (KL(base||other), merged partials).
 
-    ``parts`` is (K, 6, N), float32 or float64: max m and sumexp p of the base's z, centre c = E_base[d], the
-    centred sum s = sum e^(z-m) (e^(d-c) - 1 - (d-c)), and the other side's max and sumexp. The K
-    ranges come from one device (the tile-fused path) or from vocabulary-parallel ranks.
+    ``parts`` is (K, 6, N), float32 or float64: max m and sumexp p of the base's z, centre
+    c = E_base[d], the centred sum s = sum e^(z-m) (e^(d-c) - 1 - (d-c)), and the other side's max
+    and sumexp. The K ranges come from one device (the tile-fused path) or from vocabulary-parallel
+    ranks.
     """
     m, p, c, s, m_o, p_o = parts.double().unbind(1)
     top, top_o = m.amax(0), m_o.amax(0)

@@ -5,7 +5,8 @@ teacher in memory. It sweeps the row once forwards for the statistics (both logs
 and the value in the cancellation-free form, merged tile by tile) and once *backwards* for the
 gradient. JSD needs one more sweep. G is written to a buffer of its own or over the student's
 logits: 16-bit G (``triton_light.light_row_kernel``) goes to the upper half of the row's own memory,
-which a backward sweep has already read, a second part of it over the teacher's logits. A row comes from memory once per sweep: rows in flight exceed the L2 cache.
+which a backward sweep has already read, a second part of it over the teacher's logits. A row comes
+from memory once per sweep: rows in flight exceed the L2 cache.
 
 ``fused_kernel``: the no-grad path. One program per (block of rows, range of columns) makes the
 logits tile by tile with tensor cores and folds them into the same statistics; nothing of size

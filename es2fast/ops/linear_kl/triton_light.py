@@ -355,8 +355,8 @@ def light_row_kernel(
             )  # fmt: skip
         for i in tl.range(0, full, num_stages=1):
             total = _backward_tile(
-                zt_row, zs_row, g_row, low_row, bt_ptr, bs_ptr, (full - 1 - i) * BLOCK + offs, V, pitch,
-                gain, cap_in, cap_out, beta, lse, c, shift, scale, total,
+                zt_row, zs_row, g_row, low_row, bt_ptr, bs_ptr, (full - 1 - i) * BLOCK + offs, V,
+                pitch, gain, cap_in, cap_out, beta, lse, c, shift, scale, total,
                 DIRECTION, SOFTCAP, HAS_BT, HAS_BS, NEED_GRAD, TWO_PARTS, False,
             )  # fmt: skip
     tl.store(loss_ptr + row, tl.sum(total, 0))

@@ -152,7 +152,7 @@ def test_gemms_of_a_gpu_by_their_shape_functions(monkeypatch, dtype, shared):
     )  # fmt: skip
     for change, dw_dtype in (
         (dict(), saved_dtype(problem.weight)),
-        (dict(buffer_bytes=6 * 131 * 4), FP32),
+        (dict(buffer_bytes=6 * 131 * (2 if dtype == BF16 else 4)), FP32),
         (dict(buffer_bytes=0), FP32),
         (dict(exact=True, buffer_bytes=0), FP32),
     ):
