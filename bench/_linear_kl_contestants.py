@@ -169,9 +169,13 @@ def contestants(mode: str, device: str) -> Iterator[Contestant]:
         return
     for direction in ("forward", "reverse", "jsd"):
         yield Contestant(f"es2fast {direction}", direction, _ours(direction))
-    if mode == "no-grad":  # beside the tile-fused kernel
-        chunked = _ours("forward", chunk_tokens=1024)
-        yield Contestant("es2fast forward, chunked", "forward", chunked)
+    if mode == "no-grad":  # the tile-fused kernel, beside chunks
+        yield Contestant(
+            "es2fast forward, low memory", "forward", _ours("forward", low_memory=True)
+        )
+    if mode == "trainable":  # beside one GEMM for all
+        per_chunk = _ours("forward", grad_buffer_bytes=0)
+        yield Contestant("es2fast forward, dW per chunk", "forward", per_chunk)
     if device == "cuda":
         yield Contestant(
             "es2fast forward, torch backend", "forward", _ours("forward", backend="torch")

@@ -108,38 +108,45 @@ def _row_cases() -> Iterator[Case]:
     signature = dict.fromkeys(pointers, "*fp32")
     signature |= dict.fromkeys(("V", "pitch", "stride_g"), "i32")
     signature |= dict.fromkeys(("gain", "cap_in", "cap_out", "beta"), "fp32")
-    heads = ("", " bias+softcap", " bias+softcap odd-V")
-    options = itertools.product(kernels.DIRECTION, ("bf16", "fp16", "fp32"), heads, (True, False))
-    for direction, dtype, head, need_grad in options:
-        full = head != ""
+    heads = ("", " softcap", " bias+softcap", " bias+softcap odd-V")
+    modes = ("", " no-grad", " two-parts")
+    options = itertools.product(kernels.DIRECTION, ("bf16", "fp16", "fp32"), heads, modes)
+    for direction, dtype, head, mode in options:
+        need_grad, light = mode != " no-grad", dtype != "fp32"
+        if mode == " two-parts" and dtype != "bf16":
+            continue  # only a bfloat16 G has two
+        full, softcap = "bias" in head, "softcap" in head
         constants: dict[str, Any] = dict(
             DIRECTION=kernels.DIRECTION[direction],
-            SOFTCAP=full,
+            SOFTCAP=softcap,
             HAS_BT=full,
-            HAS_BS=full and dtype != "fp32",
+            HAS_BS=full and light,
             NEED_GRAD=need_grad,
             ROW_UNIT=need_grad and dtype == "fp16" and direction == "reverse",
         )
-        if dtype == "fp32":
+        names, places = ["g_ptr", "bt_ptr", "bs_ptr"], ["pitch", "stride_g"]
+        if not light:
             kernel, config = kernels.row_kernel, kernels.ROW_CONFIG
             warps, registers = config.num_warps, config.max_registers
             constants |= dict(IS_DELTA=True, BLOCK=config.block, STAGES=config.stages)
         else:
             kernel, warps = light_row_kernel, LIGHT.num_warps
-            registers = SOFTCAP_REGISTERS if full else None
+            registers = SOFTCAP_REGISTERS if softcap else None
             constants |= dict(GROUPS=LIGHT.groups, LANES=32 * warps, VEC=LIGHT.vec)
-        name = f"row {direction} {dtype}{head}"
+            constants["TWO_PARTS"] = mode == " two-parts"
+            names.append("low_ptr")
+            places.append("stride_low")
         yield Case(
             kernel,
-            name if need_grad else f"{name} no-grad",
-            signature | dict.fromkeys(("g_ptr", "bt_ptr", "bs_ptr"), f"*{dtype}"),
+            f"row {direction} {dtype}{head}{mode}",
+            signature | dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(places, "i32"),
             constants,
             warps,
             3,
             registers,
             has_dot=False,
             in_use=True,
-            aligned=("pitch", "stride_g", *(() if "odd" in head else ("V",))),
+            aligned=(*places, *(() if "odd" in head else ("V",))),
             is_distinct=_is_distinct(dtype, head) or bool(constants["ROW_UNIT"]),
         )
 

@@ -123,7 +123,7 @@ def bench_rows(rows: Rows, vocab: int, direction: str, n: int) -> None:
     def of(row_pass: Any) -> Step:
         def call() -> None:
             fill()
-            row_pass(work_t, work_s, scale, problem)
+            row_pass(work_t, work_s, scale, None, problem)
 
         return call
 

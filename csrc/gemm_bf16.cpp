@@ -180,9 +180,25 @@ void gemm_tn_rows(Bf16Matrix a, const uint32_t* packed, Fp32Matrix out, int64_t 
   const int64_t first = block * TN_ROWS, rows = std::min(TN_ROWS, k - first), pairs = (m + 1) / 2;
   pack_columns(a.data + first, a.stride, rows, m, scratch, TN_ROWS);
   const auto* a_pairs = reinterpret_cast<const uint16_t*>(scratch);
-  for (int64_t j = 0; j < n; j += PANEL) {
-    tiles(a_pairs, 2, 2 * TN_ROWS, packed + j / PANEL * pairs * PANEL, 2 * pairs, false,
-          out.data + first * out.stride + j, out.stride, rows, std::min(PANEL, n - j), add);
+  for (int64_t at = 0; at < pairs; at += TN_PAIRS) {
+    const int64_t some = std::min(TN_PAIRS, pairs - at);
+    for (int64_t j = 0; j < n; j += PANEL) {
+      tiles(a_pairs + 2 * TN_ROWS * at, 2, 2 * TN_ROWS, packed + (j / PANEL * pairs + at) * PANEL,
+            2 * some, false, out.data + j, out.stride, rows, std::min(PANEL, n - j), add || at > 0);
+    }
+  }
+}
+
+void to_bf16(Fp32Matrix in, int64_t rows, int64_t columns, uint16_t* out, int64_t stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; j += 16) {
+      const int64_t left = std::min<int64_t>(columns - j, 16);
+      const auto mask = static_cast<__mmask16>((1u << left) - 1);
+      const __m256bh x = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, in.data + i * in.stride + j));
+      __m256i bits;
+      std::memcpy(&bits, &x, sizeof bits);
+      _mm256_mask_storeu_epi16(out + i * stride + j, mask, bits);
+    }
   }
 }
 

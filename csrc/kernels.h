@@ -30,7 +30,10 @@ struct KLRows {
   float cap_out;    // softcap / temperature
   bool is_delta;    // `student` holds the difference
   bool need_grad;
-  bool half_grad;   // G in bfloat16, packed at the start of each row; else float32
+  uint16_t* half;      // (C, V) G in bfloat16 goes here, which may be where `student` is; or null
+  uint16_t* low;       // (C, V) what rounding took, in bfloat16; may be where `teacher` is; or null
+  int64_t half_pitch;  // elements from one row to the next
+  int64_t low_pitch;
 };
 
 // Rows of raw student logits -> maximum, sum of exponentials and, in place, G = p_s - p_t.

@@ -5,6 +5,20 @@
 #include <ATen/ops/empty.h>
 
 namespace es2fast {
+namespace {
+
+// Where 16-bit results of `like`'s shape go; null when there is no place.
+uint16_t* half_place(
+    const std::optional<at::Tensor>& tensor, const at::Tensor& like, const char* name, int64_t* pitch) {
+  if (!tensor.has_value()) return nullptr;
+  check_matrix(*tensor, at::kBFloat16, name);
+  TORCH_CHECK(
+      tensor->sizes() == like.sizes(), name, ": expected ", like.sizes(), ", got ", tensor->sizes());
+  *pitch = tensor->stride(0);
+  return static_cast<uint16_t*>(tensor->mutable_data_ptr());
+}
+
+}  // namespace
 
 at::Tensor kl_rows(
     const at::Tensor& teacher,
@@ -19,7 +33,8 @@ at::Tensor kl_rows(
     double cap_out,
     bool is_delta,
     bool need_grad,
-    bool half_grad) {
+    const std::optional<at::Tensor>& half,
+    const std::optional<at::Tensor>& low) {
   check_matrix(teacher, at::kFloat, "teacher");
   check_matrix(student, at::kFloat, "student");
   TORCH_CHECK(
@@ -45,7 +60,8 @@ at::Tensor kl_rows(
   q.cap_out = static_cast<float>(cap_out);
   q.is_delta = is_delta;
   q.need_grad = need_grad;
-  q.half_grad = half_grad;
+  q.half = half_place(half, student, "half", &q.half_pitch);
+  q.low = half_place(low, student, "low", &q.low_pitch);
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) { kernels().kl_rows(q, begin, end); });
   return loss;
 }

@@ -11,6 +11,7 @@
 #include <c10/util/BFloat16.h>
 
 #include <algorithm>
+#include <tuple>
 
 namespace es2fast {
 inline namespace CPU_CAPABILITY {
@@ -49,11 +50,17 @@ struct RowPass {
   float* z;  // teacher's raw logits, then the base's z
   float* d;  // student's raw logits or delta, then z_other - z_base
   float scale;
+  c10::BFloat16 *half, *low;
   RowStatistics st;
 
   RowPass(const KLRows& rows, int64_t row)
       : q(rows), z(rows.teacher + row * rows.pitch), d(rows.student + row * rows.pitch),
-        scale(rows.scale[row]) {}
+        scale(rows.scale[row]), half(place(rows.half, row * rows.half_pitch)),
+        low(place(rows.low, row * rows.low_pitch)) {}
+
+  static c10::BFloat16* place(uint16_t* first, int64_t offset) {
+    return first ? reinterpret_cast<c10::BFloat16*>(first + offset) : nullptr;
+  }
 
   // Raw logits -> (z, d) in place.
   void transform(int64_t j, int64_t n) {
@@ -137,12 +144,17 @@ struct RowPass {
     return (Vec(1.0f) - tanh_s * tanh_s) * Vec(q.gain);
   }
 
+  // 16-bit G trails what is still to be read of this row, should it be in the same memory.
   void put(int64_t j, const Vec& g, int64_t n) {
-    if (q.half_grad) {  // trails what is still to be read of this row
-      auto* out = reinterpret_cast<c10::BFloat16*>(d) + j;
-      at::vec::convert_from_float<c10::BFloat16>(g, g).store(out, static_cast<int>(n));
-    } else {
+    if (!half) {
       store(d + j, g, n);
+      return;
+    }
+    const auto high = at::vec::convert_from_float<c10::BFloat16>(g, g);
+    high.store(half + j, static_cast<int>(n));
+    if (low) {
+      const Vec rest = g - std::get<0>(at::vec::convert_to_float<c10::BFloat16>(high));
+      at::vec::convert_from_float<c10::BFloat16>(rest, rest).store(low + j, static_cast<int>(n));
     }
   }
 

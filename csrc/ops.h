@@ -24,7 +24,8 @@ void check_matrix(const at::Tensor& tensor, at::ScalarType type, const char* nam
 at::Tensor kl_rows(
     const at::Tensor& teacher, const at::Tensor& student, const std::optional<at::Tensor>& bias_t,
     const std::optional<at::Tensor>& bias_s, const at::Tensor& scale, int64_t direction, double beta,
-    double gain, double cap_in, double cap_out, bool is_delta, bool need_grad, bool half_grad);
+    double gain, double cap_in, double cap_out, bool is_delta, bool need_grad,
+    const std::optional<at::Tensor>& half, const std::optional<at::Tensor>& low);
 
 // moments.cpp
 std::tuple<at::Tensor, at::Tensor> moment_rows(
@@ -42,8 +43,11 @@ at::Tensor pair_rows(
     const at::Tensor& tile, const at::Tensor& u, const at::Tensor& v, int64_t kind, double margin,
     double scale, double log_floor, bool need_grad);
 
-// gemm.cpp: float32 results of float32, bfloat16 or float16 inputs
+// gemm.cpp: float32 results of float32, bfloat16 or float16 inputs; of gemm_tn without `add` also
+// bfloat16, rounded once
 bool has_gemm_bf16();
+// Tasks that gemm_nn's result (m, n) is cut into for a number of threads.
+int64_t dx_tasks(int64_t m, int64_t n, bool bf16, int64_t threads);
 void gemm_nt(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out);
 void gemm_nn(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, bool add);
 void gemm_tn(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, bool add);

@@ -44,13 +44,14 @@ void check_matrix(const at::Tensor& tensor, at::ScalarType type, const char* nam
 TORCH_LIBRARY_FRAGMENT(es2fast, m) {
   m.def("native_capability() -> str", &capability);
   m.def("native_has_gemm_bf16() -> bool", &has_gemm_bf16);
+  m.def("native_dx_tasks(int m, int n, bool bf16, int threads) -> int", &dx_tasks);
   m.def("native_gemm_nt(Tensor a, Tensor b, Tensor(a!) out) -> ()");
   m.def("native_gemm_nn(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()");
   m.def("native_gemm_tn(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()");
   m.def(
       "native_kl_rows(Tensor(a!) teacher, Tensor(b!) student, Tensor? bias_t, Tensor? bias_s, "
       "Tensor scale, int direction, float beta, float gain, float cap_in, float cap_out, "
-      "bool is_delta, bool need_grad, bool half_grad) -> Tensor");
+      "bool is_delta, bool need_grad, Tensor(c!)? half, Tensor(d!)? low) -> Tensor");
   m.def(
       "native_moment_rows(Tensor(a!) student, Tensor row_gain, Tensor? bias, float bias_gain, "
       "Tensor top_ids, Tensor top_probs, bool need_grad, bool half_grad) -> (Tensor, Tensor)");

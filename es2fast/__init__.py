@@ -1,6 +1,7 @@
 """es2fast: Embedding Space Separation (arXiv 2603.20206) for safer open LLMs."""
 
 from es2fast.ops.linear_kl.op import linear_kl_div
+from es2fast.ops.linear_kl.parallel import vocab_parallel_linear_kl_div
 from es2fast.ops.moments.cache import TeacherMoments, half_head
 from es2fast.ops.moments.op import moment_kl_div, teacher_moments
 from es2fast.ops.separation.distance_stats import DistanceStats, pairwise_distance_stats
@@ -17,4 +18,5 @@ __all__ = [
     "pairwise_distance_stats",
     "pairwise_separation",
     "teacher_moments",
+    "vocab_parallel_linear_kl_div",
 ]

@@ -133,4 +133,10 @@ def _add_weight_gradient(dw: Tensor, g: Tensor, x: Tensor, first: bool) -> None:
     torch.ops.es2fast.native_gemm_tn(g, x, dw, not first)
 
 
-NATIVE_GEMMS = Gemms(_logits_into, _input_gradient, _add_weight_gradient)
+def _weight_gradient(g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    dw = torch.empty(g.shape[1], x.shape[1], dtype=dtype)
+    torch.ops.es2fast.native_gemm_tn(g, x, dw, False)
+    return dw
+
+
+NATIVE_GEMMS = Gemms(_logits_into, _input_gradient, _add_weight_gradient, _weight_gradient)

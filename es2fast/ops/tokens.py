@@ -15,7 +15,8 @@ from torch import Tensor
 REDUCTIONS = ("mean", "sum", "none")
 GPU_CHUNK = 1024  # at least: fewer rows would not fill the SMs of a big GPU in dX
 GPU_CHUNK_TRAINABLE = 2048  # at least: fewer passes over the float32 dW
-CPU_CHUNK = 256
+CPU_CHUNK = 256  # at least
+CPU_CHUNK_ROWS = 32  # per thread: 2048 rows at 64, which dX's tiles then fill
 DX_TILE = (128, 256)  # rows and columns of dX that one SM makes at a time in cuBLAS's GEMM
 
 
@@ -98,9 +99,28 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
 def default_chunk(hidden: Tensor, need_dw: bool) -> int:
     """Rows of logits that exist at once when the caller does not say."""
     if hidden.device.type != "cuda":
-        return CPU_CHUNK
+        return cpu_chunk(torch.get_num_threads())
     least = GPU_CHUNK_TRAINABLE if need_dw else GPU_CHUNK
     return full_wave_chunk(hidden.shape[1], sm_count(hidden.device), least)
+
+
+def cpu_chunk(threads: int) -> int:
+    """Rows that give every thread tiles of dX: 256 up to 8 threads, 2048 at 64."""
+    return max(CPU_CHUNK, CPU_CHUNK_ROWS * threads)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What can still be allocated on a GPU, the allocator's own reserve included; else None."""
+    if device.type != "cuda":
+        return None
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def is_short_of_memory(logit_bytes: int, device: torch.device) -> bool:
+    """Whether buffers of logits would take more than half of what is free."""
+    free = free_bytes(device)
+    return free is not None and 2 * logit_bytes > free
 
 
 def sm_count(device: torch.device) -> int:

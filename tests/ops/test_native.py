@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from es2fast.ops import native
+from es2fast.ops.tokens import cpu_chunk
 from tests.ops.linear_kl.matrix import BF16, FP16, FP32, make_problem, relative, run
 from tests.ops.moments.matrix import moments_of
 from tests.ops.moments.matrix import run as run_moments
@@ -46,6 +47,11 @@ def test_gemms_keep_float32(m: int, n: int, k: int, dtype: torch.dtype) -> None:
         expected = a.double().t() @ b_t.double() + (out.double() if add else 0)
         ops.native_gemm_tn(a, b_t, out, add)
         assert relative(out, expected) < 1e-6
+    if dtype != FP16:
+        rounded = torch.empty(k, n, dtype=BF16)
+        ops.native_gemm_tn(a, b_t, rounded, False)
+        ops.native_gemm_tn(a, b_t, out, False)
+        assert torch.equal(rounded, out.to(BF16))
 
 
 @built
@@ -77,6 +83,33 @@ def test_one_thread_and_two_give_the_same_bits(dtype: torch.dtype) -> None:
 
 
 @built
+def test_tasks_of_dx_grow_with_threads() -> None:
+    """At H = 1024, four tasks per thread at least from 8 threads on, and of bfloat16 at any."""
+    for threads in (1, 2, 4, 8, 16, 32, 64):
+        rows = cpu_chunk(threads)
+        bf16, fp32 = (
+            torch.ops.es2fast.native_dx_tasks(rows, 1024, half, threads) for half in (True, False)
+        )
+        assert bf16 >= 4 * threads
+        assert fp32 >= 4 * threads if threads > 4 else fp32 % threads == 0
+
+
+@built
+@pytest.mark.parametrize("dtype", (BF16, FP32), ids=str)
+def test_many_threads_tile_dx_alike(dtype: torch.dtype) -> None:
+    """Tiles of rows and columns, whole and partial, against float64."""
+    threads = torch.get_num_threads()
+    a, b = torch.randn(300, 700).to(dtype), torch.randn(700, 300).to(dtype)
+    out = torch.empty(300, 300)
+    try:
+        torch.set_num_threads(8)
+        torch.ops.es2fast.native_gemm_nn(a, b, out, False)
+    finally:
+        torch.set_num_threads(threads)
+    assert relative(out, a.double() @ b.double()) < 1e-6
+
+
+@built
 def test_one_thread_and_two_give_the_same_moments_loss() -> None:
     problem = make_problem(BF16, n=70, h=130, v=1001, chunk_tokens=32)
     moments = moments_of(problem)  # made once, by torch's own GEMMs
@@ -99,7 +132,7 @@ def test_operators_have_fakes() -> None:
     a, ops = torch.randn(4, 8), torch.ops.es2fast
     calls = {
         ops.native_kl_rows: (z, z.clone(), None, None, ones, 0, 0.5, 1.0, 0.0, 0.0, False, True,
-                             False),
+                             torch.empty(3, 20, dtype=BF16), torch.empty(3, 20, dtype=BF16)),
         ops.native_moment_rows: (z, ones, None, 1.0, ids, probs, True, False),
         ops.native_pair_distances: (torch.zeros(3, 20), ones, torch.ones(20), 1.5),
         ops.native_pair_rows: (z.square(), ones, torch.ones(20), 0, 4.0, 1.0, 1e-12, True),

@@ -10,25 +10,35 @@ import torch
 from torch import Tensor
 
 from es2fast.ops import native
-from es2fast.ops.linear_kl.chunked import KLProblem, KLResult, RowGradient, run_chunked
+from es2fast.ops.linear_kl.chunked import (
+    KLProblem,
+    KLResult,
+    RowBackend,
+    RowGradient,
+    run_chunked,
+)
 from es2fast.ops.linear_kl.rows import DIRECTION
 
-# G is rounded to bfloat16 from this many tokens on, where its roundings average out: at most 0.29 %
-# in a gradient over sweeps at 64 tokens and more, against 0.42 % with three. Where the weights let
-# one of many tokens decide the gradient they do not, and 0.44 % was seen (0.24 % with a float32 G).
-HALF_ROWS = 64
+
+def gradient_dtype(p: KLProblem) -> torch.dtype:
+    """bfloat16 where a GEMM takes it."""
+    bf16 = p.hidden.dtype == p.weight.dtype == torch.bfloat16
+    return torch.bfloat16 if native.HAS_GEMM_BF16 and bf16 else torch.float32
 
 
 def kl_row_pass(
     zt: Tensor,  # (C, V) float32 raw logits of the teacher; overwritten
     zs: Tensor,  # (C, V) float32 raw logits of the student, or the difference; becomes G
     scale: Tensor,  # (C,)
+    place: Tensor | None,  # (C, V) where G goes; None: over the student's logits
     p: KLProblem,
 ) -> tuple[Tensor, RowGradient | None]:
     """Divergence of each row and its gradient by the raw logits, bfloat16 for a bfloat16 GEMM."""
     bias_t = p.bias if p.teacher_weight is None else p.teacher_bias
-    bf16 = p.hidden.dtype == p.weight.dtype == torch.bfloat16
-    half = native.HAS_GEMM_BF16 and bf16 and p.rows >= HALF_ROWS
+    half = low = None
+    if p.need_grad and gradient_dtype(p) == torch.bfloat16:
+        half = native.packed_half(zs) if place is None else place
+        low = native.packed_half(zt) if p.exact else None
     cap = p.spec.softcap
     rows = torch.ops.es2fast.native_kl_rows(
         zt,
@@ -44,12 +54,16 @@ def kl_row_pass(
         p.is_delta,
         p.need_grad,
         half,
+        low,
     )
     if not p.need_grad:
         return rows, None
-    return rows, RowGradient(native.packed_half(zs) if half else zs)
+    return rows, RowGradient(zs if half is None else half, low)
+
+
+NATIVE = RowBackend(kl_row_pass, gradient_dtype, native.NATIVE_GEMMS)
 
 
 def run_native(problem: KLProblem) -> KLResult:
     """The ``native`` backend."""
-    return run_chunked(problem, kl_row_pass, native.NATIVE_GEMMS)
+    return run_chunked(problem, NATIVE)

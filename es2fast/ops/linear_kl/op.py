@@ -29,12 +29,19 @@ from torch import Tensor
 from es2fast.ops import backends
 from es2fast.ops.arguments import Arguments
 from es2fast.ops.checks import check_head, check_tokens, refuse, vocabulary
-from es2fast.ops.linear_kl.chunked import KLProblem, KLResult, run_torch
+from es2fast.ops.linear_kl.chunked import (
+    FEW_TOKENS,
+    KLProblem,
+    KLResult,
+    few_decide,
+    run_torch,
+)
 from es2fast.ops.linear_kl.native import run_native
 from es2fast.ops.linear_kl.rows import DIRECTION, KLSpec
 from es2fast.ops.tokens import (
     REDUCTIONS,
     default_chunk,
+    is_short_of_memory,
     pack,
     reduce_rows,
     row_scale,
@@ -62,13 +69,14 @@ RUN: dict[str, Callable[[KLProblem], KLResult]] = {
 # --- checks ---------------------------------------------------------------------------------------
 
 
-def _check_teacher(
+def check_teacher(
     hidden: Tensor,
     weight: Tensor,
     teacher_hidden: Tensor,
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
 ) -> None:
+    """The teacher's side fits the student's and is not trained."""
     refuse(
         teacher_weight is None and teacher_bias is not None,
         "teacher_bias is given without teacher_weight: a shared head shares its bias; pass "
@@ -107,9 +115,10 @@ def _check_teacher(
             )
 
 
-def _check_options(
+def check_options(
     direction: str, beta: float, temperature: float, softcap: float | None, reduction: str
 ) -> None:
+    """Options that are no tensors."""
     refuse(
         direction not in DIRECTION, f"direction={direction!r}: expected one of {tuple(DIRECTION)}"
     )
@@ -147,6 +156,9 @@ def linear_kl_div(
     max_valid_tokens: int | None = None,
     reduction: str = "mean",
     chunk_tokens: int | None = None,
+    grad_buffer_bytes: int | None = None,
+    low_memory: bool | None = None,
+    exact: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:  # () or (N,), float32 (float64 for float64 inputs), in nats
     """Divergence of a student from a teacher language model, without holding their logits.
@@ -176,8 +188,18 @@ def linear_kl_div(
             head and hidden states must still be there: with ZeRO-3 use "mean" or "sum".
         chunk_tokens: rows of logits that exist at once; extra memory is about
             ``8 * chunk_tokens * V`` bytes (triton). None: on a GPU what fills its SMs, 1024 to
-            2048 rows, twice that when its head is trained; 256 on a CPU. Under no_grad None also
-            allows the tile-fused kernel, which stores no logits.
+            2048 rows, twice that when its head is trained; on a CPU 32 per thread, 256 at least.
+        grad_buffer_bytes: what a trained head's G, 2 V bytes per token in 16 bits, may take so that
+            dW is one GEMM straight to the weight's dtype. None: 4 V H, the bytes of the float32 dW
+            which that saves: enough for N = 2H tokens in 16 bits. With more tokens dW is added up
+            in float32, one GEMM per buffer (of half that by default); with 0 one per chunk.
+        low_memory: True: without gradients no logits are stored where the backend can do so
+            (triton; 16 bits; KL), which is slower. None: where ``chunk_tokens`` is None and the
+            chunk's logits would take more than half of the GPU's free memory.
+        exact: True: a bfloat16 G is the sum of two, for one more GEMM each in dX and dW. None:
+            where fewer than 64 tokens decide the gradient, whose roundings would not average out:
+            (sum w^2)^2 / sum w^4 < 64. Weights on a GPU with ``max_valid_tokens`` are not looked
+            at, which would synchronise: then ``max_valid_tokens`` < 64.
         backend: "triton", "torch", "native", or None for the best one on hidden's device.
 
     Precision follows the inputs' dtype, whatever autocast says. float32 GEMMs on a GPU follow
@@ -192,13 +214,17 @@ def linear_kl_div(
 
     Source: the definitions above; JSD as in Agarwal et al., arXiv 2306.13649.
     """
-    _check_options(direction, beta, temperature, softcap, reduction)
+    check_options(direction, beta, temperature, softcap, reduction)
     check_head("", hidden, weight, bias)
-    _check_teacher(hidden, weight, teacher_hidden, teacher_weight, teacher_bias)
+    check_teacher(hidden, weight, teacher_hidden, teacher_weight, teacher_bias)
     check_tokens(token_weights, max_valid_tokens, hidden.shape[0])
     refuse(
         chunk_tokens is not None and chunk_tokens < 1,
         f"chunk_tokens={chunk_tokens}: expected a positive number, or None for the default",
+    )
+    refuse(
+        grad_buffer_bytes is not None and grad_buffer_bytes < 0,
+        f"grad_buffer_bytes={grad_buffer_bytes}: expected 0 or more, or None for the default",
     )
     vocab = vocabulary(weight, teacher_weight, vocab_size)
     chosen = backends.choose_backend(backend, hidden=hidden, teacher_weight=teacher_weight)
@@ -220,6 +246,9 @@ def linear_kl_div(
         vocab=vocab,
         reduction=reduction,
         chunk_tokens=chunk_tokens,
+        grad_buffer_bytes=grad_buffer_bytes,
+        low_memory=low_memory,
+        exact=exact,
         backend=chosen,
         need_dx=grad and hidden.requires_grad,
         need_dw=grad and weight.requires_grad,
@@ -243,6 +272,13 @@ def _padded(gradient: Tensor | None, like: Tensor | None) -> Tensor:
     return full
 
 
+def _few_decide(weights: Tensor, given: Tensor | None, max_valid: int | None) -> bool:
+    """``few_decide`` where looking at the weights costs no synchronization of its own."""
+    if given is None or (given.is_cuda and max_valid is not None):
+        return weights.shape[0] < FEW_TOKENS
+    return few_decide(given)
+
+
 def _run(
     hidden: Tensor,
     weight: Tensor,
@@ -260,6 +296,9 @@ def _run(
     vocab: int,
     reduction: str,
     chunk_tokens: int | None,
+    grad_buffer_bytes: int | None,
+    low_memory: bool | None,
+    exact: bool | None,
     backend: str,
     need_dx: bool,
     need_dw: bool,
@@ -269,6 +308,12 @@ def _run(
     accum = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     index, weights = pack(hidden, token_weights, max_valid_tokens, accum)
     scale = row_scale(weights, reduction)
+    need_grad = need_dx or need_dw or need_db
+    chunk = chunk_tokens or default_chunk(hidden, need_dw)
+    if low_memory is None and not need_grad and chunk_tokens is None:
+        low_memory = is_short_of_memory(8 * min(chunk, weights.shape[0]) * vocab, hidden.device)
+    if exact is None:
+        exact = need_grad and _few_decide(weights, token_weights, max_valid_tokens)
     problem = KLProblem(
         hidden=hidden,
         weight=weight[:vocab],
@@ -279,11 +324,13 @@ def _run(
         index=index,
         scale=scale,
         spec=KLSpec(direction, beta, temperature, logit_scale, softcap),
-        chunk_tokens=chunk_tokens or default_chunk(hidden, need_dw),
-        fused=chunk_tokens is None,
+        chunk_tokens=chunk,
+        fused=bool(low_memory),
         need_dx=need_dx,
         need_dw=need_dw,
         need_db=need_db,
+        exact=exact,
+        buffer_bytes=grad_buffer_bytes,
     )
     with without_autocast(hidden.device.type):
         result = RUN[backend](problem)

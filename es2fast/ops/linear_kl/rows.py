@@ -22,6 +22,7 @@ soft-cap it stays so by ``tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b)``.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -97,8 +98,8 @@ def _divergence(z_b: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor,
     return kl, u, mean_u, log_b, log_ratio
 
 
-def _jsd(r: Tensor, log_t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """JSD per row and its gradient by the student's z, from r = log(p_s/p_t)."""
+def _jsd_terms(r: Tensor, log_t: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(the value's terms, p_s, log(p_s/m)) from r = log(p_s/p_t)."""
     a = 1.0 - beta
     p_t, p_s = log_t.exp(), (log_t + r).exp()
     # log(p_s/m): near the teacher by expm1/log1p of a small ratio, far from it by the larger side
@@ -116,8 +117,17 @@ def _jsd(r: Tensor, log_t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     small = w.abs() < 0.1
     value = torch.where(small, _jsd_series(w, a), a * h - h_a).mul_(p_t)
     value = torch.where(is_near, value, beta * p_t * log_tm + a * p_s * log_sm)
-    mean = (p_s * log_sm).sum(-1, keepdim=True) / p_s.sum(-1, keepdim=True)
-    return value.sum(-1, keepdim=True), p_s.mul_(log_sm - mean).mul_(a)
+    return value, p_s, log_sm
+
+
+def _jsd(
+    r: Tensor, log_t: Tensor, beta: float, over_ranks: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """JSD per row and its gradient by the student's z, from r = log(p_s/p_t)."""
+    value, p_s, log_sm = _jsd_terms(r, log_t, beta)
+    sums = torch.stack([value.sum(-1), (p_s * log_sm).sum(-1), p_s.sum(-1)])
+    total, drawn, mass = over_ranks(sums)[..., None]
+    return total, p_s.mul_(log_sm - drawn / mass).mul_(1.0 - beta)
 
 
 def _jsd_series(w: Tensor, a: float) -> Tensor:
@@ -129,42 +139,103 @@ def _jsd_series(w: Tensor, a: float) -> Tensor:
     return acc.mul_(w).mul_(w)
 
 
-def row_divergence(
+def base_and_difference(
     raw_t: Tensor,  # (C, V) teacher's raw logits, fp32 or fp64
     raw_s: Tensor,  # (C, V) student's raw logits, or W (h_s - h_t) when is_delta
     spec: KLSpec,
     is_delta: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(z_base, z_other - z_base, dz_s/draw_s or None when it is the constant scale / T)."""
+    z_t, d, slope = head_transform(raw_t, raw_s, spec, is_delta)
+    return (z_t + d, -d, slope) if spec.direction == "reverse" else (z_t, d, slope)
+
+
+def row_divergence(
+    z_b: Tensor,  # (C, V) the base's z, fp32 or fp64
+    d: Tensor,  # (C, V) z_other - z_base
+    slope: Tensor | None,  # (C, V) dz_s/draw_s; None: the constant scale / T
+    spec: KLSpec,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Divergence per row (C,) and its gradient by the student's raw logits (C, V) or None."""
-    z_t, d, slope = head_transform(raw_t, raw_s, spec, is_delta)
-    if spec.direction == "reverse":
-        z_b, d = z_t + d, -d
-    else:
-        z_b = z_t
     kl, u, mean_u, log_b, log_ratio = _divergence(z_b, d)
     grad = None
     if spec.direction == "jsd":
-        kl, grad = _jsd(u - log_ratio, log_b, spec.beta)
+        kl, grad = _jsd(u - log_ratio, log_b, spec.beta, lambda sums: sums)
     elif need_grad and spec.direction == "reverse":
         grad = log_b.exp().mul_(mean_u - u)
     elif need_grad:
-        r = u - log_ratio
-        near = r.clamp(-SERIES_BELOW, SERIES_BELOW)
-        p_t = log_b.exp()
-        grad = torch.where(r == near, (phi(near) + near) * p_t, (log_b + r).exp() - p_t)
-    if not need_grad or grad is None:
-        return kl.squeeze(-1), None
-    grad = grad.mul_(spec.logit_scale / spec.temperature) if slope is None else grad.mul_(slope)
-    return kl.squeeze(-1), grad
+        grad = _forward_gradient(log_b, u - log_ratio)
+    return kl.squeeze(-1), _by_raw_logits(grad, slope, spec) if need_grad else None
+
+
+def _forward_gradient(log_b: Tensor, r: Tensor) -> Tensor:
+    """p_s - p_t from log p_t and r = log(p_s/p_t)."""
+    near = r.clamp(-SERIES_BELOW, SERIES_BELOW)
+    p_t = log_b.exp()
+    return torch.where(r == near, (phi(near) + near) * p_t, (log_b + r).exp() - p_t)
+
+
+def _by_raw_logits(grad: Tensor | None, slope: Tensor | None, spec: KLSpec) -> Tensor | None:
+    """The gradient by z_s, overwritten, times dz_s/draw_s."""
+    if grad is None:
+        return None
+    return grad.mul_(spec.logit_scale / spec.temperature) if slope is None else grad.mul_(slope)
+
+
+# --- columns in several places --------------------------------------------------------------------
+
+
+def partials(z_b: Tensor, d: Tensor) -> Tensor:
+    """Statistics (6, C) of some columns (C, V), as :func:`merge_partials` merges them."""
+    lowest, tiny = -1e30, torch.finfo(z_b.dtype).tiny  # columns may all be -inf
+    m = z_b.amax(-1, keepdim=True).clamp(min=lowest)
+    log_e = z_b - m
+    e = log_e.exp()
+    p = e.sum(-1, keepdim=True)
+    first = d[:, :1]
+    c = first + (e * (d - first)).sum(-1, keepdim=True) / p.clamp(min=tiny)
+    u = d - c
+    near = u.clamp(-SERIES_BELOW, SERIES_BELOW)
+    far = (log_e + u).exp_().sub_(e * (1.0 + u))
+    s = torch.where(u == near, phi(near).mul_(e), far).sum(-1, keepdim=True)
+    z_o = z_b + d
+    m_o = z_o.amax(-1, keepdim=True).clamp(min=lowest)
+    p_o = (z_o - m_o).exp().sum(-1, keepdim=True)
+    return torch.cat([m, p, c, s, m_o, p_o], 1).t().contiguous()
+
+
+def shifted_gradient(
+    z_b: Tensor,  # (C, V) the base's z of some columns
+    d: Tensor,  # (C, V) z_other - z_base
+    slope: Tensor | None,
+    kl: Tensor,  # (C,) KL(base||other) of all columns
+    merged: Tensor,  # (6, C) statistics of all columns
+    spec: KLSpec,
+    need_grad: bool,
+    over_ranks: Callable[[Tensor], Tensor],  # sums of some columns -> of all
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`row_divergence` for some of the columns, from statistics of all of them."""
+    top, p, centre = (x[:, None] for x in merged[:3])
+    log_b, u = z_b - (top + p.log()), d - centre
+    rows, grad = kl, None
+    if spec.direction == "jsd":
+        value, grad = _jsd(u - kl[:, None], log_b, spec.beta, over_ranks)
+        rows = value.squeeze(-1)
+    elif need_grad and spec.direction == "reverse":
+        grad = -log_b.exp() * u
+    elif need_grad:
+        grad = _forward_gradient(log_b, u - kl[:, None])
+    return rows, _by_raw_logits(grad, slope, spec) if need_grad else None
 
 
 def merge_partials(parts: Tensor) -> tuple[Tensor, Tensor]:
     """Merge per-row partials of disjoint column ranges into (KL(base||other), merged partials).
 
-    ``parts`` is (K, 6, N) float32: max m and sumexp p of the base's z, centre c = E_base[d], the
-    centred sum s = sum e^(z-m) (e^(d-c) - 1 - (d-c)), and the other side's max and sumexp. The K
-    ranges may come from one device (the tile-fused path) or, later, from vocabulary-parallel ranks.
+    ``parts`` is (K, 6, N), float32 or float64: max m and sumexp p of the base's z, centre
+    c = E_base[d], the centred sum s = sum e^(z-m) (e^(d-c) - 1 - (d-c)), and the other side's max
+    and sumexp. The K ranges come from one device (the tile-fused path) or from vocabulary-parallel
+    ranks.
     """
     m, p, c, s, m_o, p_o = parts.double().unbind(1)
     top, top_o = m.amax(0), m_o.amax(0)
@@ -179,4 +250,5 @@ def merge_partials(parts: Tensor) -> tuple[Tensor, Tensor]:
     direct = lse_o - lse_b - centre
     tolerance = DIRECT_TOLERANCE * (1.0 + lse_o.abs() + lse_b.abs() + centre.abs())
     kl = torch.where((kl - direct).abs() <= tolerance, kl, direct)
-    return kl.float(), torch.stack([top, p_all, centre, s_all, top_o, p_o_all]).float()
+    merged = torch.stack([top, p_all, centre, s_all, top_o, p_o_all])
+    return kl.to(parts.dtype), merged.to(parts.dtype)

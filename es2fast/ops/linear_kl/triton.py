@@ -3,9 +3,10 @@
 ``row_kernel``, for float32 inputs: one program per token, over float32 raw logits of student and
 teacher in memory. It sweeps the row once forwards for the statistics (both logsumexps, the centre
 and the value in the cancellation-free form, merged tile by tile) and once *backwards* for the
-gradient. JSD needs one more sweep. G is written over the student's logits: 16-bit G
-(``triton_light.light_row_kernel``) goes to the upper half of the row's own memory, which a backward
-sweep has already read. A row comes from memory once per sweep: rows in flight exceed the L2 cache.
+gradient. JSD needs one more sweep. G is written to a buffer of its own or over the student's
+logits: 16-bit G (``triton_light.light_row_kernel``) goes to the upper half of the row's own memory,
+which a backward sweep has already read, a second part of it over the teacher's logits. A row comes
+from memory once per sweep: rows in flight exceed the L2 cache.
 
 ``fused_kernel``: the no-grad path. One program per (block of rows, range of columns) makes the
 logits tile by tile with tensor cores and folds them into the same statistics; nothing of size
@@ -27,7 +28,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from es2fast.ops.linear_kl.chunked import KLProblem, KLResult, RowGradient, run_chunked
+from es2fast.ops.linear_kl.chunked import (
+    KLProblem,
+    KLResult,
+    RowBackend,
+    RowGradient,
+    run_chunked,
+)
 from es2fast.ops.linear_kl.device import clip, exp_capped, log1p, phi, phi_any, transform
 from es2fast.ops.linear_kl.rows import DIRECTION, merge_partials
 from es2fast.ops.linear_kl.triton_light import (
@@ -486,8 +493,8 @@ def _common_unit(scale: Tensor, dtype: torch.dtype) -> Tensor | None:
     return torch.exp2(torch.ceil(torch.log2(largest)) - 14)
 
 
-def _row_pass(
-    zt: Tensor, zs: Tensor, scale: Tensor, p: KLProblem
+def row_pass(
+    zt: Tensor, zs: Tensor, scale: Tensor, place: Tensor | None, p: KLProblem
 ) -> tuple[Tensor, RowGradient | None]:
     """Launch the row kernel of hidden's dtype, which G takes, on a chunk."""
     count, vocab = zt.shape
@@ -495,7 +502,11 @@ def _row_pass(
     dtype = p.hidden.dtype
     unit = _common_unit(p.scale, dtype) if p.need_grad else None
     row_unit = p.need_grad and dtype == torch.float16 and p.spec.direction == "reverse"
-    g = gradient_place(zs, dtype) if p.need_grad else zs
+    g = zs
+    if p.need_grad:
+        g = gradient_place(zs, dtype) if place is None else place
+    two_parts = p.need_grad and p.exact and dtype == torch.bfloat16
+    low = gradient_place(zt, dtype) if two_parts else g
     loss = torch.empty(count, dtype=torch.float32, device=zt.device)
     units = torch.empty_like(loss) if row_unit else loss
     buffers = (
@@ -527,14 +538,25 @@ def _row_pass(
     else:
         light = LIGHT_INTERPRETED if INTERPRETED else LIGHT
         light_row_kernel[(count,)](
-            *buffers, *sizes, **common,
+            *buffers, low, *sizes, low.stride(0), **common,
+            TWO_PARTS=two_parts,
             GROUPS=light.groups, LANES=32 * light.num_warps, VEC=light.vec,
             num_warps=light.num_warps,
             maxnreg=None if p.spec.softcap is None else SOFTCAP_REGISTERS,
         )  # fmt: skip
     if not p.need_grad:
         return loss, None
-    return loss, RowGradient(g, unit, units[:, None] if row_unit else None)
+    return loss, RowGradient(
+        g, low if two_parts else None, unit, units[:, None] if row_unit else None
+    )
+
+
+def gradient_dtype(p: KLProblem) -> torch.dtype:
+    """That of the GEMM which follows."""
+    return p.hidden.dtype
+
+
+TRITON = RowBackend(row_pass, gradient_dtype)
 
 
 def splits(row_blocks: int, col_tiles: int, sms: int) -> int:
@@ -551,7 +573,7 @@ def _fused_reason(p: KLProblem) -> str | None:
     if p.need_grad:
         return "gradients need the logits"
     if not p.fused:
-        return "the caller asked for chunks"
+        return "chunks are faster and fit"
     if p.spec.direction == "jsd":
         return "JSD needs normalized rows before its value"
     if p.hidden.dtype == torch.float32 or p.teacher_hidden.dtype != p.hidden.dtype:
@@ -636,4 +658,4 @@ def run_triton(problem: KLProblem) -> KLResult:
     with on_device_of(problem.hidden):
         if _fused_reason(problem) is None:
             return _run_fused(problem)
-        return run_chunked(problem, _row_pass)
+        return run_chunked(problem, TRITON)

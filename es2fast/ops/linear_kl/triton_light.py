@@ -219,11 +219,19 @@ def _jsd_value(z, d, lse, shift, beta):
 
 
 @triton.jit
+def _store(row, cols, x, pitch, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(row + cols, x, mask=cols < pitch)
+    else:
+        tl.store(row + cols, x)
+
+
+@triton.jit
 def _backward_tile(
-    zt_row, zs_row, g_row, bt_ptr, bs_ptr, cols, V, pitch, gain, cap_in, cap_out, beta,
+    zt_row, zs_row, g_row, low_row, bt_ptr, bs_ptr, cols, V, pitch, gain, cap_in, cap_out, beta,
     lse, c, shift, scale, total,
     DIRECTION: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BT: tl.constexpr, HAS_BS: tl.constexpr,
-    NEED_GRAD: tl.constexpr, MASKED: tl.constexpr,
+    NEED_GRAD: tl.constexpr, TWO_PARTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One tile of the backward sweep: its value (not of JSD) added to ``total``, its G stored."""
     z, d, slope = _load(
@@ -237,12 +245,13 @@ def _backward_tile(
         term, g = _kl_terms(z, d, lse, c, shift, DIRECTION)
         total += _lane_sum(term)
     if NEED_GRAD:
-        g = rounded(g * (slope * scale), g_row.dtype.element_ty)
+        wide = g * (slope * scale)
+        g = rounded(wide, g_row.dtype.element_ty)
         tl.debug_barrier()  # this tile has been read by every thread before G overwrites it
-        if MASKED:
-            tl.store(g_row + cols, g, mask=cols < pitch)
-        else:
-            tl.store(g_row + cols, g)
+        _store(g_row, cols, g, pitch, MASKED)
+        if TWO_PARTS:
+            rest = rounded(wide - g.to(tl.float32), low_row.dtype.element_ty)
+            _store(low_row, cols, rest, pitch, MASKED)
     return total
 
 
@@ -256,9 +265,11 @@ def light_row_kernel(
     scale_ptr,  # (C,) float32
     loss_ptr,  # (C,) float32
     unit_ptr,  # (C,) float32, power of two by which the row of G was divided
+    low_ptr,  # (C, V) what rounding took from G; may be the teacher's own memory
     V,
     pitch,  # row stride of both logit buffers, at least V
     stride_g,
+    stride_low,
     gain,  # logit_scale / temperature
     cap_in,  # logit_scale / softcap
     cap_out,  # softcap / temperature
@@ -269,6 +280,7 @@ def light_row_kernel(
     HAS_BS: tl.constexpr,
     NEED_GRAD: tl.constexpr,
     ROW_UNIT: tl.constexpr,
+    TWO_PARTS: tl.constexpr,
     GROUPS: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
@@ -278,6 +290,7 @@ def light_row_kernel(
     zt_row = zt_ptr + row * pitch
     zs_row = zs_ptr + row * pitch
     g_row = g_ptr + row * stride_g
+    low_row = low_ptr + row * stride_low
     lanes = tl.arange(0, LANES) * VEC
     offs = (tl.arange(0, GROUPS) * (LANES * VEC))[:, None, None] + lanes[None, :, None]
     offs = offs + tl.arange(0, VEC)[None, None, :]
@@ -336,14 +349,14 @@ def light_row_kernel(
             scale = scale * (1.0 - beta)
         if rest < V:
             total = _backward_tile(
-                zt_row, zs_row, g_row, bt_ptr, bs_ptr, rest + offs, V, pitch,
+                zt_row, zs_row, g_row, low_row, bt_ptr, bs_ptr, rest + offs, V, pitch,
                 gain, cap_in, cap_out, beta, lse, c, shift, scale, total,
-                DIRECTION, SOFTCAP, HAS_BT, HAS_BS, NEED_GRAD, True,
+                DIRECTION, SOFTCAP, HAS_BT, HAS_BS, NEED_GRAD, TWO_PARTS, True,
             )  # fmt: skip
         for i in tl.range(0, full, num_stages=1):
             total = _backward_tile(
-                zt_row, zs_row, g_row, bt_ptr, bs_ptr, (full - 1 - i) * BLOCK + offs, V, pitch,
-                gain, cap_in, cap_out, beta, lse, c, shift, scale, total,
-                DIRECTION, SOFTCAP, HAS_BT, HAS_BS, NEED_GRAD, False,
+                zt_row, zs_row, g_row, low_row, bt_ptr, bs_ptr, (full - 1 - i) * BLOCK + offs, V,
+                pitch, gain, cap_in, cap_out, beta, lse, c, shift, scale, total,
+                DIRECTION, SOFTCAP, HAS_BT, HAS_BS, NEED_GRAD, TWO_PARTS, False,
             )  # fmt: skip
     tl.store(loss_ptr + row, tl.sum(total, 0))

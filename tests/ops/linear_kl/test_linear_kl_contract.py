@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from es2fast.ops import gemms, native
 from es2fast.ops.backends import choose_backend
 from es2fast.ops.linear_kl import chunked as linear_kl_chunked
 from es2fast.ops.linear_kl.rows import KLSpec
+from es2fast.ops.tokens import saved_dtype
 from tests.ops.linear_kl.matrix import BF16, FP16, FP32, make_problem
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -22,7 +24,7 @@ _MEMORY = """
 import torch
 from es2fast import linear_kl_div
 from es2fast.ops import native
-V, H, C = 16000, 16, 32
+V, H, C = 16000, {width}, 32
 w = torch.randn(V, H, requires_grad={trainable})
 def peak(n):
     x, t = torch.randn(n, H, requires_grad=True), torch.randn(n, H)
@@ -39,11 +41,18 @@ print(peak(1024) - small, 768 * V * 4)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 @pytest.mark.parametrize(
-    ("trainable", "direction", "reduction"),
-    ((False, "forward", "mean"), (True, "reverse", "mean"), (True, "jsd", "none")),
+    ("trainable", "direction", "reduction", "width"),
+    (
+        (False, "forward", "mean", 16),
+        (True, "reverse", "mean", 16),  # the budget holds no two chunks of G
+        (True, "jsd", "none", 16),
+        (True, "forward", "mean", 160),  # it holds 80 rows of them
+    ),
 )
-def test_memory_does_not_grow_with_tokens_times_vocabulary(trainable, direction, reduction):
-    code = _MEMORY.format(trainable=trainable, direction=direction, reduction=reduction)
+def test_memory_does_not_grow_with_tokens_times_vocabulary(trainable, direction, reduction, width):
+    code = _MEMORY.format(
+        trainable=trainable, direction=direction, reduction=reduction, width=width
+    )
     # every tensor a mapping of its own: what malloc keeps of freed ones would count as ours
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", code]
@@ -83,6 +92,7 @@ def _refusals() -> dict[str, tuple[dict, str]]:
         "weights grad": (dict(token_weights=torch.ones(5, requires_grad=True)), "detach"),
         "hint alone": (dict(max_valid_tokens=3), "without token_weights"),
         "chunk": (dict(chunk_tokens=0), "chunk_tokens=0"),
+        "buffer": (dict(grad_buffer_bytes=-1), "grad_buffer_bytes=-1"),
         "backend": (dict(backend="cuda"), "backend='cuda': expected one of"),
         "float64 on native": (
             dict(hidden=x.double(), weight=w.double(), teacher_hidden=x.double(), backend="native"),
@@ -113,7 +123,7 @@ def test_custom_op_contract():
     arguments = (
         problem.hidden.clone().requires_grad_(), problem.weight.clone().requires_grad_(), None,
         problem.teacher_hidden, None, None, None, None, "forward", 0.5, 1.0, 1.0, None, 20,
-        "mean", None, "torch", True, True, False,
+        "mean", None, None, None, None, "torch", True, True, False,
     )  # fmt: skip
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.es2fast.linear_kl.default, arguments, test_utils=tests)
@@ -140,11 +150,18 @@ def test_gemms_of_a_gpu_by_their_shape_functions(monkeypatch, dtype, shared):
         empty(7, 65), empty(131, 65), empty(131), empty(7, 65 if shared else 33), teacher_weight,
         None, None, torch.empty(7, device="meta"), KLSpec(), 3, False, True, True, True,
     )  # fmt: skip
-    result = linear_kl_chunked.run_torch(problem)
-    assert result.dx is not None and result.dw is not None and result.db is not None
-    assert result.dx.shape == (7, 65) and result.dx.dtype == problem.saved_dtype
-    assert result.dw.shape == (131, 65) and result.dw.dtype == FP32
-    assert result.db.shape == (131,) and result.rows.shape == (7,)
+    for change, dw_dtype in (
+        (dict(), saved_dtype(problem.weight)),
+        (dict(buffer_bytes=6 * 131 * (2 if dtype == BF16 else 4)), FP32),
+        (dict(buffer_bytes=0), FP32),
+        (dict(exact=True, buffer_bytes=0), FP32),
+    ):
+        result = linear_kl_chunked.run_torch(dataclasses.replace(problem, **change))
+        assert result.dx is not None and result.dw is not None and result.db is not None
+        assert result.dx.shape == (7, 65) and result.dx.dtype == problem.saved_dtype
+        assert result.dw.shape == (131, 65)
+        assert result.dw.dtype == (FP32 if dtype == FP32 else dw_dtype)
+        assert result.db.shape == (131,) and result.rows.shape == (7,)
 
 
 def test_only_vectorized_rows_go_to_the_tile_fused_kernel():

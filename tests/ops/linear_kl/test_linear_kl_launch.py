@@ -75,7 +75,9 @@ def launches(monkeypatch):
     return found
 
 
-UNUSED = {"bt_ptr": "HAS_BT", "bs_ptr": "HAS_BS", "g_ptr": "NEED_GRAD"}  # pointer: its switch
+UNUSED = {
+    "bt_ptr": "HAS_BT", "bs_ptr": "HAS_BS", "g_ptr": "NEED_GRAD", "low_ptr": "TWO_PARTS",
+}  # fmt: skip # pointer: its switch
 
 
 def _launch(signature: dict, constants: dict, aligned: set, options: tuple) -> Launch:
@@ -102,24 +104,33 @@ def problem(dtype: str, v: int, h: int, full: bool, shared: bool, **change: Any)
     bias = randn(v) if full else None
     direction = change.pop("direction", "forward")
     spec = KLSpec(direction, softcap=30.0 if change.pop("softcap", full) else None)
-    grad, n = change.pop("grad", False), 33 if v % 16 else 32
+    exact, grad, n = change.pop("exact", False), change.pop("grad", False), 33 if v % 16 else 32
     return KLProblem(
         randn(n, h), randn(v, h), bias, randn(n, h), None if shared else randn(v, h),
-        None if shared else bias, None, torch.ones(n), spec, 16, True, grad, grad, False,
+        None if shared else bias, None, torch.ones(n), spec, 16, True, grad, grad, False, exact,
+        buffer_bytes=change.pop("buffer_bytes", None),
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("grad", (True, False))
-@pytest.mark.parametrize("head", ("", " bias+softcap", " bias+softcap odd-V"))
+@pytest.mark.parametrize("mode", ("", " no-grad", " two-parts"))
+@pytest.mark.parametrize("head", ("", " softcap", " bias+softcap", " bias+softcap odd-V"))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("direction", kernels.DIRECTION)
-def test_row_kernel(launches, direction, dtype, head, grad):
+def test_row_kernel(launches, direction, dtype, head, mode):
+    """G over the student's logits, in a buffer for all rows and in one for some of them."""
+    if mode == " two-parts" and dtype != "bf16":
+        pytest.skip("only a bfloat16 G has two parts")
     v = 2051 if "odd" in head else 2064
-    p = problem(dtype, v, 16, head != "", dtype == "fp32", direction=direction, grad=grad)
-    run_chunked(p, kernels._row_pass)
-    assert len(set(launches)) == 1
-    label = f"row {direction} {dtype}{head}" + ("" if grad else " no-grad")
-    assert launches[0] == reported(label)
+    options = dict(
+        direction=direction, grad=mode != " no-grad", exact=mode == " two-parts",
+        softcap="softcap" in head,
+    )  # fmt: skip
+    for buffer_bytes in (0, 32 * v * 4, 10**9):
+        p = problem(
+            dtype, v, 16, "bias" in head, dtype == "fp32", buffer_bytes=buffer_bytes, **options
+        )
+        run_chunked(p, kernels.TRITON)
+    assert set(launches) == {reported(f"row {direction} {dtype}{head}{mode}")}
 
 
 @pytest.mark.parametrize("features", ("plain", "bias tail", "bias tail odd-V", "bias softcap tail"))

@@ -14,3 +14,8 @@ def test_matrix_in_the_interpreter():
     check_in_interpreter(
         "tests/ops/linear_kl/test_linear_kl.py", "triton and sweep", "triton and not sweep"
     )
+
+
+@pytest.mark.slow
+def test_rules_in_the_interpreter():
+    check_in_interpreter("tests/ops/linear_kl/test_linear_kl_rules.py", "triton")

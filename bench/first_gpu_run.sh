@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# The first half hour on a GPU, in the order of what must not be missing when it ends early.
+#
+#   bench/first_gpu_run.sh OUT [PART ...]      # PART: probe tests ours profile tune peers shapes
+#   REHEARSE=1 bench/first_gpu_run.sh OUT      # the same on a CPU with small shapes
+#
+# Every part ends within nine minutes, leaves OUT/PART.log and, when it is through, OUT/PART.done,
+# with which it is skipped the next time; one that fails does not stop the others. Rows: OUT/*.jsonl.
+# PYTHON names the interpreter (default: python).
+set -u
+OUT=${1:?usage: bench/first_gpu_run.sh OUT [PART ...]}
+shift
+mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) && cd "$(dirname "$0")/.." || exit 2
+PYTHON=${PYTHON:-python}
+LIMIT=${LIMIT:-540}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+main=(--shape 8192 4096 128256)
+others=(--mode trainable frozen)
+probe=()
+tests=(-n 8)
+if [ "${REHEARSE:-0}" = 1 ]; then
+  main=(--device cpu --shape 16 16 50)
+  others+=(--device cpu --quick)
+  probe=(--device cpu --quick)
+  tests=()
+fi
+"$PYTHON" -c 'import pytest_timeout' 2>/dev/null && tests+=(--timeout=120)
+
+PARTS="probe tests ours profile tune peers shapes"
+
+set_arguments() {
+  case $1 in
+    probe) arguments=(bench/gpu_probe.py gemms "${probe[@]}" --out "$OUT") ;;
+    tests) arguments=(-m pytest tests/gpu -q -p no:cacheprovider "${tests[@]}") ;;
+    ours) arguments=(bench/linear_kl.py "${main[@]}" --only es2fast --out "$OUT") ;;
+    profile) arguments=(bench/gpu_probe.py profile "${probe[@]}" --out "$OUT") ;;
+    tune) arguments=(bench/gpu_probe.py tune "${probe[@]}" --out "$OUT") ;;
+    peers) arguments=(bench/linear_kl.py "${main[@]}" --skip es2fast GEMMs --out "$OUT") ;;
+    shapes) arguments=(bench/linear_kl.py "${others[@]}" --only es2fast --out "$OUT") ;;
+    *) echo "no part $1: expected some of $PARTS" >&2; exit 2 ;;
+  esac
+}
+
+[ $# -gt 0 ] || set -- $PARTS
+status=0
+for part in "$@"; do
+  set_arguments "$part"
+  if [ -e "$OUT/$part.done" ]; then
+    echo "$part: done before"
+    continue
+  fi
+  started=$SECONDS
+  timeout "$LIMIT" "$PYTHON" "${arguments[@]}" >"$OUT/$part.log" 2>&1
+  code=$?
+  echo "$part: status $code after $((SECONDS - started)) s"
+  if [ $code = 0 ]; then touch "$OUT/$part.done"; else status=1; tail -n 3 "$OUT/$part.log"; fi
+done
+exit $status

@@ -1,0 +1,57 @@
+"""A vocabulary over two gloo processes, against one process and against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from es2fast import vocab_parallel_linear_kl_div
+from tests.ops.linear_kl import ranks
+from tests.ops.linear_kl.matrix import VALUE_BOUND, gradient_bound, oracle, relative, run
+
+CASES = ranks.cases()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(ranks.worker, args=(2, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equal_to_float64_and_to_one_process(found, name):
+    problem = CASES[name]
+    a, b = (rank[name] for rank in found)
+    assert torch.equal(a["loss"], b["loss"]) and torch.equal(a["loss"], a["again"])
+    trains = problem.options.get("reduction") != "none"
+    want, one = oracle(problem), run(problem, "torch", "xwb" if trains else "x")
+    kl = float(want.loss.abs().mean())
+    bound = gradient_bound(problem.hidden.dtype, kl)
+    assert a["loss"].dtype == one.loss.dtype and a["loss"].shape == one.loss.shape
+    assert torch.equal(a["dx"], b["dx"])  # complete on both
+    got = dict(dx=a["dx"])
+    if trains:
+        got |= {key: torch.cat([a[key], b[key]]) for key in ("dw", "db") if a[key] is not None}
+    assert relative(a["loss"], want.loss) <= VALUE_BOUND
+    assert relative(a["loss"], one.loss) <= VALUE_BOUND
+    for key, gradient in got.items():
+        expected, alone = getattr(want, key), getattr(one, key)
+        assert gradient.dtype == alone.dtype
+        assert relative(gradient, expected) <= bound, key
+        assert relative(gradient, alone) <= 2 * bound, key
+
+
+@pytest.mark.parametrize("direction", ("forward", "jsd"))
+def test_bytes_on_the_wire(found, direction):
+    """Per token 24 (p-1) bytes of statistics, and H float32 (JSD: 3 more) to an all-reduce."""
+    tokens, h = 150, 48
+    for rank in found:
+        extra = 3 if direction == "jsd" else 0
+        assert rank[f"bytes {direction}"] == (24 * tokens, 4 * (h + extra) * tokens)
+
+
+def test_a_head_that_trains_without_reduction_is_refused():
+    x, w = torch.randn(5, 8), torch.randn(20, 8, requires_grad=True)
+    with pytest.raises(ValueError, match="reduction='none' with a head that trains"):
+        vocab_parallel_linear_kl_div(x, w, x, reduction="none")
