@@ -1,4 +1,5 @@
-"""The guides say what is so: quoted messages occur in the files that print them."""
+"""The guides say what is so: quoted messages occur in the files that print them, named files and
+links exist."""
 
 from __future__ import annotations
 
@@ -63,3 +64,12 @@ def test_a_quoted_message_is_printed_by_that_file(message: str, file: str) -> No
     if path.suffix == ".so" and "cuda" in path.name and not path.is_file():
         pytest.skip("torch was built without CUDA")
     assert printed_by(message, path)
+
+
+def test_files_that_the_architecture_names_exist() -> None:
+    text = (DOCS / "architecture.md").read_text()
+    named = set(re.findall(r"`([\w/]+\.py)`", text))
+    named |= {f"{name}.py" for name in re.findall(r"(?<=[ ,])[a-z_]+/[a-z_]+(?=[ ,])", text)}
+    assert len(named) > 15
+    folders = [ROOT, *(path.parent for path in (ROOT / "es2fast").rglob("*.py"))]
+    assert not {name for name in named if not any((folder / name).exists() for folder in folders)}
