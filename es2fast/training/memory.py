@@ -112,7 +112,7 @@ def estimate(
         teacher = shape.hidden * shape.vocabulary  # a frozen copy of the LM head
     rows, chunk = config.train.micro_batch_size, _chunk(shape, device)
     held = item * (shape.total + (shape.trained if config.train.trainable == "lora" else 0))
-    states = training_states(shape.trained, stage, item, device, world_size)
+    states = training_states(shape.trained, stage, item, world_size)
     offloaded = device == "cuda" and bool(zero.get("offload_optimizer"))
     kept = _copies(config, shape, item, device, split)
     return Estimate(
@@ -145,9 +145,7 @@ class TrainingStates:
     copies: float
 
 
-def training_states(
-    trained: int, stage: int, item: int, device: str, ranks: int
-) -> TrainingStates:  # fmt: skip
+def training_states(trained: int, stage: int, item: int, ranks: int) -> TrainingStates:
     """What DeepSpeed keeps of the trained parameters.
 
     At stage 0 fp32 weights are their own copy, and bf16 ones are updated piece by piece. Else a
@@ -157,13 +155,11 @@ def training_states(
         trained: parameters.
         stage: of ZeRO.
         item: bytes of an element of the weights.
-        device: "cpu" or "cuda".
         ranks: of the run.
     """
-    if stage == 0 and item == 4:
-        return TrainingStates(4.0 * trained, 8.0 * trained, 0.0)
     if stage == 0:
-        return TrainingStates(float(item * trained), 12.0 * trained, 0.0)
+        kept = 8.0 if item == 4 else 12.0
+        return TrainingStates(float(item * trained), kept * trained, 0.0)
     own = trained / ranks
     return TrainingStates(
         gradients=item * (trained if stage < 2 else own),

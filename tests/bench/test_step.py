@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench._step_workload import model_folder
-from bench.step import ENTRIES, Entry, main, table, work
+from bench.step import ENTRIES, RESULTS, Entry, main, table, work
 
 
 @pytest.mark.slow
@@ -48,6 +48,11 @@ def test_a_contestant_has_a_process_of_its_own_and_a_row(
     assert [row["name"] for row in rows] == ["prepare, twin", "plain-blocks"]
     assert rows[1]["s_per_step"] > 0 and rows[1]["extra_mb"] > 0 and len(rows[1]["losses"]) == 3
     assert "| toy, fp32, 4+4 | blocks | plain |" in table(tmp_path / "rows")
+
+
+def test_the_readme_holds_the_table_of_the_rows() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert table(RESULTS) in readme, "run python bench/step.py --report"
 
 
 def test_names_are_unique() -> None:
