@@ -2,7 +2,8 @@
 
 The library registers its operators with torch (``torch.ops.es2fast.native_*``); the fakes below
 tell torch.compile and export their shapes. Every operator computes in float32, spreads rows or
-columns over torch's threads, and gives the same bits for any number of them. The instruction set
+columns over torch's threads, and gives the same bits for any number of them (float32 GEMMs of dX: for
+any number up to 4, above for a given one). The instruction set
 (AVX-512, AVX2, else what the compiler makes of plain C++) is the one that torch uses on the
 machine; ``ATEN_CPU_CAPABILITY`` limits both.
 
