@@ -1,4 +1,5 @@
-// Matrix products with float32 results whose bits do not depend on the number of threads.
+// Matrix products with float32 results whose bits do not depend on the number of threads (but for
+// the tiles of a float32 dX, see tile_of_dx).
 //
 // Two bfloat16 inputs go to our own kernels where the CPU has them (gemm_bf16.h). Everything else is
 // cut into fixed blocks of the result, each made by one thread with torch's float32 GEMM: a GEMM

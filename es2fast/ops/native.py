@@ -2,9 +2,10 @@
 
 The library registers its operators with torch (``torch.ops.es2fast.native_*``); the fakes below
 tell torch.compile and export their shapes. Every operator computes in float32, spreads rows or
-columns over torch's threads, and gives the same bits for any number of them. The instruction set
-(AVX-512, AVX2, else what the compiler makes of plain C++) is the one that torch uses on the
-machine; ``ATEN_CPU_CAPABILITY`` limits both.
+columns over torch's threads, and gives the same bits for any number of them (float32 GEMMs of dX:
+for any number up to 4, above for a given one). The instruction set (AVX-512, AVX2, else what the
+compiler makes of plain C++) is the one that torch uses on the machine; ``ATEN_CPU_CAPABILITY``
+limits both.
 
 Where the CPU multiplies bfloat16 (AVX512_BF16), bfloat16 inputs go through GEMMs of our own that
 keep float32 results: as fast as torch's bfloat16 GEMM, which rounds its result and so cannot be

@@ -6,6 +6,7 @@ each call was specialized and stops it before anything is compiled.
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.compile_report import cases
+from bench.compile_report import Case, cases
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 if triton.knobs.runtime.interpret:
@@ -89,9 +90,14 @@ def _launch(signature: dict, constants: dict, aligned: set, options: tuple) -> L
     )
 
 
+@functools.cache
+def all_cases() -> list[Case]:
+    return cases(90)
+
+
 def reported(label: str) -> Launch:
     """The case of the compile report, in the same form."""
-    (case,) = [c for c in cases(90) if c.label.startswith(label)][:1]
+    (case,) = [c for c in all_cases() if c.label.startswith(label)][:1]
     pointers = {n for n, kind in case.signature.items() if kind.startswith("*")}
     options = (case.num_warps, case.num_stages, case.max_registers)
     return _launch(case.signature, case.constants, pointers | set(case.aligned), options)
