@@ -48,6 +48,11 @@ def _script() -> str:
     return str(script.relative_to(root) if script.is_relative_to(root) else script.name)
 
 
+def _without_place(argument: str) -> str:
+    """An absolute path's last part: where a file lay on one machine is of no use on another."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
+
+
 def conditions(device: str) -> dict[str, Any]:
     """Where and with what: goes into every row."""
     try:
@@ -63,7 +68,7 @@ def conditions(device: str) -> dict[str, Any]:
         python=platform.python_version(),
         commit=_run("git", "-C", here, "rev-parse", "--short", "HEAD") or None,
         dirty=bool(_run("git", "-C", here, "status", "--porcelain", "--untracked-files=no")),
-        command=" ".join(["python", _script(), *sys.argv[1:]]),
+        command=" ".join(["python", _script(), *map(_without_place, sys.argv[1:])]),
         time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         device=device,
     )
