@@ -131,7 +131,9 @@ def test_the_run_file_is_what_harden_does() -> None:
     assert all(name.startswith("data.") for name in names), names
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=str)
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda page: page.name
+)
 def test_commands_of_es2fast_parse(page: Path) -> None:
     found = command_lines(page, "es2fast")
     assert len(found) > 5 or page not in (QUICKSTART, ROOT / "README.md")
