@@ -28,6 +28,12 @@ def differences(old: Config, new: Config) -> Iterator[str]:
             yield f"{name} ({a} there, {b} now)" if short else name
 
 
+def weighty(config: Config) -> dict[str, Any]:
+    """The fields that weights depend on, by their full names, and where they are written."""
+    leaves = dict(_leaves(config.model_dump(mode="json")))
+    return {name: value for name, value in leaves.items() if not name.startswith(IRRELEVANT)}
+
+
 def other_run(old: Config, new: Config) -> str:
     """The fields, in words, by which `new` would train other weights than `old`; "" if none."""
     names = [name for name in differences(old, new) if not name.startswith(IRRELEVANT)]

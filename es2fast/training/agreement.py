@@ -8,9 +8,10 @@ from importlib.metadata import version
 
 from es2fast.data import model_fingerprint
 from es2fast.data.prompts import Prompt
+from es2fast.data.sources import one_line
 from es2fast.distributed.runtime import Runtime
 from es2fast.errors import UserError
-from es2fast.run.identity import differences
+from es2fast.run.identity import weighty
 from es2fast.training.plan import Plan
 
 MOST_NAMED = 8
@@ -45,7 +46,7 @@ def _hashes(plan: Plan) -> dict[str, str]:
     rows = [[_row(p) for p in group] for group in (groups.harmful, groups.harmless)]
     packages = {name: version(name) for name in ("es2fast", "torch", "transformers", "deepspeed")}
     return {
-        "configuration": _hash(config.model_dump(mode="json")),
+        "configuration": _hash(weighty(config)),
         "versions": ", ".join(f"{name} {number}" for name, number in packages.items()),
         "data": _hash(rows),
         "chat template": plan.formatter.template_hash,
@@ -62,10 +63,15 @@ def _hash(value: object) -> str:
 
 
 def _fields(plan: Plan, runtime: Runtime) -> str:
-    """By which the ranks' configurations differ from rank 0's."""
-    configs = runtime.gather_objects(plan.config)
-    named = [line for config in configs[1:] for line in differences(configs[0], config)]
-    return ", ".join(dict.fromkeys(named[:MOST_NAMED])) or "output_dir or train.overwrite"
+    """By which the ranks' configurations differ from rank 0's, with both values."""
+    everyone = [weighty(config) for config in runtime.gather_objects(plan.config)]
+    named = [
+        f"{name} ({one_line(everyone[0].get(name), 30)} or {one_line(own.get(name), 30)})"
+        for own in everyone[1:]
+        for name in dict.fromkeys([*everyone[0], *own])
+        if everyone[0].get(name) != own.get(name)
+    ]
+    return ", ".join(dict.fromkeys(named[:MOST_NAMED]))
 
 
 def _sides(values: list[str]) -> str:

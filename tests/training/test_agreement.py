@@ -52,7 +52,7 @@ def test_what_the_ranks_disagree_on_is_named(tmp_path: Path) -> None:
     assert said[0] == said[1] == said[2]
     agreed, rate, prompts, model = said[0]
     assert agreed == "agreed"
-    assert "disagree on the configuration: train.lr (5e-05 there, 0.001 now)" in rate
+    assert "disagree on the configuration: train.lr (5e-05 or 0.001)" in rate
     assert "ranks 0, 1 have " in rate and "rank 2 has " in rate and "same key=value" in rate
     assert "disagree on the data: ranks 0, 2 have " in prompts and "same prompt files" in prompts
     assert "disagree on the base model: rank 0 has " in model and "same model.name" in model
