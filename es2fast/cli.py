@@ -117,12 +117,15 @@ def init(
 
 @app.command("validate")
 def validate_command(config: ConfigFile, overrides: Overrides = None, ranks: Ranks = None) -> None:
-    """Check configuration, data, model and batch arithmetic without training."""
+    """Check configuration, data, model and batch arithmetic without training.
+
+    With --ranks for a run on more GPUs than this machine has.
+    """
     from es2fast.distributed.launch import rank_count
     from es2fast.training.plan import make_plan
 
     resolved = load_config(config, overrides or ())
-    checked = make_plan(resolved, world_size=rank_count(ranks, resolved.train.device))
+    checked = make_plan(resolved, world_size=ranks or rank_count(None, resolved.train.device))
     print("\n".join(checked.lines()))
 
 
