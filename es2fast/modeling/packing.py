@@ -2,7 +2,8 @@
 
 A packed sequence needs attention that takes a mask of its own, positions that come from
 `position_ids`, and nothing else that goes from token to token. That is a matter of the model's
-code, so these are the families with which it was tried (tests/modeling/test_packing.py).
+code, so these are the families with which it was tried (tests/modeling/test_packing.py). GPT-2 is
+none of them: it gives its last states the shape of its ids, whatever was cut off on the way.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 FAMILIES = (
     "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "phi", "olmo2",
-    "gpt_neox", "gpt2", "granite", "cohere", "mixtral", "qwen3_moe",
+    "gpt_neox", "granite", "cohere", "mixtral", "qwen3_moe",
 )  # fmt: skip
 ATTENTION = ("sdpa", "eager")  # flash attention takes no mask
 

@@ -7,6 +7,7 @@ so ZeRO-3 partitions it too. AdamW is torch's own, so that no operator has to be
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from typing import Any
 
@@ -103,6 +104,7 @@ def _keep_norm(engine: Any, largest: float) -> None:
             return
         engine._global_grad_norm = nn.utils.clip_grad_norm_(engine.module.parameters(), largest)
 
+    @functools.wraps(update)  # also the mark by which the schedule knows it
     def step(*args: Any, **options: Any) -> Any:
         optimizer.overflow = not math.isfinite(engine._global_grad_norm)  # what the engine asks for
         return None if optimizer.overflow else update(*args, **options)

@@ -6,6 +6,7 @@ LARGEST_FILE, in bytes, stands for a full disk.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import resource
 import sys
@@ -24,6 +25,8 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["LARGEST_FILE"]),) * 2)
     for path in paths:
         config = load_config(path)
+        dtype = runtimes.resolve_dtype(config.model.dtype, runtime.device.type)
+        runtime = dataclasses.replace(runtime, dtype=dtype)
         stop = RunFolder(config.output_dir).stop_file
         asked = config.checkpoint.every == 0  # to stop after every step
         starts = 1
