@@ -39,29 +39,20 @@ def test_layout(formatter):
 
 
 @pytest.mark.parametrize(
-    ("positions", "expected"),
+    ("positions", "first", "expected"),
     [
-        ("all", [[1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1]]),
-        ("response", [[0, 0, 0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 1, 1, 0]]),
-        ("last", [[0, 0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1, 0, 0]]),
+        ("all", 1, [[1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1]]),
+        ("response", 1, [[0, 0, 0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 1, 1, 0]]),
+        ("last", 1, [[0, 0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1, 0, 0]]),
+        ("all", 5, [[1, 1, 1, 1, 5, 5, 1, 1], [1, 1, 1, 1, 1, 5, 5, 1]]),
+        ("response", 5, [[0, 0, 0, 0, 5, 5, 1, 0], [0, 0, 0, 0, 0, 5, 5, 0]]),
+        ("last", 5, [[0, 0, 0, 0, 5, 0, 0, 0], [0, 0, 0, 0, 0, 5, 0, 0]]),
     ],
 )
-def test_kl_weights(formatter, positions, expected):
-    weights = collate(formatter, HARMFUL, HARMLESS, positions).kl_weights
-    assert weights.tolist() == expected
-
-
-@pytest.mark.parametrize(
-    ("positions", "expected"),
-    [
-        ("all", [[1, 1, 1, 1, 5, 5, 1, 1], [1, 1, 1, 1, 1, 5, 5, 1]]),
-        ("response", [[0, 0, 0, 0, 5, 5, 1, 0], [0, 0, 0, 0, 0, 5, 5, 0]]),
-        ("last", [[0, 0, 0, 0, 5, 0, 0, 0], [0, 0, 0, 0, 0, 5, 0, 0]]),
-    ],
-)
-def test_first_tokens_of_a_response_weigh_more(formatter, positions, expected):
-    weights = collate(formatter, HARMFUL, HARMLESS, positions, first=(5.0, 2)).kl_weights
-    assert weights.tolist() == expected
+def test_kl_weights(formatter, positions, first, expected):
+    """Two of a response's first tokens weigh `first`."""
+    batch = collate(formatter, HARMFUL, HARMLESS, positions, first=(first, 2))
+    assert batch.kl_weights.tolist() == expected
 
 
 def test_all_leaves_padding_out(formatter):
