@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
+LOCK   ?= requirements/lock.txt
 DEMO   ?=
 MODEL  ?=
 REAL   ?=
@@ -14,6 +15,8 @@ PYTEST ?=
 BIN := $(VENV)/bin
 # pip's build isolation would download torch again for DeepSpeed and for this package.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Versions with which the tests ran; LOCK= takes the newest ones that fit.
+INSTALL := $(PIP) install -q $(if $(LOCK),-c $(LOCK))
 
 .PHONY: demo real test lint install sanitize bench clean
 
@@ -54,17 +57,17 @@ bench: $(VENV)/installed
 
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*)
+$(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*) $(LOCK)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q --upgrade pip "setuptools>=77" wheel ninja
-	$(PIP) install -q "$(TORCH)" numpy
-	$(PIP) install -q --no-build-isolation "deepspeed>=0.19.8"
-	$(PIP) install -q --no-build-isolation -e ".[test]"
+	$(INSTALL) "$(TORCH)" numpy
+	$(INSTALL) --no-build-isolation "deepspeed>=0.19.8"
+	$(INSTALL) --no-build-isolation -e ".[test]"
 	touch $@
 
 # Packages of optional features, whose tests would skip without them; the demo needs none.
 $(VENV)/extras: $(VENV)/installed
-	$(PIP) install -q --no-build-isolation -e ".[lm-eval,inspect]"
+	$(INSTALL) --no-build-isolation -e ".[lm-eval,inspect]"
 	touch $@
 
 clean:
