@@ -538,6 +538,13 @@ class TrainConfig(_Section):
         "twice the size of bf16 states and a third less work in the head",
     )
     gradient_checkpointing: bool = False
+    update_scale: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of the weights' whole change that the saved model has: below 1 it lies "
+        "between the base model and the trained one, which costs less KL",
+    )
     early_stop: bool = Field(
         False, description="stop when a bounded loss has reached its target on every layer"
     )

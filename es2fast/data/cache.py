@@ -19,7 +19,7 @@ from es2fast.errors import UserError
 from es2fast.run.files import append_line, read_lines
 
 _WEIGHTS = ("*.safetensors", "*.bin")
-_SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json")
+_SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "adapter_config.json")
 _CHUNK = 4096
 _CHUNKS = 256
 _WHOLE = 32 * 2**20
@@ -99,10 +99,10 @@ def cache_folder(configured: str | None) -> Path:
 def model_fingerprint(name_or_path: str, revision: str | None = None) -> str:
     """What tells one base model from another, without reading all of it.
 
-    A folder: sha256 over its configuration, its tokenizer, and name, size and content of its
-    weight files: whole up to 32 MiB, else 256 pieces of 4 KiB evenly spread (the first and last
-    pieces alone would miss a model tuned only in its lower blocks). A Hugging Face id: `id@commit`
-    when a copy is in the local hub cache, else `id@revision`.
+    A folder: sha256 over its configuration (an adapter's holds its scale), its tokenizer, and name,
+    size and content of its weight files: whole up to 32 MiB, else 256 pieces of 4 KiB evenly spread
+    (the first and last pieces alone would miss a model tuned only in its lower blocks). A Hugging
+    Face id: `id@commit` when a copy is in the local hub cache, else `id@revision`.
 
     Raises:
         UserError: a folder without weights or that cannot be read, or a name that is neither.

@@ -7,7 +7,7 @@ than rising, since KL = 0 at the start says nothing about the weight that is nee
 
 lambda alone cannot hold every budget: a model that is far away when the KL shows comes back slowly,
 and a large learning rate has a KL of its own. So the KL of the final weights is measured, and where
-it is over the budget by 10 % the whole update is scaled down until it is not (`meet_budget`).
+it is over the budget by 10 % the whole update is scaled down until it is not (`scale_update`).
 
 The KL is that of all ranks together, so every rank decides alike.
 """
@@ -64,31 +64,42 @@ class DualAscent:
         self.weight = min(max(self.weight * math.exp(step), 1e-3), self._kl.max_weight)
 
 
-def meet_budget(
+def scale_update(
     weights: TrainableWeights,
     start: Sequence[Tensor],
     kl: float,
-    budget: float,
     measure: Callable[[], float],
+    *,
+    scale: float = 1.0,
+    budget: float | None = None,
 ) -> tuple[float, float]:
-    """Scales the whole update, start + t (end - start), down to a KL within the budget.
+    """Keeps a share t of the whole update: start + t (end - start).
 
-    The last resort where lambda came too late or the learning rate is too noisy for the budget.
-    The KL grows about as t^2 and the separation as t, so a run that is a little over its budget
-    loses little of it; one that is far over loses most.
+    The KL grows about as t^2 and the separation as t, so much of the KL goes for a little of what
+    was learnt. For a budget it is the last resort, where lambda came too late or the learning rate
+    is too noisy; a run that is far over its budget loses most.
 
     Args:
         weights: of the trained model.
         start: their copy from before the training.
         kl: of the model as it is, nats per token.
         measure: the KL of the weights as they then are, the same on every rank.
+        scale: t to begin with (Wortsman et al. 2022, arXiv 2109.01903: alpha).
+        budget: nats per token; t falls further while the KL is more than 10 % above.
 
     Returns:
-        (t, KL); (1, kl) when the KL is not more than 10 % over the budget.
+        (t, KL).
     """
-    t, end = 1.0, weights.copy()
-    while kl > TOLERANCE * budget:
+    end = weights.copy()
+
+    def at(t: float) -> float:
+        weights.write_between(start, end, t)
+        return measure()
+
+    t = scale
+    if t < 1:
+        kl = at(t)
+    while budget is not None and kl > TOLERANCE * budget:
         t *= math.sqrt(DualAscent.AIM * budget / kl)
-        weights.write([a + t * (b - a) for a, b in zip(start, end)])
-        kl = measure()
+        kl = at(t)
     return t, kl

@@ -27,7 +27,7 @@ from es2fast.run.export import save_model
 from es2fast.run.files import write_text
 from es2fast.run.folder import RunFolder
 from es2fast.run.metrics import MetricsWriter
-from es2fast.training.budget import DualAscent, meet_budget
+from es2fast.training.budget import DualAscent, scale_update
 from es2fast.training.checkpoint import load
 from es2fast.training.engine import build_engine
 from es2fast.training.plan import Plan
@@ -54,8 +54,8 @@ MEASURED = 8  # optimizer steps' batches on which the KL of the final weights is
 class TrainResult:
     """What the report and the model card say about the training.
 
-    kl: of the final weights, nats per token; scale: of the update, below 1 where `kl.budget` asked
-    for it; trouble: why a safeguard ended the run.
+    kl: of the final weights, nats per token; scale: of the update, below
+    `train.update_scale` where `kl.budget` asked for it; trouble: why a safeguard ended the run.
     """
 
     steps: int
@@ -141,7 +141,7 @@ def train(
         runtime.barrier()
         raise RunStopped(message)
     _save(engine, plan, folder.model, runtime)
-    if runtime.is_main and result.scale < 1:
+    if runtime.is_main and result.scale < config.train.update_scale:
         print(
             f"note: the update was scaled by {result.scale:.3f} to meet kl.budget="
             f"{config.kl.budget:g}; a lower train.lr keeps more of it",
@@ -278,7 +278,8 @@ def _loop(
     simulated = SimulatedAttack(config, prepared.layers, runtime, depth)
     weights = TrainableWeights(engine.module.student)
     good = GoodWeights(weights, config.safeguards.keep_every)
-    start = weights.copy() if config.kl.budget is not None else []
+    scaled = config.kl.budget is not None or config.train.update_scale < 1
+    start = weights.copy() if scaled else []
     row: dict[str, Any] = {}
     trouble: str | None = None
     ended = False
@@ -331,9 +332,14 @@ def _loop(
         batches = [feed(step + i) for i in range(min(steps, MEASURED))]
         kl = measure_kl(engine, batches, runtime)
         trouble = monitor.final(kl)
-        if trouble is None and config.kl.budget is not None:
-            scale, kl = meet_budget(
-                weights, start, kl, config.kl.budget, lambda: measure_kl(engine, batches, runtime)
+        if trouble is None and scaled:
+            scale, kl = scale_update(
+                weights,
+                start,
+                kl,
+                lambda: measure_kl(engine, batches, runtime),
+                scale=config.train.update_scale,
+                budget=config.kl.budget,
             )
     return TrainResult(
         steps=step,

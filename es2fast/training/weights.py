@@ -29,7 +29,9 @@ class TrainableWeights:
     """
 
     def __init__(self, model: nn.Module):
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._parameters = [p for _, p in named]
+        self._lora_a = ["lora_A" in name for name, _ in named]
         self._partitioned = any(hasattr(p, "ds_tensor") for p in self._parameters)
 
     def copy(self) -> list[Tensor]:
@@ -48,6 +50,17 @@ class TrainableWeights:
                 _local(parameter).copy_(values[i])
             if not self._partitioned and dist.is_initialized() and dist.get_world_size() > 1:
                 dist.broadcast(parameter.data, src=0)
+
+    def write_between(self, start: Sequence[Tensor], end: Sequence[Tensor], t: float) -> None:
+        """`write` of start + t (end - start). Of LoRA's factors B alone is scaled, which starts at
+        0: then the update t B A is exactly t times the trained one.
+
+        Args:
+            start, end: from `copy`.
+            t: 0..1.
+        """
+        pairs = zip(start, end, self._lora_a) if end else ()
+        self.write([b if keep else a + t * (b - a) for a, b, keep in pairs])
 
 
 def _local(parameter: nn.Parameter) -> Tensor:

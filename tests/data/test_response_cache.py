@@ -97,6 +97,11 @@ def test_fingerprint_follows_content_and_not_place(tmp_path):
     assert one != model_fingerprint(str(model_folder(tmp_path / "tuned", weights)))
     (tmp_path / "copy" / "config.json").write_text('{"model_type": "qwen2"}')
     assert one != model_fingerprint(str(tmp_path / "copy"))
+    adapter = tmp_path / "one/adapter_config.json"
+    adapter.write_text('{"lora_alpha": 32}')
+    scaled = model_fingerprint(str(tmp_path / "one"))
+    adapter.write_text('{"lora_alpha": 16}')
+    assert len({one, scaled, model_fingerprint(str(tmp_path / "one"))}) == 3
 
 
 def test_fingerprint_of_large_files_sees_a_change_in_the_middle(tmp_path):

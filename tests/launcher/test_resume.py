@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load
 from tiny_models import save_tiny, write_prompts
 
 from es2fast.distributed.launch import free_port
@@ -83,6 +85,8 @@ def test_stopped_after_every_step(tmp_path: Path, ranks: int) -> None:
         model = {"name": str(tmp_path / "model"), "dtype": "bf16" if kind == "bf16" else "fp32"}
         changes = EVERYTHING | {"deepspeed": stage, "model": model}
         paths += [case(tmp_path, f"{kind}-{every}", every, train, **changes) for every in (9, 0)]
+        if kind == "lora":
+            paths.append(case(tmp_path, "scaled", 9, train | {"update_scale": 0.25}, **changes))
     start = [sys.executable, WORKER]
     if ranks > 1:
         start = [
@@ -99,3 +103,15 @@ def test_stopped_after_every_step(tmp_path: Path, ranks: int) -> None:
         assert steps(whole) == steps(parts)
         assert weights(whole) == weights(parts)
         assert not (parts / "checkpoints").exists()
+    check_scaled(tmp_path / "lora-9", tmp_path / "scaled")
+
+
+def check_scaled(whole: Path, scaled: Path) -> None:
+    """A quarter of the update: the adapter's B is a quarter of the trained one, its A the same."""
+    for run, scale in ((whole, 1.0), (scaled, 0.25)):
+        assert json.loads((run / "train.json").read_text())["update_scale"] == scale
+    ends, saved = (load(weights(run)) for run in (whole, scaled))
+    for name, tensor in ends.items():
+        factor = 0.25 if "lora_B" in name else 1.0
+        torch.testing.assert_close(saved[name], factor * tensor, rtol=1e-6, atol=0)
+    assert any(tensor.any() for name, tensor in ends.items() if "lora_B" in name)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from es2fast.config import parse_config
-from es2fast.training.budget import DualAscent, meet_budget
+from es2fast.training.budget import DualAscent, scale_update
 from es2fast.training.weights import TrainableWeights
 
 
@@ -54,7 +54,25 @@ def test_an_update_is_scaled_down_to_the_budget(power: float) -> None:
         """Grows as a power of the distance from the start: 1 at the end of the training."""
         return float((model.weight.detach() - start[0]).mean() ** power)
 
-    assert meet_budget(weights, start, 1.0, 0.95, measure) == (1.0, 1.0)
-    scale, kl = meet_budget(weights, start, 1.0, 0.05, measure)
+    assert scale_update(weights, start, 1.0, measure, budget=0.95) == (1.0, 1.0)
+    scale, kl = scale_update(weights, start, 1.0, measure, budget=0.05)
     assert 0.005 < kl <= 0.055 and kl == pytest.approx(measure())
+    torch.testing.assert_close(model.weight - start[0], torch.full((2, 3), scale))
+
+
+@pytest.mark.parametrize("budget", [None, 0.3])
+def test_a_share_of_the_update_is_kept(budget: float | None) -> None:
+    """Half of it; less where that does not meet the budget."""
+    model = nn.Linear(3, 2, bias=False)
+    weights = TrainableWeights(model)
+    start = weights.copy()
+    with torch.no_grad():
+        model.weight.add_(1.0)
+
+    def measure() -> float:
+        return float((model.weight.detach() - start[0]).mean())
+
+    scale, kl = scale_update(weights, start, 1.0, measure, scale=0.5, budget=budget)
+    assert scale == 0.5 if budget is None else scale < 0.5
+    assert kl == pytest.approx(scale)
     torch.testing.assert_close(model.weight - start[0], torch.full((2, 3), scale))
