@@ -198,7 +198,23 @@ class Ours:
         from es2fast.training.step import train_step
 
         sums = train_step(self.engine, self.feed(index), KL_WEIGHT, self.runtime)
+        self.kl_tokens = sums["kl_tokens"]
         return {"sep": sums["sep"], "kl": sums["kl_sum"] / sums["kl_tokens"]}
+
+    def flop(self, index: int, gemms: int) -> float:
+        """Of optimizer step `index`: what torch counts, and the head's products, which it does not
+        see in a fused kernel: `gemms` of 2 N H V.
+
+        Args:
+            gemms: either side's logits, dX and dW, as far as they are computed.
+        """
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False) as counter:
+            self.step(index)
+        config = self.engine.module.student.config
+        head = 2 * self.kl_tokens * config.hidden_size * config.vocab_size
+        return counter.get_total_flops() + gemms * head
 
 
 def keeping(arm: Callable[..., None]) -> Callable[..., None]:

@@ -177,14 +177,40 @@ def work(arguments: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
         busy.append(time.process_time() - used)
     timed = sorted(seconds[arguments.warmup :])
     middle = statistics.median(timed)
+    extra = _extra_mb(arguments.device, before, contestant.weights_bytes)
+    floor: dict[str, float] = {}
+    if entry.kind == "es2fast" and not entry.switch:
+        gemms = 3 - (entry.teacher == "moments") + (entry.trainable == "all")
+        flop = contestant.flop(arguments.steps - 1, gemms)
+        floor = {"flop": flop, "gemm_flops": gemm_rate(arguments)}
     return dict(
         s_per_step=middle, fastest=timed[0], slowest=timed[-1],
         cpu_s_per_step=statistics.median(busy[arguments.warmup :]),
         samples_per_s=2 * arguments.rows / middle,
-        extra_mb=_extra_mb(arguments.device, before, contestant.weights_bytes),
+        extra_mb=extra,
         weights_mb=contestant.weights_bytes / 1e6, stage=getattr(contestant, "stage", None),
-        losses=losses,
+        losses=losses, **floor,
     )  # fmt: skip
+
+
+def gemm_rate(arguments: argparse.Namespace) -> float:
+    """flop/s of torch's product of 512 tokens with the first weight of the model's MLP: the best
+    of many, so that other work on the machine does not flatter a step."""
+    import torch
+    from transformers import AutoConfig
+
+    from bench._step_contestants import DTYPES
+
+    config = AutoConfig.from_pretrained(arguments.model)
+    options: Any = {"dtype": DTYPES[arguments.dtype], "device": arguments.device}
+    a = torch.randn(512, config.hidden_size, **options)
+    b = torch.randn(config.intermediate_size, config.hidden_size, **options)
+    times = []
+    for _ in range(50):
+        started = time.perf_counter()
+        (a @ b.T)[0, 0].item()
+        times.append(time.perf_counter() - started)
+    return 2 * a.numel() * b.shape[0] / min(times)
 
 
 def prepared(arguments: argparse.Namespace, kind: str) -> dict[str, Any]:
@@ -261,15 +287,17 @@ def _extra_mb(device: str, before: int | None, weights: int) -> float | None:
 
 def table(path: Path) -> str:
     """The latest row of every contestant, beside the plain one of the same model, precision, rows
-    and trainable parameters: ratios of samples/s (by CPU seconds on a CPU) and of extra memory."""
+    and trainable parameters: ratios of samples/s (by CPU seconds on a CPU) and of extra memory;
+    and the time over its floor, the step's own flop at the rate of a large product."""
     latest: dict[tuple[str, ...], dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if not row["name"].startswith("prepare"):
             latest[row["model"], row["dtype"], row["rows"], row["device"], row["name"]] = row
     lines = [
-        "| model, dtype, rows | trained | contestant | s/step | speed | extra GB | of plain |",
-        "|---|---|---|---|---|---|---|",
+        "| model, dtype, rows | trained | contestant | s/step | speed | of floor | extra GB | "
+        "of plain |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for (model, dtype, rows, device, name), row in latest.items():
         if "error" in row:
@@ -284,10 +312,11 @@ def table(path: Path) -> str:
             if row["extra_mb"] and plain["extra_mb"]:
                 memory = f"{row['extra_mb'] / plain['extra_mb']:.0%}"
         seconds = row["cpu_s_per_step"] if device == "cpu" else row["s_per_step"]
+        floor = f"{seconds * row['gemm_flops'] / row['flop']:.2f}×" if "flop" in row else "–"
         extra = "–" if row["extra_mb"] is None else f"{row['extra_mb'] / 1e3:.2f}"
         lines.append(
             f"| {model}, {dtype}, {rows} | {trained} | {shown} | {seconds:.2f} | {speed} | "
-            f"{extra} | {memory} |"
+            f"{floor} | {extra} | {memory} |"
         )
     return "\n".join(lines)
 
