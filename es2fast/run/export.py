@@ -45,8 +45,27 @@ def save_model(
     if template is not None:
         (partial / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
     (partial / "README.md").unlink(missing_ok=True)  # peft's generic card
+    _name_rope_as_before(partial / "config.json")
     remove(folder)
     partial.rename(folder)
+
+
+def _name_rope_as_before(path: Path) -> None:
+    """Names the rotary base as transformers 4 did too, which otherwise silently takes 10000 (seen
+    with 4.53: other logits), and with it what builds on it."""
+    if not path.is_file():  # an adapter
+        return
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    rope = raw.get("rope_parameters") or {}
+    if "sliding_attention" in rope:  # Gemma 3
+        raw["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    if "rope_theta" not in rope:
+        return
+    raw["rope_theta"] = rope["rope_theta"]
+    if rope.get("rope_type", "default") != "default":
+        raw["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    path.write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 _BESIDE = ("README.md", "es2fast.yaml")  # the model card, and what the model was made with

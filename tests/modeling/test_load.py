@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,28 @@ def test_the_template_that_a_run_named_is_saved_with_the_model(
     )
     assert load_tokenizer(ModelConfig(name=str(tmp_path / "saved"))).chat_template == template
     assert load_tokenizer(name).chat_template != template
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
+def test_a_saved_model_tells_transformers_4_its_rotary_base(tmp_path: Path, family: str) -> None:
+    """Which reads other keys; the model as transformers 5 reads it is the same."""
+    scaled = {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}
+    ropes: dict[str, Any] = {
+        "llama": {"rope_parameters": scaled},
+        "qwen2": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        "gemma3_text": {},
+    }
+    expected: dict[str, dict[str, Any]] = {
+        "llama": {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        "qwen2": {"rope_theta": 1e6},
+        "gemma3_text": {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
+    }
+    source = save_tiny(tmp_path / "made", family, **ropes[family])
+    name = ModelConfig(name=str(source))
+    model = load_causal_lm(name, "fp32")
+    save_model(model, load_tokenizer(name), tmp_path / "saved", main=True)
+    raw = json.loads((tmp_path / "saved/config.json").read_text())
+    assert {key: raw[key] for key in expected[family]} == expected[family]
+    assert ("rope_scaling" in raw) == ("rope_scaling" in expected[family])
+    again = load_causal_lm(ModelConfig(name=str(tmp_path / "saved")), "fp32")
+    assert again.config.rope_parameters == model.config.rope_parameters
