@@ -30,10 +30,13 @@ BOTH_ROBUST: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to make a model: what it is, and what differs from `TRAINING`."""
+    """One way to make a model: what it is, and what differs from `TRAINING`; or `scale`, the share
+    of the update of the arm `of` (`train.update_scale`)."""
 
     words: str
     changes: dict[str, Any] = field(default_factory=dict)
+    of: str | None = None
+    scale: float = 1.0
 
 
 # Steps and batch are what two CPU cores can do.
@@ -115,6 +118,8 @@ ARMS: dict[str, Arm] = {
             },
         ),
     ),
+    "held_75": Arm("held, of whose update three quarters are kept", of="held", scale=0.75),
+    "held_50": Arm("held, of whose update half is kept", of="held", scale=0.5),
     "wide": Arm(
         "as held, with all 390 harmless prompts in place of 160, less those that the base model "
         "refuses",

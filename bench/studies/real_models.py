@@ -19,9 +19,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -68,7 +71,9 @@ def configuration(
     }
     raw = merged(raw, TRAINING)
     if name in ARMS:
-        raw = merged(raw, ARMS[name].changes)
+        arm = ARMS[name]
+        raw = merged(raw, ARMS[arm.of or name].changes)
+        raw["train"]["update_scale"] = arm.scale
     raw = merged(raw, changes or {})
     raw["train"]["seed"] = arguments.seed
     return parse_config(raw)
@@ -83,12 +88,24 @@ def trained(arguments: argparse.Namespace, name: str) -> Path:
         return folder.model
     path = arguments.work / f"{folder.path.name}.yaml"
     save_config(config, path)
-    if name == CIRCUIT_BREAKER:
+    whole = ARMS[name].of
+    if whole is not None:
+        share(trained(arguments, whole), folder.model, ARMS[name].scale)
+        save_config(config, folder.config)
+    elif name == CIRCUIT_BREAKER:
         circuit_breaker(config, folder.model)
         save_config(config, folder.config)
     else:
         launch(path, ranks=1, device="cpu")
     return folder.model
+
+
+def share(source: Path, target: Path, scale: float) -> None:
+    """The adapter that the same training saves with `train.update_scale`: B times the scale."""
+    shutil.copytree(source, target, dirs_exist_ok=True)
+    path = target / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({k: scale * v if "lora_B" in k else v for k, v in tensors.items()}, path)
 
 
 def study(arguments: argparse.Namespace) -> None:
