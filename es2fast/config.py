@@ -124,10 +124,10 @@ class DataConfig(_Section):
     borderline_share: float = Field(
         0.25, gt=0, lt=1, description="of the harmless rows of a step, where there are borderline"
     )
-    refused: Literal["keep", "drop"] = Field(
+    refused: Literal["keep", "even", "drop"] = Field(
         "keep",
         description="harmless prompts whose response is a refusal by the rules: keep trains to "
-        "go on refusing them, drop leaves them out",
+        "go on refusing them, even does without kl.first_weight, drop leaves them out",
     )
     labelled: Sources = Field(
         default_factory=list, description="files whose `label` column tells the two groups apart"

@@ -133,6 +133,19 @@ ARMS: dict[str, Arm] = {
             },
         ),
     ),
+    "even": Arm(
+        "as held, with all 390 harmless prompts in place of 160; the first tokens of a response "
+        "weigh more only where it is no refusal",
+        merged(
+            BOTH_ROBUST,
+            {
+                "separation": {"margin": 2.0},
+                "data": {"refused": "even", "harmless": {"limit": 400}},
+                "kl": {"weight": 30.0, "first_weight": 4.0},
+                "train": {"steps": 120},
+            },
+        ),
+    ),
     CIRCUIT_BREAKER: Arm("circuit breaker, from its formula"),
     "default": Arm(
         "es2fast's defaults: hinge, whole blocks, lr 5e-5",

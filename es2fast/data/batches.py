@@ -67,7 +67,7 @@ def collate(
     positions: str,
     refusals: Sequence[Refusal] | None = None,
     decay: float = 1.0,
-    first: tuple[float, int] = (1.0, 0),
+    first: tuple[Sequence[float], int] | None = None,
 ) -> MicroBatch:
     """Builds a micro-batch: harmful rows are prompts, harmless rows prompt + response.
 
@@ -81,8 +81,8 @@ def collate(
             response keeps its last prompt token under `response`, so no row has weight 0.
         refusals: what follows each harmful prompt; None: nothing does.
         decay: a refusal's tokens are learned with the weights 1, decay, decay^2, ...
-        first: weight of the positions that predict a response's first tokens, and how many these
-            are; other positions keep 1.
+        first: per harmless prompt the weight of the positions that predict its response's first
+            tokens, and how many these are; other positions keep 1.
 
     Raises:
         UserError: an empty group, a missing response, or unknown `positions`.
@@ -129,7 +129,7 @@ def _refusal_weights(refusals: Sequence[Refusal], width: int, decay: float) -> T
 
 
 def _kl_weights(
-    mask: Tensor, prompt_last: Tensor, positions: str, first: tuple[float, int]
+    mask: Tensor, prompt_last: Tensor, positions: str, first: tuple[Sequence[float], int] | None
 ) -> Tensor:
     """(m, T) float32 from the harmless rows' mask (m, T) and last prompt columns (m,)."""
     column = torch.arange(mask.shape[1])
@@ -141,8 +141,10 @@ def _kl_weights(
     else:
         end = (last + 1).clamp_min(mask.shape[1] - 1)  # T - 1, and T for a row without response
         seen = ((column >= last) & (column < end)).float()
-    weight, count = first
-    return torch.where((column >= last) & (column < last + count), weight * seen, seen)
+    if first is None:
+        return seen
+    weights, count = torch.tensor(first[0])[:, None], first[1]
+    return torch.where((column >= last) & (column < last + count), weights * seen, seen)
 
 
 def kl_span(prompt: int, answer: int, positions: str) -> tuple[int, int]:

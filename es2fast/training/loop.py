@@ -38,7 +38,7 @@ from es2fast.training.refusals import (
     RefusalAnchor,
     refusal_metrics,
 )
-from es2fast.training.responses import trained_rows
+from es2fast.training.responses import first_weights, trained_rows
 from es2fast.training.resume import Checkpoints, Resumed
 from es2fast.training.robust import SimulatedAttack
 from es2fast.training.safeguards import CollapseMonitor, EarlyStop, Spikes, remedy
@@ -200,8 +200,8 @@ class Feed:
     ):
         self._teacher = teacher
         self._formatter, self._positions = plan.formatter, plan.config.kl.positions
-        kl = plan.config.kl
-        self._first = (kl.first_weight, kl.first_tokens)
+        self._first_tokens = plan.config.kl.first_tokens
+        self._first_weights = first_weights(plan.config, harmless)
         self._harmful, self._harmless = plan.groups.harmful, harmless
         self._rows = trained_rows(plan.config, harmless)
         by_length = plan.config.train.length_window > 1
@@ -250,7 +250,7 @@ class Feed:
             self._positions,
             None if anchor is None else [anchor.row(step, i) for i in harmful],
             1.0 if anchor is None else anchor.decay,
-            self._first,
+            ([self._first_weights[i] for i in harmless], self._first_tokens),
         )
         if self._teacher is not None:
             batch.teacher = self._teacher.tokens(harmless)

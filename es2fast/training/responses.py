@@ -46,7 +46,7 @@ def trained_rows(config: Config, harmless: Sequence[Prompt]) -> list[int]:
     Raises:
         UserError: every response is a refusal.
     """
-    if config.data.refused == "keep":
+    if config.data.refused != "drop":
         return list(range(len(harmless)))
     rows = [i for i, prompt in enumerate(harmless) if not is_refusal(prompt.response or "")]
     if not rows:
@@ -55,6 +55,15 @@ def trained_rows(config: Config, harmless: Sequence[Prompt]) -> list[int]:
             "response is a refusal; give other prompts in data.harmless or use data.refused=keep"
         )
     return rows
+
+
+def first_weights(config: Config, harmless: Sequence[Prompt]) -> list[float]:
+    """Per harmless prompt, each with its response, the weight of its first tokens in the KL."""
+    even = config.data.refused == "even"
+    return [
+        1.0 if even and is_refusal(prompt.response or "") else config.kl.first_weight
+        for prompt in harmless
+    ]
 
 
 def base_answers(

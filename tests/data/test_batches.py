@@ -51,7 +51,7 @@ def test_layout(formatter):
 )
 def test_kl_weights(formatter, positions, first, expected):
     """Two of a response's first tokens weigh `first`."""
-    batch = collate(formatter, HARMFUL, HARMLESS, positions, first=(first, 2))
+    batch = collate(formatter, HARMFUL, HARMLESS, positions, first=([first] * len(HARMLESS), 2))
     assert batch.kl_weights.tolist() == expected
 
 

@@ -108,6 +108,19 @@ def test_by_default_refused_harmless_prompts_stay(tmp_path: Path) -> None:
     assert Feed(plan, plan.groups.harmless, 0).left_out_line == ""
 
 
+def test_refused_prompts_can_do_without_the_weight_of_first_tokens(tmp_path: Path) -> None:
+    plan = refusing_plan(tmp_path, [0, 3, 6], [], "even")
+    feed = Feed(plan, plan.groups.harmless, 0)
+    refusal = plan.formatter.conversation_ids(plan.groups.harmless[0], "I cannot help with that")[1]
+    counts = set()
+    for step in range(6):
+        (batch,) = feed(step)
+        for ids, weights in zip(batch.input_ids[2:], batch.kl_weights):
+            refuses = ids[-len(refusal) :].tolist() == refusal
+            counts.add((refuses, int((weights == 3.0).sum()), bool(weights.any())))
+    assert counts == {(True, 0, True), (False, 1, True)}
+
+
 def test_nothing_left_is_a_mistake(tmp_path: Path) -> None:
     plan = refusing_plan(tmp_path, list(range(8)), [], "drop")
     with pytest.raises(UserError, match=r"data\.refused: drop leaves none of the 8"):
