@@ -20,7 +20,7 @@ from es2fast.errors import UserError
 from es2fast.report.plots import COLOURS
 from es2fast.report.stats import rate_interval
 from es2fast.report.table import default_console
-from es2fast.tune.study import REASON, REQUEUED, StudyFolder
+from es2fast.tune.study import REASON, REQUEUED, StudyFolder, place
 from es2fast.tune.trial import RECIPE, describe
 
 
@@ -118,7 +118,7 @@ def pick(study: Any, folder: StudyFolder, number: int) -> Path:
     if number not in done:
         known = ", ".join(map(str, done)) or "none"
         raise UserError(f"--pick: trial {number} has no result; those with one: {known}")
-    config = load_config(folder.trial(number) / RECIPE)
+    config = load_config(folder.trial(place(done[number])) / RECIPE)
     target = folder.picked(number)
     output = str(folder.path / f"pick-{number}")
     train = config.train.model_copy(update={"overwrite": False})

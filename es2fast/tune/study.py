@@ -7,8 +7,9 @@
 
 The same command again goes on; on the same folder several may run at once, on several machines too
 where they share it. A trial whose worker is gone is put in the queue again (told by host and
-process id, so only by a worker on the same host). A trial that fails is recorded with its reason,
-as pruned where a safeguard stopped it, and the search goes on.
+process id, so only by a worker on the same host), and goes on in its folder where it was. A trial
+that fails is recorded with its reason, as pruned where a safeguard stopped it, and the search goes
+on.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from es2fast.tune.space import Space, varied
 from es2fast.tune.trial import describe, run_trial
 
 NAME = "es2fast"
-WORKER, REASON, REQUEUED = "worker", "reason", "requeued"
+WORKER, REASON, REQUEUED, PLACE = "worker", "reason", "requeued", "folder"
 
 
 class StudyFolder:
@@ -147,7 +148,7 @@ def _one(
     trial = study.ask()
     trial.set_user_attr(WORKER, _worker(os.getpid()))
     overrides = space.suggest(trial, depth)
-    path = folder.trial(trial.number)
+    path = folder.trial(place(trial))
     print(f"trial {trial.number}: {describe(trial.params)}", flush=True)
     try:
         raw = varied(config) | {"output_dir": str(path)}
@@ -158,7 +159,7 @@ def _one(
         study.tell(trial, state=state)
         print(f"trial {trial.number}: {state.name.lower()}: {error}", flush=True)
         return
-    except RunInterrupted:  # the trial is begun anew by the next worker
+    except RunInterrupted:  # the next worker goes on with it
         _requeue(study, trial.number)
         raise
     except Exception as error:  # a bug: seen by the user, and not met again on the next call
@@ -192,9 +193,14 @@ def requeue_lost(study: Any) -> None:
 def _requeue(study: Any, number: int) -> None:
     from optuna.trial import TrialState
 
-    parameters = study.trials[number].params
+    trial = study.trials[number]
     study.tell(number, state=TrialState.FAIL)
-    study.enqueue_trial(parameters, user_attrs={REQUEUED: number})
+    study.enqueue_trial(trial.params, user_attrs={REQUEUED: number, PLACE: place(trial)})
+
+
+def place(trial: Any) -> int:
+    """The number that a trial's folder has: its own, or that of the trial it goes on with."""
+    return int(trial.user_attrs.get(PLACE, trial.number))
 
 
 def _begun(study: Any) -> int:
@@ -210,7 +216,7 @@ def _finished(study: Any, folder: StudyFolder) -> list[Path]:
     from optuna.trial import TrialState
 
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return [folder.trial(trial.number) for trial in done]
+    return [folder.trial(place(trial)) for trial in done]
 
 
 def _worker(pid: int) -> str:

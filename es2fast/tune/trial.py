@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from es2fast.config import Config, save_config
+from es2fast.config import Config, load_config, save_config
 from es2fast.distributed.launch import launch_to_end, rank_count
 from es2fast.errors import RunStopped, UserError
 from es2fast.evaluation.run import TUNED, evaluate_run
@@ -49,7 +49,7 @@ class Outcome:
 
 
 def run_trial(config: Config, ranks: int | None, earlier: list[Path]) -> Outcome:
-    """Trains and evaluates one configuration in `config.output_dir`.
+    """Trains and evaluates one configuration in `config.output_dir`, or goes on with that.
 
     Args:
         config: the trial's.
@@ -61,6 +61,16 @@ def run_trial(config: Config, ranks: int | None, earlier: list[Path]) -> Outcome
         RunStopped: a safeguard ended the training.
     """
     folder = RunFolder(config.output_dir)
+    if not (folder.finished and load_config(folder.config) == config):
+        _train(folder, config, ranks)
+    for other in earlier[:1]:
+        take_base(RunFolder(other), folder)
+    report = evaluate_run(folder.path)
+    assert report is not None  # this is no rank of several
+    return outcome(report)
+
+
+def _train(folder: RunFolder, config: Config, ranks: int | None) -> None:
     make_plan(config, world_size=rank_count(ranks, config.train.device))
     folder.path.mkdir(parents=True, exist_ok=True)
     recipe, log = folder.path / RECIPE, folder.path / LOG
@@ -70,11 +80,6 @@ def run_trial(config: Config, ranks: int | None, earlier: list[Path]) -> Outcome
     except UserError as error:
         kind = RunStopped if isinstance(error, RunStopped) else UserError
         raise kind(_reason(log) or str(error)) from None
-    for other in earlier[:1]:
-        take_base(RunFolder(other), folder)
-    report = evaluate_run(folder.path)
-    assert report is not None  # this is no rank of several
-    return outcome(report)
 
 
 def outcome(report: Report) -> Outcome:

@@ -14,6 +14,7 @@ from es2fast.report.verdict import damage
 from es2fast.tune.front import pick
 from es2fast.tune.space import Space
 from es2fast.tune.study import REASON, StudyFolder, claim, open_study, search
+from es2fast.tune.trial import LOG, RECIPE, run_trial
 
 pytest.importorskip("optuna")
 pytestmark = [pytest.mark.launcher, pytest.mark.slow]
@@ -60,6 +61,12 @@ def test_trials_end_in_their_own_ways_and_the_search_goes_on(tmp_path: Path) -> 
     assert study.trials[2].values == [useful, damage(base, tuned)]
     picked = pick(study, folder, 2)
     assert load_config(picked).train.lr == 0.001 and load_config(picked).layers == [1, 2]
+
+    log = folder.trial(2) / LOG
+    written = log.stat().st_mtime_ns
+    found = run_trial(load_config(folder.trial(2) / RECIPE), 1, [])  # as one that is queued again
+    assert [found.worst, found.damage] == study.trials[2].values
+    assert log.stat().st_mtime_ns == written  # its training had ended
 
     again = search(folder, config, space, trials=3, ranks=1)  # nothing is left to do
     assert len(again.trials) == 3

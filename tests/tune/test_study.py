@@ -15,7 +15,7 @@ import yaml
 from es2fast.config import parse_config, save_config
 from es2fast.errors import UserError
 from es2fast.tune.front import front, pick, print_front, save_front
-from es2fast.tune.study import WORKER, StudyFolder, _begun, claim, open_study, requeue_lost
+from es2fast.tune.study import WORKER, StudyFolder, _begun, claim, open_study, place, requeue_lost
 from es2fast.tune.trial import RECIPE
 
 optuna = pytest.importorskip("optuna")
@@ -54,6 +54,9 @@ def test_a_lost_workers_trial_is_queued_again_and_counts_once(tmp_path: Path) ->
     taken = again.ask()
     assert taken.number == 2 and taken.suggest_float("train.lr", 1e-5, 1e-3) == value
     assert _begun(again) == 2
+    taken.set_user_attr(WORKER, f"{socket.gethostname()}:{dead_process()}")  # lost once more
+    requeue_lost(again)
+    assert [place(trial) for trial in again.trials] == [0, 1, 0, 0]  # it goes on in its folder
 
 
 def test_another_search_is_refused(tmp_path: Path) -> None:
