@@ -133,6 +133,7 @@ ARMS: dict[str, Arm] = {
             },
         ),
     ),
+    "wide_75": Arm("wide, of whose update three quarters are kept", of="wide", scale=0.75),
     "even": Arm(
         "as held, with all 390 harmless prompts in place of 160; the first tokens of a response "
         "weigh more only where it is no refusal",
@@ -146,6 +147,7 @@ ARMS: dict[str, Arm] = {
             },
         ),
     ),
+    "even_75": Arm("even, of whose update three quarters are kept", of="even", scale=0.75),
     CIRCUIT_BREAKER: Arm("circuit breaker, from its formula"),
     "default": Arm(
         "es2fast's defaults: hinge, whole blocks, lr 5e-5",
