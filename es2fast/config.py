@@ -798,9 +798,11 @@ def parse_config(raw: dict[str, Any]) -> Config:
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Writes the resolved configuration, every default included."""
+    """Writes the resolved configuration, every default included; whole, or as it was."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    Path(path).write_text(text)
+    partial = Path(f"{path}.tmp")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def _apply_override(raw: dict[str, Any], item: str) -> None:
