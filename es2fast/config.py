@@ -472,7 +472,10 @@ class CheckpointConfig(_Section):
     )
     keep: int = Field(2, ge=1, description="newest ones that stay, each as large as the optimizer")
     resume: Literal["auto", "never"] = Field(
-        "auto", description="auto: the same command again continues a run that was not finished"
+        "auto",
+        description="auto: the same command again continues a run that was not finished; another "
+        "number of ranks needs values of train.micro_batch_size and train.gradient_accumulation "
+        "that keep the pairs per step",
     )
 
 

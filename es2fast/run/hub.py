@@ -1,4 +1,4 @@
-"""A model folder to the Hugging Face Hub: private unless said otherwise, nothing before it is whole.
+"""A model folder to the Hugging Face Hub, private unless said otherwise.
 
 What cannot work is found out before anything is written or sent: the name, the token, the network,
 and whether a repository of that name is public. `es2fast.yaml` stays here: it names local paths.

@@ -142,7 +142,11 @@ def folder(tmp_path: Path) -> Path:
 def push(hub: Hub, *arguments: object, token: str | None = TOKEN, **more: str) -> tuple[str, str]:
     """What an upload in a process of its own says: (output, error)."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": "/nonexistent"}
+    environment |= {
+        "HF_ENDPOINT": hub.address,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": "/nonexistent",
+    }
     environment |= more | ({} if token is None else {"HF_TOKEN": token})
     done = subprocess.run(
         [sys.executable, "-c", COMMAND, *map(str, arguments)],
