@@ -18,6 +18,7 @@ IRRELEVANT = (
     "safeguards.keep_every",
 )
 
+CONVERTED = {AUTO, *PRESETS} - {"zero3_offload"}  # of `deepspeed`: one may follow another
 # compared with what a checkpoint was written with, see `training.same_run`
 SHARING = ("train.micro_batch_size", "train.gradient_accumulation", "train.global_batch_size")
 
@@ -46,7 +47,7 @@ def other_run(old: Config, new: Config, *, same_sharing: bool = True) -> str:
             optimizer's states.
     """
     ignored = IRRELEVANT if same_sharing else (*IRRELEVANT, *SHARING)
-    if not same_sharing and {str(old.deepspeed), str(new.deepspeed)} <= {AUTO, *PRESETS}:
+    if not same_sharing and {str(old.deepspeed), str(new.deepspeed)} <= CONVERTED:
         ignored = (*ignored, "deepspeed")
     names = [name for name in differences(old, new) if not name.startswith(ignored)]
     more = f" and {len(names) - 6} more" if len(names) > 6 else ""

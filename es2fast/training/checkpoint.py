@@ -137,7 +137,9 @@ def _load_converted(engine: Any, folder: Path, runtime: Runtime, then: Layout, n
     """By way of a folder beside the checkpoints, which rank 0 writes and removes; one that a killed
     process leaves is not read, and goes with the next conversion or the next save."""
     place = folder.with_name("step-converted.tmp") / ENGINE
-    problem = runtime.on_main(_guarded, reshard.convert, folder / ENGINE, place, then.stage, engine)
+    problem = runtime.long_on_main(
+        _guarded, reshard.convert, folder / ENGINE, place, then.stage, engine
+    )
     if problem is not None:
         if runtime.is_main:
             _guarded(remove, place.parent)
@@ -164,7 +166,7 @@ def _joined(
 
 
 def _read_state(folder: Path, rank: int) -> dict[str, Any]:
-    """What `_write_state` wrote on a rank; its tensors stay in the file until they are used."""
+    """What `_write_state` wrote on a rank."""
     stem = folder / f"state-{rank}"
     tensors = load_file(stem.with_suffix(".safetensors"))
     found = _unpacked(json.loads(stem.with_suffix(".json").read_text(encoding="utf-8")), tensors)

@@ -28,21 +28,29 @@ def identity_of(plan: Plan) -> dict[str, Any]:
         [prompt.messages, prompt.response]
         for prompt in [*plan.groups.harmful, *plan.groups.harmless]
     ]
-    model, train = plan.config.model, plan.config.train
-    return {
-        "ranks": plan.world_size,
-        "zero_stage": plan.zero_stage,
-        "micro_batch_size": train.micro_batch_size,
-        "gradient_accumulation": train.gradient_accumulation,
+    model = plan.config.model
+    return _sharing(plan) | {
         "dtype": plan.dtype,
         "model": model_fingerprint(model.name, model.revision),
         "data": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16],
     }
 
 
+def _sharing(plan: Plan) -> dict[str, Any]:
+    """How a step's pairs and the optimizer's states are shared among ranks."""
+    train = plan.config.train
+    return {
+        "ranks": plan.world_size,
+        "zero_stage": plan.zero_stage,
+        "micro_batch_size": train.micro_batch_size,
+        "gradient_accumulation": train.gradient_accumulation,
+    }
+
+
 def check_same_run(manifest: Mapping[str, Any], plan: Plan) -> None:
     """UserError where the plan is not the run that wrote a checkpoint, naming what differs."""
     now = identity_of(plan)
+    manifest = now | manifest  # those of earlier versions hold less
     names = {
         "model": "the weights of model.name",
         "data": "the prompts in data",
@@ -62,7 +70,8 @@ def check_same_run(manifest: Mapping[str, Any], plan: Plan) -> None:
 
 def changes(manifest: Mapping[str, Any], plan: Plan) -> str:
     """What is not as it was when the checkpoint was written, for the screen; empty: nothing."""
-    now = identity_of(plan)
+    now = _sharing(plan)
+    manifest = now | manifest
     before, after = Layout.of(manifest), Layout.of(now)
     words = "" if before == after else f", written by {before}, goes on with {after}"
     if _paired(manifest) != _paired(now):
@@ -123,6 +132,6 @@ def _check_convertible(manifest: Mapping[str, Any], plan: Plan) -> None:
     ):
         if wrong:
             raise UserError(
-                f"{field}: its states cannot be converted for {Layout.of(identity_of(plan))}; "
+                f"{field}: its states cannot be converted for {Layout.of(_sharing(plan))}; "
                 f"go back to {Layout.of(manifest)}, {_REMEDY}"
             )

@@ -134,14 +134,17 @@ def kill(process: psutil.Process, victim: str) -> list[psutil.Process]:
     return ranks
 
 
-def place(run: Path) -> str:
-    """What the kill interrupted, from what it left."""
-    checkpoints = run / "checkpoints"
-    if (checkpoints / "step-converted.tmp").exists():
+def place(run: Path, since: float) -> str:
+    """What a kill interrupted, from what it left of what was written since then."""
+    left = {
+        path.stem for path in run.glob("checkpoints/step-*.tmp") if path.stat().st_mtime >= since
+    }
+    if "step-converted" in left:
         return "converting"
-    if any(checkpoints.glob("step-*.tmp")):
+    if left:
         return "saving"
-    return "training" if any(checkpoints.glob("step-*")) else "before the first checkpoint"
+    done = any(CheckpointFolder(run / "checkpoints").steps())
+    return "between" if done else "before the first checkpoint"
 
 
 def problem_of(run: Path) -> str | None:
@@ -179,6 +182,7 @@ def main() -> None:
             runs += 1
             path, run = configured(work, f"run-{runs}"), work / f"run-{runs}"
             while not RunFolder(run).finished:
+                since = time.time()
                 process = started(path, draw.choice(options.ranks), log)
                 last = seen.total() >= options.kills
                 if ended(process, 600 if last else draw.uniform(0, whole)):
@@ -189,8 +193,9 @@ def main() -> None:
                 assert ended(process, 60), f"the launcher outlived the kill of {victim}"
                 _, alive = psutil.wait_procs(left, timeout=60)
                 assert not alive, f"ranks outlived the kill of {victim}"
-                seen[place(run)] += 1
-                print(f"kill {seen.total()}: {victim}, {place(run)}", flush=True)
+                where = place(run, since)
+                seen[where] += 1
+                print(f"kill {seen.total()}: {victim}, {where}", flush=True)
                 problem = problem_of(run)
                 assert problem is None, problem
             steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]

@@ -69,9 +69,7 @@ def test_the_rows_of_a_step_decide(project: Path) -> None:
             check_same_run(written, plan)
         assert words in str(told.value)
     many = written | {"gradient_accumulation": 3}  # 2 x 3 x 2 pairs
-    with pytest.raises(
-        UserError, match=r"on 6 ranks train\.micro_batch_size=2 and .*=1 cont"
-    ):
+    with pytest.raises(UserError, match=r"on 6 ranks train\.micro_batch_size=2 and .*=1 cont"):
         check_same_run(many, planned(project, 6, 1))
 
 
