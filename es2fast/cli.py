@@ -16,7 +16,7 @@ import typer
 
 from es2fast.config import load_config
 from es2fast.errors import STOPPED, RunInterrupted, RunStopped, UserError, disk_message
-from es2fast.harden.command import harden
+from es2fast.harden.command import Public, PushToHub, harden, hub_target
 from es2fast.planning.command import plan
 from es2fast.tune.command import tune
 
@@ -340,12 +340,17 @@ def export(
     run: Annotated[Path, typer.Argument(help="folder of a finished run")],
     out: Annotated[Path, typer.Option("--out", help="folder to write; must not exist")],
     merge: Annotated[bool, typer.Option("--merge", help="fold a LoRA adapter in")] = False,
+    push_to_hub: PushToHub = None,
+    public: Public = False,
 ) -> None:
-    """Write the trained model as a plain Hugging Face folder."""
+    """Write the trained model as a plain Hugging Face folder, and upload it if asked to."""
     from es2fast.run.export import export_run
 
+    target = hub_target(push_to_hub, public=public)
     export_run(run, out, merge=merge)
     print(f"written: {out}")
+    if target is not None:
+        print(f"uploaded: {target.push(out)}")
 
 
 @app.command()

@@ -472,7 +472,10 @@ class CheckpointConfig(_Section):
     )
     keep: int = Field(2, ge=1, description="newest ones that stay, each as large as the optimizer")
     resume: Literal["auto", "never"] = Field(
-        "auto", description="auto: the same command again continues a run that was not finished"
+        "auto",
+        description="auto: the same command again continues a run that was not finished; another "
+        "number of ranks needs values of train.micro_batch_size and train.gradient_accumulation "
+        "that keep the pairs per step",
     )
 
 
@@ -805,9 +808,11 @@ def parse_config(raw: dict[str, Any]) -> Config:
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Writes the resolved configuration, every default included."""
+    """Writes the resolved configuration, every default included; whole, or as it was."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    Path(path).write_text(text)
+    partial = Path(f"{path}.tmp")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def _apply_override(raw: dict[str, Any], item: str) -> None:

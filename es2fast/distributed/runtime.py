@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from es2fast.config import Config
 from es2fast.errors import UserError
 
 T = TypeVar("T")
+MINUTE = 60.0
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,15 @@ class Runtime:
         if isinstance(result, UserError):
             raise result
         return result  # type: ignore[return-value]
+
+    def long_on_main(self, work: Callable[..., T], *args: Any) -> T:
+        """`on_main` for work that may take longer than a collective may wait (10 minutes by
+        default): rank 0 does it in a thread, and tells the others every minute that it goes on."""
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(work, *args) if self.is_main else None
+            while not self.from_main(future is not None and bool(wait([future], MINUTE).done)):
+                pass
+            return self.on_main(lambda: future.result())  # type: ignore[union-attr]
 
     def barrier(self) -> None:
         if self.world_size > 1:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from es2fast.errors import UserError
+
+if TYPE_CHECKING:
+    from es2fast.run.hub import HubTarget
 
 Harmful = Annotated[
     list[str] | None,
@@ -24,6 +29,28 @@ EvalHarmful = Annotated[
 EvalHarmless = Annotated[
     list[str] | None, typer.Option("--eval-harmless", help="held-out harmless prompts")
 ]
+
+
+PushToHub = Annotated[
+    str | None,
+    typer.Option("--push-to-hub", help="also upload the model and its card: OWNER/NAME, private"),
+]
+Public = Annotated[bool, typer.Option("--public", help="that repository is public")]
+
+
+def hub_target(name: str | None, *, public: bool) -> HubTarget | None:
+    """Where the two options above have a model uploaded to; None: nowhere.
+
+    Raises:
+        UserError: see `HubTarget`; `public` without a name.
+    """
+    if name is None:
+        if public:
+            raise UserError("--public: nothing is uploaded; add --push-to-hub OWNER/NAME")
+        return None
+    from es2fast.run.hub import HubTarget
+
+    return HubTarget(name, public=public)
 
 
 def by_role(*files: list[str] | None) -> dict[str, list[str]]:
@@ -62,6 +89,8 @@ def harden(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace a run of another configuration")
     ] = False,
+    push_to_hub: PushToHub = None,
+    public: Public = False,
 ) -> None:
     """Harden any chat model, attack it before and after, and say what was gained and lost.
 
@@ -70,7 +99,9 @@ def harden(
     """
     from es2fast.harden.recipe import default_out, resolve
     from es2fast.harden.run import run_harden
+    from es2fast.run.folder import RunFolder
 
+    target = hub_target(push_to_hub, public=public)
     config = resolve(
         model,
         out or default_out(model),
@@ -80,3 +111,5 @@ def harden(
         overrides=overrides or (),
     )
     run_harden(config, ranks=ranks, overwrite=overwrite)
+    if target is not None:
+        print(f"uploaded: {target.push(RunFolder(config.output_dir).model)}")

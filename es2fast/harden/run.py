@@ -26,7 +26,7 @@ from es2fast.report.schema import Report, read_report
 from es2fast.report.table import print_table
 from es2fast.report.verdict import paragraph
 from es2fast.run.folder import RunFolder
-from es2fast.run.identity import differences
+from es2fast.run.identity import SHARING, differences
 from es2fast.training.plan import Plan, make_plan
 
 RECIPE = "harden.yaml"  # in the run's folder: the resolved configuration that training is given
@@ -71,7 +71,8 @@ def check_folder(folder: RunFolder, config: Config, overwrite: bool) -> None:
     saved = _saved(folder)
     if saved is None:
         raise UserError(f"{where} holds another run; choose another folder or give --overwrite")
-    names = list(differences(saved, config))
+    shared = () if folder.finished else SHARING  # a training says itself whether it goes on
+    names = [name for name in differences(saved, config) if not name.startswith(shared)]
     if names:
         shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
         raise UserError(

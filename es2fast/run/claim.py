@@ -50,17 +50,34 @@ def check_claim(folder: RunFolder, config: Config) -> bool:
         if overwrite:
             return False
         raise UserError(f"{where} already holds a run; {_OTHER} or set train.overwrite=true")
-    other = _differing(folder, config)
-    if other == "":
-        return True
-    if overwrite:
-        return False
-    if other is None:
-        raise UserError(f"{where} already holds a run; {_OTHER} or set train.overwrite=true")
-    raise UserError(
-        f"{where} already holds an unfinished run with another {other}; go back to these values "
-        f"to continue it, {_OTHER} or set train.overwrite=true"
-    )
+    try:
+        _check_unfinished(folder, config, same_sharing=False)
+    except UserError:
+        if overwrite:
+            return False
+        raise
+    return True
+
+
+def check_unchanged(folder: RunFolder, config: Config) -> None:
+    """UserError where the unfinished run in a folder shares its batches otherwise among ranks: that
+    is only continued from a checkpoint."""
+    _check_unfinished(folder, config, same_sharing=True)
+
+
+def _check_unfinished(folder: RunFolder, config: Config, *, same_sharing: bool) -> None:
+    where = f"output_dir: {str(folder.path)!r}"
+    try:
+        other = other_run(load_config(folder.config), config, same_sharing=same_sharing)
+    except UserError:
+        raise UserError(
+            f"{where} already holds a run; {_OTHER} or set train.overwrite=true"
+        ) from None
+    if other:
+        raise UserError(
+            f"{where} already holds an unfinished run with another {other}; go back to these "
+            f"values to continue it, {_OTHER} or set train.overwrite=true"
+        )
 
 
 def is_ours(folder: RunFolder) -> bool:
@@ -106,14 +123,6 @@ class Lock:
     def release(self) -> None:
         """Lets other runs in; the marker stays."""
         self._file.close()
-
-
-def _differing(folder: RunFolder, config: Config) -> str | None:
-    """By which fields the run in the folder is another one; None where nothing can be read."""
-    try:
-        return other_run(load_config(folder.config), config)
-    except UserError:
-        return None
 
 
 def _check_sources(folder: RunFolder, config: Config) -> None:

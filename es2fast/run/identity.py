@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from es2fast.config import Config
+from es2fast.distributed.deepspeed_config import AUTO, PRESETS
 
 # no weight depends on them
 IRRELEVANT = (
@@ -16,6 +17,10 @@ IRRELEVANT = (
     "data.cache_dir",
     "safeguards.keep_every",
 )
+
+CONVERTED = {AUTO, *PRESETS} - {"zero3_offload"}  # of `deepspeed`: one may follow another
+# compared with what a checkpoint was written with, see `training.same_run`
+SHARING = ("train.micro_batch_size", "train.gradient_accumulation", "train.global_batch_size")
 
 
 def differences(old: Config, new: Config) -> Iterator[str]:
@@ -34,9 +39,17 @@ def weighty(config: Config) -> dict[str, Any]:
     return {name: value for name, value in leaves.items() if not name.startswith(IRRELEVANT)}
 
 
-def other_run(old: Config, new: Config) -> str:
-    """The fields, in words, by which `new` would train other weights than `old`; "" if none."""
-    names = [name for name in differences(old, new) if not name.startswith(IRRELEVANT)]
+def other_run(old: Config, new: Config, *, same_sharing: bool = True) -> str:
+    """The fields, in words, by which `new` would train other weights than `old`; "" if none.
+
+    Args:
+        same_sharing: also how ranks share a step's rows and, with a preset in `deepspeed`, the
+            optimizer's states.
+    """
+    ignored = IRRELEVANT if same_sharing else (*IRRELEVANT, *SHARING)
+    if not same_sharing and {str(old.deepspeed), str(new.deepspeed)} <= CONVERTED:
+        ignored = (*ignored, "deepspeed")
+    names = [name for name in differences(old, new) if not name.startswith(ignored)]
     more = f" and {len(names) - 6} more" if len(names) > 6 else ""
     return ", ".join(names[:6]) + more
 

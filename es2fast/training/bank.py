@@ -31,6 +31,7 @@ class EmbeddingBank:
     """
 
     def __init__(self, size: int, world: int):
+        self._world = world
         self._capacity = -(-size // world)
         self._rows: dict[int, tuple[Tensor, Tensor]] = {}
         self._marked: dict[int, tuple[Tensor, Tensor]] = {}
@@ -45,7 +46,14 @@ class EmbeddingBank:
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """As it was at `state_dict`, on `device`."""
-        self._rows = {int(k): (a.to(device), b.to(device)) for k, (a, b) in state.items()}
+        self._rows = {
+            int(layer): (a[-self._capacity :].to(device), b[-self._capacity :].to(device))
+            for layer, (a, b) in state.items()
+        }
+
+    def parted(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
+        """The state of `rank` from those of other ranks, in their order."""
+        return part_rows(states, rank, self._world)
 
     def mark(self) -> None:
         """What `undo` goes back to."""
@@ -62,3 +70,25 @@ class EmbeddingBank:
         old = self._rows.get(layer, (new[0][:0], new[1][:0]))
         a, b = (torch.cat(pair)[-self._capacity :].clone() for pair in zip(old, new))
         self._rows[layer] = (a, b)
+
+
+def part_rows(
+    states: list[dict[str, list[Tensor]]], rank: int, world: int
+) -> dict[str, list[Tensor]]:
+    """What `rank` of `world` ranks keeps of the rows of other ranks: they are dealt out by age, the
+    newest last, so that all ranks have as many and together the newest.
+
+    Args:
+        states: per earlier rank layer -> rows of both groups (k, H), oldest first, k the same.
+    """
+    return {
+        layer: [
+            _dealt([state[layer][group] for state in states], rank, world) for group in range(2)
+        ]
+        for layer in states[0]
+    }
+
+
+def _dealt(shards: list[Tensor], rank: int, world: int) -> Tensor:
+    rows = torch.stack(shards, dim=1).flatten(0, 1)  # by age, and by rank where that is the same
+    return rows[len(rows) % world :][rank::world].contiguous()

@@ -8,6 +8,10 @@
 
 Which rows a step sees, and which attack, are functions of (seed, step): the step is their position.
 
+Another number of ranks, or another ZeRO stage, may go on: the engine's part is converted
+(`reshard`), banked rows, kept states and the last sane weights are parted anew, rank r takes the
+generators of rank r mod R of the R earlier ones, and what all ranks hold alike comes from rank 0.
+
 A rank that cannot write (a full disk) does not raise while the others wait for it: DeepSpeed writes
 through `_Files`, which keeps the error until all ranks can hear of it.
 """
@@ -29,7 +33,10 @@ from torch import Tensor
 from es2fast.distributed.runtime import Runtime
 from es2fast.errors import UserError
 from es2fast.run.checkpoints import CheckpointFolder, files_of, seal
+from es2fast.run.files import remove
+from es2fast.training import reshard
 from es2fast.training.refusals import AnchorTexts
+from es2fast.training.reshard import Layout
 
 ENGINE = "engine"
 PREPARED = "prepared.json"
@@ -99,16 +106,71 @@ def save(
     return problem
 
 
-def load(engine: Any, parts: Mapping[str, Any], folder: Path, runtime: Runtime) -> None:
-    """Puts a verified checkpoint into a freshly built engine and the loop's objects."""
-    engine.load_checkpoint(str(folder), tag=ENGINE, load_module_strict=False)
-    stem = folder / f"state-{runtime.rank}"
-    tensors = load_file(stem.with_suffix(".safetensors"))
-    state = _unpacked(json.loads(stem.with_suffix(".json").read_text(encoding="utf-8")), tensors)
+def load(
+    engine: Any, parts: Mapping[str, Any], folder: Path, runtime: Runtime, then: Layout
+) -> None:
+    """Puts a verified checkpoint into a freshly built engine and the loop's objects; call on every
+    rank.
+
+    Args:
+        then: what wrote it.
+
+    Raises:
+        UserError: it has to be converted and the disk is full; it is untouched then.
+    """
+    now = Layout(runtime.world_size, engine.zero_optimization_stage())
+    if then == now or then.stage == now.stage == 0:
+        engine.load_checkpoint(str(folder), tag=ENGINE, load_module_strict=False)
+    else:
+        _load_converted(engine, folder, runtime, then, now)
+    if then == now:
+        state = _read_state(folder, runtime.rank)
+    else:
+        state = _joined([_read_state(folder, rank) for rank in range(then.ranks)], parts, runtime)
     for name, part in parts.items():
         where = (runtime.device,) if name == "bank" else ()
         part.load_state_dict(state["parts"][name], *where)
     _set_generators(state["random"])
+
+
+def _load_converted(engine: Any, folder: Path, runtime: Runtime, then: Layout, now: Layout) -> None:
+    """By way of a folder beside the checkpoints, which rank 0 writes and removes; one that a killed
+    process leaves is not read, and goes with the next conversion or the next save."""
+    place = folder.with_name("step-converted.tmp") / ENGINE
+    problem = runtime.long_on_main(
+        _guarded, reshard.convert, folder / ENGINE, place, then.stage, engine
+    )
+    if problem is not None:
+        if runtime.is_main:
+            _guarded(remove, place.parent)
+        raise UserError(
+            f"checkpoint.resume: {str(folder)!r} could not be converted from {then} to {now} "
+            f"({problem}); free three times its size there, or go back to {then}"
+        )
+    reshard.load(engine, place)
+    runtime.barrier()
+    if runtime.is_main:
+        remove(place.parent)
+
+
+def _joined(
+    states: list[dict[str, Any]], parts: Mapping[str, Any], runtime: Runtime
+) -> dict[str, Any]:
+    """This rank's state from those of all ranks of the checkpoint."""
+    joined = {}
+    for name, part in parts.items():
+        every = [state["parts"][name] for state in states]
+        part_anew = getattr(part, "parted", None)
+        joined[name] = every[0] if part_anew is None else part_anew(every, runtime.rank)
+    return {"parts": joined, "random": states[runtime.rank % len(states)]["random"]}
+
+
+def _read_state(folder: Path, rank: int) -> dict[str, Any]:
+    """What `_write_state` wrote on a rank."""
+    stem = folder / f"state-{rank}"
+    tensors = load_file(stem.with_suffix(".safetensors"))
+    found = _unpacked(json.loads(stem.with_suffix(".json").read_text(encoding="utf-8")), tensors)
+    return dict(found)
 
 
 def texts_state(responses: list[str | None], texts: AnchorTexts | None) -> dict[str, Any]:
@@ -219,21 +281,3 @@ def failed_to_save(step: int, problem: str, folder: CheckpointFolder) -> str:
     kept = folder.steps()
     rest = f"that of step {kept[0]} stays usable" if kept else "there is none yet"
     return f"the checkpoint of step {step} could not be written ({problem}); {rest}"
-
-
-def check_same_run(manifest: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """UserError naming what differs from the run that wrote the checkpoint, beside its fields."""
-    names = {
-        "ranks": "the number of ranks",
-        "model": "the weights of model.name",
-        "data": "the prompts in data",
-        "zero_stage": "the ZeRO stage",
-    }
-    for key, words in names.items():
-        then, now = manifest[key], identity[key]
-        if then != now:
-            short = f" ({then} there, {now} now)" if len(f"{then}{now}") < 20 else ""
-            raise UserError(
-                f"checkpoint.resume: the run was started with another state of {words}{short}; "
-                "go back to that, set train.overwrite=true or choose another output_dir"
-            )

@@ -38,6 +38,7 @@ from es2fast.training.refusals import (
     RefusalAnchor,
     refusal_metrics,
 )
+from es2fast.training.reshard import Layout
 from es2fast.training.responses import first_weights, trained_rows
 from es2fast.training.resume import Checkpoints, Resumed
 from es2fast.training.robust import SimulatedAttack
@@ -291,7 +292,7 @@ def _loop(
     if engine.module.bank is not None:
         parts["bank"] = engine.module.bank
     if resumed is not None:
-        load(engine, parts, resumed.folder, runtime)
+        load(engine, parts, resumed.folder, runtime, Layout.of(resumed.about))
         step = resumed.step
     while not ended:
         step += 1

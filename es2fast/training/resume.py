@@ -6,7 +6,6 @@ See `checkpoint` for what is in one.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,43 +13,37 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from es2fast.data import Prompt, model_fingerprint
+from es2fast.data import Prompt
 from es2fast.distributed.interrupt import StopWish
 from es2fast.distributed.runtime import Runtime
 from es2fast.errors import RunInterrupted, UserError
 from es2fast.run.checkpoints import CheckpointFolder
+from es2fast.run.claim import check_unchanged
 from es2fast.training import checkpoint
 from es2fast.training.plan import Plan
 from es2fast.training.prepare import Prepared
 from es2fast.training.refusals import AnchorTexts
+from es2fast.training.same_run import changes, check_same_run, identity_of
 
 WHITENING = "whitening.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
 class Resumed:
-    """A verified checkpoint: its folder, its step, and what `prepare` returned for that run."""
+    """A verified checkpoint: its folder, what its manifest says of the run, and what `prepare`
+    returned for that run; changes: words on what is not as it was."""
 
     folder: Path
-    step: int
+    about: dict[str, Any]
+    changes: str
     prepared: Prepared
     harmless: list[Prompt]
     texts: AnchorTexts | None
 
-
-def identity_of(plan: Plan) -> dict[str, Any]:
-    """What has to be the same for a run to go on, beside its configuration."""
-    rows = [
-        [prompt.messages, prompt.response]
-        for prompt in [*plan.groups.harmful, *plan.groups.harmless]
-    ]
-    model = plan.config.model
-    return {
-        "ranks": plan.world_size,
-        "zero_stage": plan.zero_stage,
-        "model": model_fingerprint(model.name, model.revision),
-        "data": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16],
-    }
+    @property
+    def step(self) -> int:
+        """The optimizer step that it was written after."""
+        return int(self.about["step"])
 
 
 def find(plan: Plan, runtime: Runtime) -> Resumed | None:
@@ -59,10 +52,10 @@ def find(plan: Plan, runtime: Runtime) -> Resumed | None:
     Raises:
         UserError: it is another run's, and `train.overwrite` is not set.
     """
-    step = runtime.on_main(_newest, plan)
-    if step is None:
+    about = runtime.on_main(_newest, plan)
+    if about is None:
         return None
-    folder = CheckpointFolder(plan.folder.checkpoints).at(step)
+    folder = CheckpointFolder(plan.folder.checkpoints).at(about["step"])
     raw = json.loads((folder / checkpoint.PREPARED).read_text(encoding="utf-8"))
     tensors = load_file(folder / WHITENING) if (folder / WHITENING).is_file() else {}
     harmless = [
@@ -70,22 +63,24 @@ def find(plan: Plan, runtime: Runtime) -> Resumed | None:
         for prompt, response in zip(plan.groups.harmless, raw["responses"], strict=True)
     ]
     texts = None if raw["anchor"] is None else AnchorTexts(**raw["anchor"])
-    return Resumed(folder, step, Prepared.of(raw["prepared"], tensors), harmless, texts)
+    prepared = Prepared.of(raw["prepared"], tensors)
+    return Resumed(folder, about, changes(about, plan), prepared, harmless, texts)
 
 
-def _newest(plan: Plan) -> int | None:
+def _newest(plan: Plan) -> dict[str, Any] | None:
     found = CheckpointFolder(plan.folder.checkpoints).newest(
         lambda line: print(f"warning: {line}", flush=True)
     )
-    if found is None:
-        return None
     try:
-        checkpoint.check_same_run(found, identity_of(plan))
+        if found is None:
+            check_unchanged(plan.folder, plan.config)
+            return None
+        check_same_run(found, plan)
     except UserError:
         if plan.config.train.overwrite:
             return None
         raise
-    return int(found["step"])
+    return {key: value for key, value in found.items() if key != "files"}
 
 
 class Checkpoints:

@@ -38,6 +38,7 @@ from es2fast.config import Config
 from es2fast.distributed.runtime import Runtime
 from es2fast.modeling.taps import Intervention
 from es2fast.probing.probes import Probe
+from es2fast.training.bank import part_rows
 
 FEWEST = 4  # states per group that a probe is fitted on
 
@@ -85,6 +86,11 @@ class SimulatedAttack:
         if state["probes"]:
             self._scav = Scav()
             self._scav.probes = {int(k): Probe(**probe) for k, probe in state["probes"].items()}
+
+    def parted(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
+        """The state of `rank` from those of other ranks, in their order."""
+        kept = part_rows([state["kept"] for state in states], rank, self._runtime.world_size)
+        return states[0] | {"kept": kept}
 
     def for_step(self, step: int) -> Intervention | None:
         """The attack of optimizer step `step`, or None for a clean one; call on every rank."""

@@ -87,7 +87,9 @@ def _enter(plan: Plan, runtime: Runtime, stack: ExitStack) -> Resumed | None:
             save_config(plan.config, plan.folder.config)
         else:
             cut_metrics(plan.folder.metrics, resumed.step)
-            print(f"continues after step {resumed.step} from {resumed.folder}", flush=True)
+            save_config(plan.config, plan.folder.config)  # the batch may be shared otherwise
+            where = f"from {resumed.folder}{resumed.changes}"
+            print(f"continues after step {resumed.step} {where}", flush=True)
     runtime.barrier()
     return resumed
 

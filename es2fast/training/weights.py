@@ -40,6 +40,21 @@ class TrainableWeights:
             return []
         return [_local(p).detach().to("cpu", copy=True) for p in self._parameters]
 
+    def part(self, copies: Sequence[Sequence[Tensor]], rank: int) -> list[Tensor]:
+        """What `copy` would return on `rank`, from what it returned on each of other ranks, which
+        may have had another ZeRO stage.
+
+        Args:
+            copies: per earlier rank its tensors, or none.
+        """
+        kept = [copy for copy in copies if copy]
+        if not self._partitioned and rank != 0:
+            return []
+        return [
+            _of_rank(parameter, torch.cat([part.reshape(-1) for part in parts]), rank)
+            for parameter, *parts in zip(self._parameters, *kept, strict=True)
+        ]
+
     @torch.no_grad()
     def write(self, values: Sequence[Tensor]) -> None:
         """Puts what `copy` returned back on every rank; call on every rank."""
@@ -80,6 +95,18 @@ def _local(parameter: nn.Parameter) -> Tensor:
     return local.data
 
 
+def _of_rank(parameter: nn.Parameter, flat: Tensor, rank: int) -> Tensor:
+    """What `rank` holds of a parameter whose values are `flat`, with or without ZeRO-3's padding at
+    its end."""
+    local = _local(parameter)
+    if not hasattr(parameter, "ds_tensor"):
+        return flat[: parameter.numel()].view(parameter.shape)
+    own = torch.zeros(local.numel(), dtype=flat.dtype)
+    values = flat[: parameter.ds_numel][rank * len(own) :][: len(own)]  # type: ignore[attr-defined]
+    own[: len(values)] = values
+    return own.view(local.shape)
+
+
 @dataclass
 class _Copy:
     """Trainable weights after `step` optimizer steps; kl of the batch that measured them."""
@@ -110,6 +137,13 @@ class GoodWeights:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As it was at `state_dict`."""
         self.copy = _Copy(**state) if state else None
+
+    def parted(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
+        """The state of `rank` from those of other ranks, in their order."""
+        if not states[0]:
+            return {}
+        copies = [state["values"] for state in states]
+        return states[0] | {"values": self._weights.part(copies, rank)}
 
     def before_step(self, step: int) -> None:
         """Copies the weights, when it is time, before optimizer step `step` (from 1)."""

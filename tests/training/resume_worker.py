@@ -1,7 +1,7 @@
 """Runs configurations one after the other on the same ranks: `resume_worker.py CONFIG ...`.
 
-One with checkpoint.every=0 is asked to stop after every step, and started again until it is done.
-LARGEST_FILE, in bytes, stands for a full disk.
+One with checkpoint.every=0 is asked to stop after every step, and started again until it is done,
+or left alone after STOPS times. LARGEST_FILE, in bytes, stands for a full disk.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def main() -> None:
                 run_on(runtime, config)
                 break
             except RunInterrupted:
+                if starts == int(os.environ.get("STOPS", "0")):
+                    break
                 starts += 1
         if runtime.is_main:
             print(f"{config.output_dir} took {starts} starts", flush=True)

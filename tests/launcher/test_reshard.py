@@ -1,0 +1,122 @@
+"""A run that goes on with other ranks ends in the weights of one that was not stopped."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny_models import save_tiny, write_prompts
+
+from launcher.test_resume import ENVIRONMENT, EVERYTHING, steps
+
+WORKER = str(Path(__file__).parents[1] / "training" / "reshard_ranks.py")
+pytestmark = [pytest.mark.launcher, pytest.mark.slow]
+PAIRS = 4  # per step
+STEPS = 5
+BOUND = 1e-5  # of how far the weights have moved
+SEVERAL = {"zero_optimization": {"stage": 3, "sub_group_size": 3000}}  # flat parts per rank
+# train, dtype; ranks and `deepspeed` of each start, all but the last stopped after a step
+CASES: dict[str, tuple[dict[str, Any], str, list[tuple[int, Any]]]] = {
+    "lora": (
+        {"trainable": "lora", "lora": {"r": 4}},
+        "fp32",
+        [(2, "zero3"), (1, "zero3"), (2, "zero3")],
+    ),
+    "blocks": ({}, "fp32", [(2, SEVERAL), (1, SEVERAL), (2, SEVERAL), (4, SEVERAL)]),
+    "down": ({}, "fp32", [(2, "zero3"), (1, "zero2"), (2, "zero0")]),
+    "up": ({}, "fp32", [(2, "zero0"), (1, "zero2"), (2, "zero3")]),
+    "bf16": ({}, "bf16", [(1, "zero2"), (1, "zero0"), (1, "zero3")]),
+}
+
+
+class Project:
+    """A tiny model, prompts, and runs of them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.base = load_file(save_tiny(folder / "model") / "model.safetensors")
+
+    def file(
+        self, name: str, ranks: int, deepspeed: Any, *, stops: bool, dtype: str, **train: Any
+    ) -> str:
+        """The run's configuration for so many ranks."""
+        folder = self.folder
+        settings = {"steps": STEPS, "micro_batch_size": PAIRS // ranks, "lr": 1e-3,
+                    "warmup_ratio": 0.0, "device": "cpu"}  # fmt: skip
+        config = {
+            "model": {"name": str(folder / "model"), "dtype": dtype},
+            "data": write_prompts(folder / "data") | {"cache_dir": str(folder / "cache")},
+            "layers": [1, 2],
+            "train": settings | train,
+            "deepspeed": deepspeed,
+            "checkpoint": {"every": 0 if stops else STEPS},
+            "output_dir": str(folder / name),
+        }
+        path = folder / f"{name}-{ranks}-{stops}-{len(list(folder.glob('*.yaml')))}.yaml"
+        path.write_text(yaml.safe_dump(config | EVERYTHING))
+        return str(path)
+
+    def moved(self, name: str) -> torch.Tensor:
+        """By how much all trained weights differ from their start, which is 0 for LoRA's B."""
+        found = load_file(next((self.folder / name / "model").glob("*.safetensors")))
+        return torch.cat(
+            [
+                (found[key].double() - self.base.get(key, torch.zeros(())).double()).flatten()
+                for key in sorted(found)
+                if key in self.base or "lora_B" in key
+            ]
+        )
+
+    def apart(self, one: str, other: str) -> float:
+        """Between two runs' weights, relative to how far they have moved."""
+        a, b = self.moved(one), self.moved(other)
+        return float((a - b).norm() / a.norm())
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """All runs have come to their ends, in one process."""
+    project = Project(tmp_path_factory.mktemp("reshard"))
+    groups: list[tuple[int, int, list[str]]] = []
+    for name in ("lora", "blocks", "bf16"):
+        train, dtype, starts = CASES[name]
+        path = project.file(f"plain-{name}", 1, starts[0][1], stops=False, dtype=dtype, **train)
+        groups.append((1, 0, [path]))
+    for name, (train, dtype, starts) in CASES.items():
+        for place, (ranks, deepspeed) in enumerate(starts):
+            stops = place < len(starts) - 1
+            path = project.file(name, ranks, deepspeed, stops=stops, dtype=dtype, **train)
+            groups.append((ranks, int(stops), [path]))
+            if name == "up" and place == 0:
+                copy = str(project.folder / "forgot")
+                groups.append((0, 0, [str(project.folder / name), copy]))
+                path = project.file("forgot", 1, "zero2", stops=False, dtype=dtype)
+                groups.append((1, 0, [path]))
+    ran = subprocess.run(
+        [sys.executable, WORKER, json.dumps(groups)], env=ENVIRONMENT,
+        capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-6000:]
+    return project
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_other_ranks_and_stages_end_in_the_same_weights(done: Project, name: str) -> None:
+    plain = f"plain-{name}" if name in ("lora", "bf16") else "plain-blocks"
+    print(name, done.apart(plain, name))
+    assert done.apart(plain, name) <= BOUND
+    losses = zip(steps(done.folder / plain), steps(done.folder / name), strict=True)
+    assert all(a == b and x == pytest.approx(y, rel=BOUND) for (a, x), (b, y) in losses)
+    assert not (done.folder / name / "checkpoints").exists()
+
+
+def test_without_the_optimizers_moments_the_weights_would_be_others(done: Project) -> None:
+    print("forgot", done.apart("plain-blocks", "forgot"))
+    assert done.apart("plain-blocks", "forgot") > 1000 * BOUND
