@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from es2fast.data import Formatter, Prompt
+from es2fast.modeling.decoding import decode
 from es2fast.modeling.taps import position_ids
 
 
@@ -71,6 +72,7 @@ def generate_rows(
         eos_token_id=formatter.stop_token_ids or None,
         pad_token_id=formatter.pad_token_id,
         synced_gpus=synced,
+        custom_generate=None if synced else decode,  # in lockstep nobody ends early
     )
     starts = [ids.shape[1] - count for count in shown or [0] * len(rows)]
     return [formatter.decode(row[start:]) for row, start in zip(out, starts)]

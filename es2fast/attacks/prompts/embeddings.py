@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from es2fast.attacks.base import AttackSettings, Target
 from es2fast.data import Formatter, Prompt
 from es2fast.errors import UserError
+from es2fast.modeling.decoding import decode
 from es2fast.modeling.head import read_transform
 from es2fast.modeling.taps import backbone, causal_lm, position_ids
 
@@ -219,6 +220,7 @@ def generate_from(
             num_beams=1,
             eos_token_id=formatter.stop_token_ids or None,
             pad_token_id=formatter.pad_token_id,
+            custom_generate=decode if temperature == 0 else None,
             **sampling,
         )
     return [formatter.decode(row) for row in out]
