@@ -102,26 +102,28 @@ class Report:
 
 def _row_cases() -> Iterator[Case]:
     from es2fast.ops.linear_kl import triton as kernels
-    from es2fast.ops.linear_kl.triton_light import LIGHT, SOFTCAP_REGISTERS, light_row_kernel
+    from es2fast.ops.linear_kl.triton_light import LIGHT, LIGHT_REGISTERS, light_row_kernel
 
     pointers = ("zt_ptr", "zs_ptr", "scale_ptr", "loss_ptr", "unit_ptr")
     signature = dict.fromkeys(pointers, "*fp32")
     signature |= dict.fromkeys(("V", "pitch", "stride_g"), "i32")
     signature |= dict.fromkeys(("gain", "cap_in", "cap_out", "beta"), "fp32")
-    heads = ("", " softcap", " bias+softcap", " bias+softcap odd-V")
+    heads = ("", " softcap", " bias+softcap", " bias+softcap odd-V", " bias+wide-softcap odd-V")
     modes = ("", " no-grad", " two-parts")
     options = itertools.product(kernels.DIRECTION, ("bf16", "fp16", "fp32"), heads, modes)
     for direction, dtype, head, mode in options:
         need_grad, light = mode != " no-grad", dtype != "fp32"
         if mode == " two-parts" and dtype != "bf16":
             continue  # only a bfloat16 G has two
-        full, softcap = "bias" in head, "softcap" in head
+        if "wide" in head and not light:
+            continue  # one kernel for every soft-cap
+        full, softcap = "bias" in head, ("softcap" in head) + ("wide" in head)
         # between the plain head and one with everything a sample is enough
         is_distinct = head != " softcap" or (dtype, mode) == ("bf16", "")
         is_distinct = is_distinct and (head, mode) != (" bias+softcap", " two-parts")
         constants: dict[str, Any] = dict(
             DIRECTION=kernels.DIRECTION[direction],
-            SOFTCAP=softcap,
+            SOFTCAP=softcap if light else bool(softcap),
             HAS_BT=full,
             HAS_BS=full and light,
             NEED_GRAD=need_grad,
@@ -134,7 +136,7 @@ def _row_cases() -> Iterator[Case]:
             constants |= dict(IS_DELTA=True, BLOCK=config.block, STAGES=config.stages)
         else:
             kernel, warps = light_row_kernel, LIGHT.num_warps
-            registers = SOFTCAP_REGISTERS if softcap else None
+            registers = LIGHT_REGISTERS[softcap]
             constants |= dict(GROUPS=LIGHT.groups, LANES=32 * warps, VEC=LIGHT.vec)
             constants["TWO_PARTS"] = mode == " two-parts"
             names.append("low_ptr")
@@ -152,6 +154,44 @@ def _row_cases() -> Iterator[Case]:
             aligned=(*places, *(() if "odd" in head else ("V",))),
             is_distinct=is_distinct and (_is_distinct(dtype, head) or bool(constants["ROW_UNIT"])),
         )
+
+
+def _sharded_cases() -> Iterator[Case]:
+    """The light row kernel in parts: G's float16 is as bfloat16 but for the row unit."""
+    from es2fast.ops.linear_kl import triton_sharded as kernels
+    from es2fast.ops.linear_kl.triton import DIRECTION
+    from es2fast.ops.linear_kl.triton_light import LIGHT, LIGHT_REGISTERS
+
+    parts: list[tuple[str, Any, dict[str, Any]]] = []
+    for direction, number in DIRECTION.items():
+        parts.append((f"statistics {direction}", kernels.statistics_kernel, dict(DIRECTION=number)))
+        if direction == "jsd":
+            parts.append(("values jsd", kernels.jsd_kernel, {}))
+        for mode in ("", " no-grad", " two-parts"):
+            if (direction, mode) != ("jsd", " no-grad"):
+                constants = dict(
+                    DIRECTION=number, NEED_GRAD=mode != " no-grad", TWO_PARTS=mode == " two-parts"
+                )
+                name = f"gradient {direction}{mode}"
+                parts.append((name, kernels.gradient_kernel, constants | dict(ROW_UNIT=False)))
+    heads = ("", " bias+softcap odd-V", " bias+wide-softcap odd-V")
+    for (name, kernel, constants), head in itertools.product(parts, heads):
+        softcap = ("softcap" in head) + ("wide" in head)
+        constants = constants | dict(SOFTCAP=softcap, HAS_BT=bool(head), HAS_BS=bool(head))
+        constants |= dict(GROUPS=LIGHT.groups, LANES=32 * LIGHT.num_warps, VEC=LIGHT.vec)
+        signature = {n: "i32" for n in kernel.arg_names if n not in constants}
+        signature |= {n: "*fp32" for n in signature if n.endswith("_ptr")}
+        rounded = ("g_ptr", "low_ptr", "bt_ptr", "bs_ptr")
+        signature |= {n: "*bf16" for n in rounded if n in signature}
+        floats = ("gain", "cap_in", "cap_out", "beta")
+        signature |= {n: "fp32" for n in floats if n in signature}
+        places = tuple(n for n in ("pitch", "stride_g", "stride_low") if n in signature)
+        yield Case(
+            kernel, f"sharded {name} bf16{head}", signature, constants, LIGHT.num_warps, 3,
+            LIGHT_REGISTERS[softcap], has_dot=False, in_use=True,
+            aligned=(*places, *(() if head else ("V", "C"))),
+            is_distinct="wide" not in head and (bool(head) or name.split()[-1] in DIRECTION),
+        )  # fmt: skip
 
 
 def _is_distinct(dtype: str, features: str) -> bool:
@@ -349,6 +389,7 @@ def cases(capability: int, candidates: bool = False) -> list[Case]:
         return list(_fused_cases(capability, True))
     return [
         *_row_cases(),
+        *_sharded_cases(),
         *_moment_cases(),
         *_fused_cases(capability, False),
         *_separation_cases(),

@@ -2,6 +2,7 @@
 
 from es2fast.ops.linear_kl.op import linear_kl_div
 from es2fast.ops.linear_kl.parallel import vocab_parallel_linear_kl_div
+from es2fast.ops.linear_kl.zero3 import zero3_linear_kl_div
 from es2fast.ops.moments.cache import TeacherMoments, half_head
 from es2fast.ops.moments.op import moment_kl_div, teacher_moments
 from es2fast.ops.separation.distance_stats import DistanceStats, pairwise_distance_stats
@@ -19,4 +20,5 @@ __all__ = [
     "pairwise_separation",
     "teacher_moments",
     "vocab_parallel_linear_kl_div",
+    "zero3_linear_kl_div",
 ]

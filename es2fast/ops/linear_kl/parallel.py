@@ -7,8 +7,8 @@ G of the own columns follows from the merged ones. ``G W`` is then the rank's pa
 dX, which is summed over the ranks in float32, once per call: parts cancel, so they must not be
 rounded before. dW is the rank's own and needs no exchange.
 
-The row pass is plain torch on every device: its two halves lie on either side of an exchange, where
-the Triton and C++ kernels make one sweep after the other.
+The row pass has an exchange between its halves. 16-bit inputs on a GPU take the light row kernel in
+parts (:mod:`.triton_sharded`), everything else plain torch.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from es2fast.ops.backends import choose_backend
 from es2fast.ops.checks import check_head, check_tokens, refuse, vocabulary
 from es2fast.ops.linear_kl.chunked import (
     KLProblem,
@@ -50,6 +51,7 @@ class ShardedProblem(KLProblem):
     """A problem whose weights are one rank's rows of the heads."""
 
     group: dist.ProcessGroup | None = None
+    backend: str = "torch"  # of the row pass
 
     @property
     def saved_dtype(self) -> torch.dtype:
@@ -76,6 +78,7 @@ def vocab_parallel_linear_kl_div(
     reduction: str = "mean",
     chunk_tokens: int | None = None,
     grad_buffer_bytes: int | None = None,
+    backend: str | None = None,
 ) -> Tensor:  # () or (N,), float32 (float64 for float64 inputs), in nats; the same on every rank
     """:func:`es2fast.linear_kl_div` of heads whose rows lie on the ranks of a process group.
 
@@ -84,8 +87,9 @@ def vocab_parallel_linear_kl_div(
     whole heads on every rank; the gradient of ``hidden`` is complete on every rank and must not be
     summed over the group again, those of ``weight`` and ``bias`` are of the rank's own rows.
 
-    On the wire, per token and rank with p ranks: 24 (p-1) bytes of statistics received, for JSD
-    another 24 (p-1)/p, and for dX an all-reduce of H float32, 8 H (p-1)/p bytes. Gathering a
+    On the wire, per token and rank with p ranks: 24 (p-1) bytes of statistics received (triton: 28
+    (p-1), and 8 (p-1)/p for the value), for JSD another 24 (p-1)/p (triton: 16 (p-1)/p in place of
+    the value's), and for dX an all-reduce of H float32, 8 H (p-1)/p bytes. Gathering a
     bfloat16 head instead takes 2 V H (p-1)/p bytes per head, and as much for dW where it trains.
     So this is less for fewer than V/4 tokens with one head, V/2 with two. With p = 8, H = 4096,
     V = 128256 and N = 8192 two heads: 236 MB instead of 1.84 GB.
@@ -100,6 +104,8 @@ def vocab_parallel_linear_kl_div(
         reduction: "mean", "sum", or, where only hidden trains, "none".
         chunk_tokens: tokens between two exchanges, the same on every rank; None: 1024 on a GPU,
             256 on a CPU.
+        backend: of the row pass, the same on every rank: "triton" (16-bit inputs), "torch", or None
+            for triton where it can.
 
     Raises:
         ValueError: for anything not supported; the message names the argument and the alternative.
@@ -142,6 +148,7 @@ def vocab_parallel_linear_kl_div(
         exact=any(needs) and few_decide(weights),
         buffer_bytes=grad_buffer_bytes,
         group=dist.group.WORLD if group is None else group,
+        backend=choose_row_pass(backend, hidden),
     )
     return _VocabParallel.apply(hidden, weight, bias, problem, reduction)
 
@@ -193,25 +200,57 @@ def _padded(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
     return full
 
 
+def choose_row_pass(name: str | None, hidden: Tensor) -> str:
+    """ "triton" or "torch".
+
+    Raises:
+        ValueError: another name, or triton for inputs that it cannot take.
+    """
+    refuse(
+        name not in (None, "triton", "torch"),
+        f"backend={name!r}: expected 'triton', 'torch' or None (automatic)",
+    )
+    is_half = hidden.dtype in (torch.bfloat16, torch.float16)
+    refuse(
+        name == "triton" and not is_half,
+        f"backend='triton' with {hidden.dtype}: the row kernel in parts takes bfloat16 and float16;"
+        " use 'torch' or None",
+    )
+    if name is None:
+        return "triton" if is_half and choose_backend(None, hidden=hidden) == "triton" else "torch"
+    return choose_backend(name, hidden=hidden)
+
+
 def _row_pass(
     zt: Tensor, zs: Tensor, scale: Tensor, place: Tensor | None, p: KLProblem
 ) -> tuple[Tensor, RowGradient | None]:
     """The row pass of the own columns, with the other ranks' statistics."""
     assert isinstance(p, ShardedProblem)
-    z_b, d, slope = logit_sides(zt, zs, p)
-    mine = partials(z_b, d)
-    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(p.group))]
-    dist.all_gather(parts, mine, group=p.group)
-    kl, merged = merge_partials(torch.stack(parts))
+
+    def gather(mine: Tensor) -> Tensor:
+        parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(p.group))]
+        dist.all_gather(parts, mine, group=p.group)
+        return torch.stack(parts)
 
     def over_ranks(sums: Tensor) -> Tensor:
         dist.all_reduce(sums, group=p.group)
         return sums
 
+    if p.backend == "triton":
+        from es2fast.ops.linear_kl.triton_sharded import sharded_row_pass
+
+        return sharded_row_pass(zt, zs, scale, place, p, gather, over_ranks)
+    z_b, d, slope = logit_sides(zt, zs, p)
+    kl, merged = merge_partials(gather(partials(z_b, d)))
     rows, g = shifted_gradient(z_b, d, slope, kl, merged, p.spec, p.need_grad, over_ranks)
     if g is None:
         return rows, None
     return rows, finished_gradient(g, scale, place, p)
 
 
-SHARDED = RowBackend(_row_pass, torch_gradient_dtype)
+def _gradient_dtype(p: KLProblem) -> torch.dtype:
+    assert isinstance(p, ShardedProblem)
+    return p.hidden.dtype if p.backend == "triton" else torch_gradient_dtype(p)
+
+
+SHARDED = RowBackend(_row_pass, _gradient_dtype)

@@ -40,8 +40,9 @@ from es2fast.ops.linear_kl.rows import DIRECTION, merge_partials
 from es2fast.ops.linear_kl.triton_light import (
     LIGHT,
     LIGHT_INTERPRETED,
-    SOFTCAP_REGISTERS,
+    LIGHT_REGISTERS,
     light_row_kernel,
+    light_softcap,
 )
 from es2fast.ops.tokens import sm_count
 from es2fast.ops.triton_rows import (
@@ -493,62 +494,112 @@ def _common_unit(scale: Tensor, dtype: torch.dtype) -> Tensor | None:
     return torch.exp2(torch.ceil(torch.log2(largest)) - 14)
 
 
+def head_arguments(
+    zt: Tensor, zs: Tensor, p: KLProblem
+) -> tuple[tuple[Tensor, Tensor], dict[str, float]]:
+    """((bt_ptr, bs_ptr), gain and caps); a bias that is not there has any pointer."""
+    bias_t, bias_s = _biases(p)
+    biases = zt if bias_t is None else bias_t, zs if bias_s is None else bias_s
+    return biases, _scalars(p)
+
+
+def light_options(p: KLProblem) -> dict[str, Any]:
+    """Constants and launch options that the light row kernels share."""
+    bias_t, bias_s = _biases(p)
+    light = LIGHT_INTERPRETED if INTERPRETED else LIGHT
+    softcap = light_softcap(p.spec.softcap, p.spec.temperature)
+    return dict(
+        SOFTCAP=softcap,
+        HAS_BT=bias_t is not None,
+        HAS_BS=bias_s is not None,
+        GROUPS=light.groups,
+        LANES=32 * light.num_warps,
+        VEC=light.vec,
+        num_warps=light.num_warps,
+        maxnreg=LIGHT_REGISTERS[softcap],
+        enable_fp_fusion=True,
+    )
+
+
+@dataclass(frozen=True)
+class GradientBuffers:
+    """Where a row kernel writes G, and by what it divides it."""
+
+    g: Tensor  # (C, V)
+    low: Tensor  # (C, V), of use with two parts only
+    scale: Tensor  # (C,) float32, factor of each row
+    unit: Tensor | None  # ()
+    units: Tensor  # (C,) float32, of use with row_unit only
+    row_unit: bool
+    two_parts: bool
+
+    def gradient(self) -> RowGradient:
+        return RowGradient(
+            self.g,
+            self.low if self.two_parts else None,
+            self.unit,
+            self.units[:, None] if self.row_unit else None,
+        )
+
+
+def gradient_buffers(
+    zt: Tensor, zs: Tensor, scale: Tensor, place: Tensor | None, p: KLProblem
+) -> GradientBuffers:
+    """Buffers for G of a chunk in hidden's dtype."""
+    dtype = p.hidden.dtype
+    unit = _common_unit(p.scale, dtype) if p.need_grad else None
+    g = zs
+    if p.need_grad:
+        g = gradient_place(zs, dtype) if place is None else place
+    two_parts = p.need_grad and p.exact and dtype == torch.bfloat16
+    return GradientBuffers(
+        g=g,
+        low=gradient_place(zt, dtype) if two_parts else g,
+        scale=scale if unit is None else scale / unit,
+        unit=unit,
+        units=torch.empty_like(scale),
+        row_unit=p.need_grad and dtype == torch.float16 and p.spec.direction == "reverse",
+        two_parts=two_parts,
+    )
+
+
 def row_pass(
     zt: Tensor, zs: Tensor, scale: Tensor, place: Tensor | None, p: KLProblem
 ) -> tuple[Tensor, RowGradient | None]:
     """Launch the row kernel of hidden's dtype, which G takes, on a chunk."""
     count, vocab = zt.shape
-    bias_t, bias_s = _biases(p)
-    dtype = p.hidden.dtype
-    unit = _common_unit(p.scale, dtype) if p.need_grad else None
-    row_unit = p.need_grad and dtype == torch.float16 and p.spec.direction == "reverse"
-    g = zs
-    if p.need_grad:
-        g = gradient_place(zs, dtype) if place is None else place
-    two_parts = p.need_grad and p.exact and dtype == torch.bfloat16
-    low = gradient_place(zt, dtype) if two_parts else g
+    to = gradient_buffers(zt, zs, scale, place, p)
+    biases, scalars = head_arguments(zt, zs, p)
     loss = torch.empty(count, dtype=torch.float32, device=zt.device)
-    units = torch.empty_like(loss) if row_unit else loss
-    buffers = (
-        zt, zs, g,
-        zt if bias_t is None else bias_t, zt if bias_s is None else bias_s,
-        scale if unit is None else scale / unit, loss, units,
-    )  # fmt: skip
-    common = _scalars(p) | dict(
+    buffers = (zt, zs, to.g, *biases, to.scale, loss, to.units)
+    sizes = (vocab, zt.stride(0), to.g.stride(0))
+    common = scalars | dict(
         beta=p.spec.beta,
         DIRECTION=DIRECTION[p.spec.direction],
-        SOFTCAP=p.spec.softcap is not None,
-        HAS_BT=bias_t is not None,
-        HAS_BS=bias_s is not None,
         NEED_GRAD=p.need_grad,
-        ROW_UNIT=row_unit,
-        enable_fp_fusion=True,
+        ROW_UNIT=to.row_unit,
     )
-    sizes = (vocab, zt.stride(0), g.stride(0))
-    if dtype == torch.float32:
+    if p.hidden.dtype == torch.float32:
         config = ROW_CONFIG_INTERPRETED if INTERPRETED else ROW_CONFIG
+        bias_t, bias_s = _biases(p)
         row_kernel[(count,)](
             *buffers, *sizes, **common,
             IS_DELTA=p.is_delta,
+            SOFTCAP=p.spec.softcap is not None,
+            HAS_BT=bias_t is not None,
+            HAS_BS=bias_s is not None,
             BLOCK=min(config.block, max(128, triton.next_power_of_2(vocab))),
             STAGES=config.stages,
             num_warps=config.num_warps,
             maxnreg=config.max_registers,
+            enable_fp_fusion=True,
         )  # fmt: skip
     else:
-        light = LIGHT_INTERPRETED if INTERPRETED else LIGHT
         light_row_kernel[(count,)](
-            *buffers, low, *sizes, low.stride(0), **common,
-            TWO_PARTS=two_parts,
-            GROUPS=light.groups, LANES=32 * light.num_warps, VEC=light.vec,
-            num_warps=light.num_warps,
-            maxnreg=None if p.spec.softcap is None else SOFTCAP_REGISTERS,
+            *buffers, to.low, *sizes, to.low.stride(0), **common, TWO_PARTS=to.two_parts,
+            **light_options(p),
         )  # fmt: skip
-    if not p.need_grad:
-        return loss, None
-    return loss, RowGradient(
-        g, low if two_parts else None, unit, units[:, None] if row_unit else None
-    )
+    return loss, to.gradient() if p.need_grad else None
 
 
 def gradient_dtype(p: KLProblem) -> torch.dtype:

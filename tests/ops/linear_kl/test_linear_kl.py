@@ -121,6 +121,26 @@ def test_every_input_strided(backend, dtype, direction, shared):
     check(problem, backend)
 
 
+@pytest.mark.parametrize("softcap", (1.5, 30.0, 3000.0), ids=("saturated", "gemma", "wide"))
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_sweep_with_softcap(backend, direction, softcap):
+    """Most of a vocabulary near the cap, none of it, and a cap of another kernel."""
+    for target in (0.05, 1e-6):
+        problem, _ = at_divergence(
+            target, BF16, n=2, v=400, spread=3.0, direction=direction, softcap=softcap
+        )
+        check(problem, backend, "x")
+
+
+@pytest.mark.parametrize("logits", (0.0, 60.0, 1e3, 1e5))
+def test_softcap_of_any_logit(backend, logits):
+    """Powers of e of any size, on either side, at both ends."""
+    problem = make_problem(BF16, softcap=2.0, separate=True)
+    problem.weight[:8] *= logits
+    problem.teacher_weight[4:16] *= -logits
+    check(problem, backend, "x")
+
+
 @pytest.mark.parametrize("beta", (0.05, 0.9))
 def test_jsd_beta(backend, beta):
     check(make_problem(direction="jsd", beta=beta), backend)
