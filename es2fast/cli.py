@@ -340,6 +340,9 @@ def export(
     run: Annotated[Path, typer.Argument(help="folder of a finished run")],
     out: Annotated[Path, typer.Option("--out", help="folder to write; must not exist")],
     merge: Annotated[bool, typer.Option("--merge", help="fold a LoRA adapter in")] = False,
+    scale: Annotated[
+        float, typer.Option("--scale", help="share of a LoRA adapter's update to keep, 0..1")
+    ] = 1.0,
     push_to_hub: PushToHub = None,
     public: Public = False,
 ) -> None:
@@ -347,7 +350,7 @@ def export(
     from es2fast.run.export import export_run
 
     target = hub_target(push_to_hub, public=public)
-    export_run(run, out, merge=merge)
+    export_run(run, out, merge=merge, scale=scale)
     print(f"written: {out}")
     if target is not None:
         print(f"uploaded: {target.push(out)}")

@@ -24,8 +24,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench._harness import Rows, conditions
@@ -38,6 +36,7 @@ from es2fast.data import model_fingerprint
 from es2fast.distributed.launch import launch
 from es2fast.evaluation.run import evaluate_paths
 from es2fast.report.schema import AttackResult, ModelResult, Report
+from es2fast.run.export import scale_adapter
 from es2fast.run.files import read_lines
 from es2fast.run.folder import RunFolder
 
@@ -90,7 +89,8 @@ def trained(arguments: argparse.Namespace, name: str) -> Path:
     save_config(config, path)
     whole = ARMS[name].of
     if whole is not None:
-        share(trained(arguments, whole), folder.model, ARMS[name].scale)
+        shutil.copytree(trained(arguments, whole), folder.model, dirs_exist_ok=True)
+        scale_adapter(folder.model, ARMS[name].scale)
         save_config(config, folder.config)
     elif name == CIRCUIT_BREAKER:
         circuit_breaker(config, folder.model)
@@ -98,14 +98,6 @@ def trained(arguments: argparse.Namespace, name: str) -> Path:
     else:
         launch(path, ranks=1, device="cpu")
     return folder.model
-
-
-def share(source: Path, target: Path, scale: float) -> None:
-    """The adapter that the same training saves with `train.update_scale`: B times the scale."""
-    shutil.copytree(source, target, dirs_exist_ok=True)
-    path = target / "adapter_model.safetensors"
-    tensors = load_file(path)
-    save_file({k: scale * v if "lora_B" in k else v for k, v in tensors.items()}, path)
 
 
 def study(arguments: argparse.Namespace) -> None:

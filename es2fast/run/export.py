@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from es2fast.config import ModelConfig
+from es2fast.config import ModelConfig, load_config, save_config
 from es2fast.distributed.zero import full_state_dict
 from es2fast.errors import UserError
 from es2fast.modeling.load import load_causal_lm, load_tokenizer
@@ -102,22 +104,54 @@ def export_merged(source: str, out: Path, *, dtype: str) -> None:
             shutil.copy2(Path(source) / name, out)
 
 
-def export_run(run: Path, out: Path, *, merge: bool) -> None:
+def export_run(run: Path, out: Path, *, merge: bool, scale: float = 1.0) -> None:
     """Writes a run's model to `out`: as trained, or with its LoRA adapter folded in.
 
+    Args:
+        scale: share of the adapter's update that is kept, as `train.update_scale`. Below 1 it is
+            another model than the run's card and report speak of, so these do not come along.
+
     Raises:
-        UserError: no finished run there; `out` exists; nothing to merge.
+        UserError: no finished run there; `out` exists; nothing to merge or to scale.
     """
     folder = RunFolder(run)
     folder.check_finished("export")
     source = folder.model
-    if merge:
-        export_merged(str(source), out, dtype="bf16" if _is_bf16(source) else "fp32")
-        return
     _must_not_exist(out)
     if source.resolve() in out.resolve().parents:
         raise UserError(f"export: {str(out)!r} lies inside the model itself; choose another --out")
-    shutil.copytree(source, out)
+    with TemporaryDirectory() as scratch:
+        if scale != 1:
+            source = _scaled(source, Path(scratch) / "model", scale)
+        if merge:
+            export_merged(str(source), out, dtype="bf16" if _is_bf16(source) else "fp32")
+        else:
+            shutil.copytree(source, out)
+
+
+def scale_adapter(folder: Path, scale: float) -> None:
+    """Keeps that share of a LoRA adapter's update, in place: B times `scale`."""
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({name: scale * x if "lora_B" in name else x for name, x in tensors.items()}, path)
+
+
+def _scaled(source: Path, target: Path, scale: float) -> Path:
+    """A copy of an adapter with a share of its update, and that written beside it."""
+    if not 0 < scale <= 1:
+        raise UserError(f"--scale: {scale:g} is no share; give one above 0 and at most 1")
+    if not is_adapter(source):
+        raise UserError(
+            f"--scale: {str(source)!r} holds whole weights and no LoRA adapter; train with "
+            "train.update_scale"
+        )
+    card, settings = _BESIDE
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(card))
+    scale_adapter(target, scale)
+    config = load_config(target / settings)
+    train = config.train.model_copy(update={"update_scale": scale * config.train.update_scale})
+    save_config(config.model_copy(update={"train": train}), target / settings)
+    return target
 
 
 def _is_bf16(folder: Path) -> bool:

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from bench.studies.real_arms import ARMS, ATTACKS, BASE, CIRCUIT_BREAKER
 from bench.studies.real_figure import figure
-from bench.studies.real_models import config_hash, configuration, key_of, share
+from bench.studies.real_models import config_hash, configuration, key_of
 from bench.studies.real_prompts import ordinary_prompts
 from bench.studies.real_report import ROWS, documents, fill, harmless_table, table
 from es2fast.attacks.registry import make_attack
@@ -46,16 +44,6 @@ def test_every_row_is_a_cell_of_the_study_as_it_stands(tmp_path: Path) -> None:
         own = (row["base"], row["model"], made, row["seed"], attack, row["tokens"], limit)
         assert row["key"] == key_of(*own)
         assert "useful" not in row or (row["n"] >= 50 and 0 <= row["useful"] <= 1)
-
-
-def test_a_share_of_an_update_is_a_scaled_b(tmp_path: Path) -> None:
-    (tmp_path / "whole").mkdir()
-    one = {"x.lora_A.weight": torch.ones(2, 3), "x.lora_B.weight": torch.ones(3, 2)}
-    save_file(one, tmp_path / "whole/adapter_model.safetensors")
-    share(tmp_path / "whole", tmp_path / "run/model", 0.25)
-    found = load_file(tmp_path / "run/model/adapter_model.safetensors")
-    product = found["x.lora_B.weight"] @ found["x.lora_A.weight"]
-    assert torch.equal(product, torch.full((3, 3), 0.5))  # of 2
 
 
 def test_every_attack_of_the_study_exists() -> None:

@@ -14,9 +14,12 @@ import yaml
 from tiny_models import save_tiny, tokenizer, write_prompts
 from transformers import AutoModelForCausalLM
 
-from es2fast.config import load_config
+from es2fast.config import ModelConfig, load_config
 from es2fast.distributed.launch import free_port
+from es2fast.errors import UserError
+from es2fast.modeling.load import load_merged
 from es2fast.probing.choose import probe_layers
+from es2fast.run.export import export_run
 
 pytestmark = [pytest.mark.launcher, pytest.mark.slow]
 IDS = torch.tensor([[1, 4, 10, 16, 5, 23]])
@@ -131,6 +134,32 @@ def test_adapter_and_merged_export_give_the_same_logits(run: Path) -> None:
         assert (found - base(input_ids=IDS).logits).abs().max() > 1e-3
     card = (run / "run/model/README.md").read_text()
     assert card.count("es2fast") > 0 and (out / "README.md").read_text() == card
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_share_of_the_update_is_exported(run: Path, tmp_path: Path, merge: bool) -> None:
+    """The merged weights are the base's and a quarter of the change; nothing claims to be them."""
+    out = tmp_path / "quarter"
+    export_run(run / "run", out, merge=merge, scale=0.25)
+
+    def merged(folder: Path) -> dict[str, torch.Tensor]:
+        model = load_merged(ModelConfig(name=str(folder)), "fp32")
+        return {name: weight.detach() for name, weight in model.named_parameters()}
+
+    base, whole, part = (merged(f) for f in (run / "model", run / "run/model", out))
+    for name, weight in base.items():
+        expected = weight.double() + 0.25 * (whole[name].double() - weight.double())
+        torch.testing.assert_close(part[name].double(), expected, rtol=1e-5, atol=1e-7)
+    assert any(not torch.equal(whole[name], weight) for name, weight in base.items())
+    assert not (out / "README.md").exists()
+    assert load_config(out / "es2fast.yaml").train.update_scale == 0.25
+
+
+def test_what_is_no_share_is_refused(run: Path, tmp_path: Path) -> None:
+    for scale in (0.0, 1.5):
+        with pytest.raises(UserError, match="is no share"):
+            export_run(run / "run", tmp_path / "out", merge=False, scale=scale)
+    assert not (tmp_path / "out").exists()
 
 
 REMOTE = """
