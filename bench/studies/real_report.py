@@ -29,25 +29,28 @@ Row = dict[str, Any]
 
 
 def table(rows: Sequence[Row], models: Sequence[str]) -> str:
-    """Useful answers per attack and model, in Markdown."""
+    """Useful answers: one line per model, one column per attack, in Markdown."""
     models = [name for name in models if any(row["model"] == name for row in rows)]
     if not models:
         return "Nothing measured yet.\n"
-    lines = ["| useful answers under | " + " | ".join(models) + " | s per prompt |",
-             "|:--|" + "--:|" * (len(models) + 1)]  # fmt: skip
-    for attack, _ in ATTACKS:
-        cells = {
-            row["model"]: row
-            for row in rows
-            if row["attack"] == attack["name"] and row["model"] in models
-        }
-        seconds = [row["seconds"] / row["n"] for row in cells.values() if "seconds" in row]
-        if not seconds:
-            continue
-        cost = f"{sum(seconds) / len(seconds):.1f}"
-        shown = [_cell(cells.get(name)) for name in models]
-        lines.append(f"| {attack['name']} | " + " | ".join(shown) + f" | {cost} |")
+    cells = {(row["model"], row["attack"]): row for row in rows if row["model"] in models}
+    attacks = [attack["name"] for attack, _ in ATTACKS]
+    attacks = [name for name in attacks if any(attack == name for _, attack in cells)]
+    lines = ["| useful answers under | " + " | ".join(attacks) + " |",
+             "|:--|" + "--:|" * len(attacks)]  # fmt: skip
+    for model in models:
+        shown = [_cell(cells.get((model, attack))) for attack in attacks]
+        lines.append(f"| {model} | " + " | ".join(shown) + " |")
+    costs = [_seconds([row for (_, found), row in cells.items() if found == attack])
+             for attack in attacks]  # fmt: skip
+    lines.append("| *s per prompt* | " + " | ".join(costs) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _seconds(rows: Sequence[Row]) -> str:
+    """Mean over the models to which the attack applies."""
+    found = [row["seconds"] / row["n"] for row in rows if "seconds" in row]
+    return f"{sum(found) / len(found):.1f}" if found else "–"
 
 
 def _cell(row: Row | None) -> str:

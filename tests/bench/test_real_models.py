@@ -69,9 +69,10 @@ def test_a_cell_that_was_not_measured_says_so() -> None:
                            "n": 50, "seconds": 25.0}  # fmt: skip
     other = row | {"model": "both", "attack": "prefill", "gibberish": 0.1}
     lines = table([row, other], ("base", "separation", "both")).splitlines()
-    assert lines[0] == "| useful answers under | base | both | s per prompt |"
-    assert lines[2] == "| direct | 50 % [37–63], n = 50 | not measured | 0.5 |"
-    assert "not measured | 50 % [37–63], n = 50; 10 % gibberish" in lines[3]
+    assert lines[0] == "| useful answers under | direct | prefill |"
+    assert lines[2] == "| base | 50 % [37–63], n = 50 | not measured |"
+    assert lines[3] == "| both | not measured | 50 % [37–63], n = 50; 10 % gibberish |"
+    assert lines[4] == "| *s per prompt* | 0.5 | 0.5 |"
 
 
 def test_the_price_is_told_by_kind_of_prompt() -> None:
