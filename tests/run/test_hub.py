@@ -51,6 +51,8 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, status: int, value: Any) -> None:
         body = json.dumps(value).encode()
         self.send_response(status)
+        if status == 404:
+            self.send_header("X-Error-Code", "RepoNotFound")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
