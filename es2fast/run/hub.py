@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import HfApi, get_token
-from huggingface_hub.constants import ENDPOINT
+from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -111,5 +110,6 @@ def _answered(ask: Callable[[], T]) -> T:
         status = error.response.status_code
         why = _REFUSALS.get(status, f"the Hub answered {status}; try again later")
     except (HTTPError, ConnectionError, TimeoutError) as error:
-        why = f"{ENDPOINT} cannot be reached ({type(error).__name__}); check the network"
+        name = type(error).__name__
+        why = f"{constants.ENDPOINT} cannot be reached ({name}); check the network"
     raise UserError(f"{FIELD}: {why}")

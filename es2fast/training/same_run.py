@@ -50,7 +50,7 @@ def _sharing(plan: Plan) -> dict[str, Any]:
 def check_same_run(manifest: Mapping[str, Any], plan: Plan) -> None:
     """UserError where the plan is not the run that wrote a checkpoint, naming what differs."""
     now = identity_of(plan)
-    manifest = now | manifest  # those of earlier versions hold less
+    manifest = now | dict(manifest)  # those of earlier versions hold less
     names = {
         "model": "the weights of model.name",
         "data": "the prompts in data",
@@ -71,7 +71,7 @@ def check_same_run(manifest: Mapping[str, Any], plan: Plan) -> None:
 def changes(manifest: Mapping[str, Any], plan: Plan) -> str:
     """What is not as it was when the checkpoint was written, for the screen; empty: nothing."""
     now = _sharing(plan)
-    manifest = now | manifest
+    manifest = now | dict(manifest)
     before, after = Layout.of(manifest), Layout.of(now)
     words = "" if before == after else f", written by {before}, goes on with {after}"
     if _paired(manifest) != _paired(now):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from es2fast.distributed.launch import free_port
-from es2fast.distributed.runtime import resolve_device, resolve_dtype, stale_locks
+from es2fast.distributed.runtime import Runtime, resolve_device, resolve_dtype, stale_locks
 from es2fast.errors import UserError
 
 
@@ -33,6 +34,21 @@ def test_devices_and_precision() -> None:
         assert resolve_device("auto") == "cpu"
         with pytest.raises(UserError, match=r"train\.device"):
             resolve_device("cuda")
+
+
+def test_long_work_is_waited_for_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("es2fast.distributed.runtime.MINUTE", 0.01)
+    alone = Runtime(0, 1, torch.device("cpu"), "fp32")
+
+    def work(seconds: float) -> str:
+        time.sleep(seconds)
+        if not seconds:
+            raise UserError("no time")
+        return "done"
+
+    assert alone.long_on_main(work, 0.05) == "done"
+    with pytest.raises(UserError, match="no time"):
+        alone.long_on_main(work, 0.0)
 
 
 JOIN = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,20 +20,25 @@ from launcher.test_resume import ENVIRONMENT, EVERYTHING, steps
 WORKER = str(Path(__file__).parents[1] / "training" / "reshard_ranks.py")
 pytestmark = [pytest.mark.launcher, pytest.mark.slow]
 PAIRS = 4  # per step
-STEPS = 5
+STEPS = 4
 BOUND = 1e-5  # of how far the weights have moved
 SEVERAL = {"zero_optimization": {"stage": 3, "sub_group_size": 3000}}  # flat parts per rank
 # train, dtype; ranks and `deepspeed` of each start, all but the last stopped after a step
 CASES: dict[str, tuple[dict[str, Any], str, list[tuple[int, Any]]]] = {
-    "lora": (
-        {"trainable": "lora", "lora": {"r": 4}},
-        "fp32",
-        [(2, "zero3"), (1, "zero3"), (2, "zero3")],
-    ),
-    "blocks": ({}, "fp32", [(2, SEVERAL), (1, SEVERAL), (2, SEVERAL), (4, SEVERAL)]),
+    "lora": ({"trainable": "lora", "lora": {"r": 4}}, "fp32", [(2, "zero3"), (1, "zero3")]),
+    "blocks": ({}, "fp32", [(2, SEVERAL), (1, SEVERAL)]),
     "down": ({}, "fp32", [(2, "zero3"), (1, "zero2"), (2, "zero0")]),
-    "up": ({}, "fp32", [(2, "zero0"), (1, "zero2"), (2, "zero3")]),
+    "up": ({}, "fp32", [(1, "zero0"), (2, "zero2"), (1, "zero3")]),
     "bf16": ({}, "bf16", [(1, "zero2"), (1, "zero0"), (1, "zero3")]),
+}
+if "ES2FAST_LONG" in os.environ:
+    CASES["four"] = ({}, "fp32", [(2, SEVERAL), (4, SEVERAL)])
+# probes of an attack are fitted on rows in an order that follows from the ranks, to a tolerance
+STATES = EVERYTHING | {
+    "separation": {
+        "bank": 8,
+        "robust": {"probability": 0.5, "attacks": ["mean_difference"], "states": 16},
+    }
 }
 
 
@@ -60,7 +66,7 @@ class Project:
             "output_dir": str(folder / name),
         }
         path = folder / f"{name}-{ranks}-{stops}-{len(list(folder.glob('*.yaml')))}.yaml"
-        path.write_text(yaml.safe_dump(config | EVERYTHING))
+        path.write_text(yaml.safe_dump(config | STATES))
         return str(path)
 
     def moved(self, name: str) -> torch.Tensor:
@@ -101,7 +107,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Project:
                 groups.append((1, 0, [path]))
     ran = subprocess.run(
         [sys.executable, WORKER, json.dumps(groups)], env=ENVIRONMENT,
-        capture_output=True, text=True, timeout=900,
+        capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-6000:]
     return project
@@ -110,7 +116,6 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Project:
 @pytest.mark.parametrize("name", CASES)
 def test_other_ranks_and_stages_end_in_the_same_weights(done: Project, name: str) -> None:
     plain = f"plain-{name}" if name in ("lora", "bf16") else "plain-blocks"
-    print(name, done.apart(plain, name))
     assert done.apart(plain, name) <= BOUND
     losses = zip(steps(done.folder / plain), steps(done.folder / name), strict=True)
     assert all(a == b and x == pytest.approx(y, rel=BOUND) for (a, x), (b, y) in losses)
@@ -118,5 +123,4 @@ def test_other_ranks_and_stages_end_in_the_same_weights(done: Project, name: str
 
 
 def test_without_the_optimizers_moments_the_weights_would_be_others(done: Project) -> None:
-    print("forgot", done.apart("plain-blocks", "forgot"))
     assert done.apart("plain-blocks", "forgot") > 1000 * BOUND

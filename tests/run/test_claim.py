@@ -9,7 +9,7 @@ import pytest
 
 from es2fast.config import Config, parse_config, save_config
 from es2fast.errors import UserError
-from es2fast.run.claim import Lock, check_claim
+from es2fast.run.claim import Lock, check_claim, check_unchanged
 from es2fast.run.folder import RunFolder
 
 
@@ -62,6 +62,21 @@ def test_unfinished_runs_go_on_when_they_are_the_same(tmp_path: Path) -> None:
     folder.summary.write_text("{}")
     with pytest.raises(UserError, match="already holds a run"):
         check_claim(folder, config_of(folder.path))
+
+
+def test_an_unfinished_run_may_share_its_batches_otherwise(tmp_path: Path) -> None:
+    """Whether it goes on is decided by its checkpoint; without one it does not."""
+    folder = started(tmp_path / "run", deepspeed="zero2")
+    other = config_of(
+        folder.path,
+        deepspeed="zero3",
+        train={"micro_batch_size": 2, "gradient_accumulation": 2, "global_batch_size": 8},
+    )
+    assert check_claim(folder, other)
+    with pytest.raises(UserError, match=r"another deepspeed .*train\.micro_batch_size"):
+        check_unchanged(folder, other)
+    with pytest.raises(UserError, match=r"another deepspeed \(zero2 there, zero3_offload now\)"):
+        check_claim(folder, config_of(folder.path, deepspeed="zero3_offload"))
 
 
 def test_a_run_from_before_the_marker_is_ours(tmp_path: Path) -> None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,19 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
-TOKEN = "hf_" + "secret" * 5
-COMMAND = """
-import sys
-from pathlib import Path
 from es2fast.errors import UserError
 from es2fast.run.hub import HubTarget
-name, folder, *public = sys.argv[1:]
-try:
-    print(HubTarget(name, public=bool(public)).push(Path(folder)))
-except UserError as error:
-    sys.exit(f"error: {error}")
-"""
+
+TOKEN = "hf_" + "secret" * 5
 
 
 class Hub(ThreadingHTTPServer):
@@ -51,6 +41,8 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, status: int, value: Any) -> None:
         body = json.dumps(value).encode()
         self.send_response(status)
+        if status == 404:
+            self.send_header("X-Error-Code", "RepoNotFound")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -101,7 +93,10 @@ class Handler(BaseHTTPRequestHandler):
                 for found in json.loads(body)["objects"]
             ]
             self.answer(200, {"transfer": "basic", "objects": objects})
+        elif self.path == "/api/validate-yaml":  # the card's
+            self.answer(200, {"errors": [], "warnings": []})
         else:
+            assert "/commit/" in self.path, self.path
             self.commit([json.loads(line) for line in body.splitlines()])
 
     def commit(self, lines: list[dict[str, Any]]) -> None:
@@ -121,9 +116,18 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub() -> Iterator[Hub]:
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """The server, and a client that knows no other and has a token."""
     server = Hub()
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name, value in (
+        ("ENDPOINT", server.address),
+        ("HF_HUB_OFFLINE", False),
+        ("HF_HUB_DISABLE_XET", True),
+        ("HF_TOKEN_PATH", str(tmp_path / "token")),
+    ):
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     yield server
     server.shutdown()
     server.server_close()
@@ -139,50 +143,43 @@ def folder(tmp_path: Path) -> Path:
     return model
 
 
-def push(hub: Hub, *arguments: object, token: str | None = TOKEN, **more: str) -> tuple[str, str]:
-    """What an upload in a process of its own says: (output, error)."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    environment |= {
-        "HF_ENDPOINT": hub.address,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HOME": "/nonexistent",
-    }
-    environment |= more | ({} if token is None else {"HF_TOKEN": token})
-    done = subprocess.run(
-        [sys.executable, "-c", COMMAND, *map(str, arguments)],
-        env=environment, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
-    assert TOKEN not in done.stdout + done.stderr and "Traceback" not in done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert (done.returncode != 0) == bool(errors), done.stderr
-    return done.stdout.strip(), "".join(errors)
-
-
-def test_a_model_is_uploaded_whole_and_private(hub: Hub, folder: Path) -> None:
-    said, error = push(hub, "tiny", folder)
-    assert (said, error) == (f"{hub.address}/someone/tiny", "")
+def test_a_model_is_uploaded_whole_and_private(
+    hub: Hub, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert HubTarget("tiny", public=False).push(folder) == f"{hub.address}/someone/tiny"
     private, files = hub.repositories["someone/tiny"]
     assert private
     assert files == {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix != ".yaml"}
     weights = (folder / "model.safetensors").read_bytes()
     assert list(hub.blobs) == [hashlib.sha256(weights).hexdigest()]
-    said, error = push(hub, "group/open", folder, "public")
-    assert error == "" and not hub.repositories["group/open"][0]
-    said, error = push(hub, "group/open", folder)
-    assert "group/open is there already and public; add --public" in error
+    HubTarget("group/open", public=True).push(folder)
+    assert not hub.repositories["group/open"][0]
+    with pytest.raises(UserError, match="group/open is there already and public; add --public"):
+        HubTarget("group/open", public=False)
+    assert TOKEN not in "".join(capfd.readouterr())
 
 
-def test_what_cannot_work_is_one_line(hub: Hub, folder: Path) -> None:
-    for arguments, settings, words in (
-        (("not a name",), {}, "'not a name' is no repository's name"),
-        (("tiny",), {"token": None}, "there is no Hugging Face token"),
-        (("tiny",), {"token": "hf_wrong"}, "the token is not accepted"),
-        (("tiny",), {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
-        (("tiny",), {"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot be reached"),
-    ):
-        _, error = push(hub, *arguments, folder, **settings)  # type: ignore[arg-type]
-        assert error.startswith("error: --push-to-hub: ") and words in error
+def test_what_cannot_work_is_one_line(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(name: str, words: str) -> None:
+        with pytest.raises(UserError) as told:
+            HubTarget(name, public=False).push(folder)
+        message = str(told.value)
+        assert message.startswith("--push-to-hub: ") and words in message
+        assert "\n" not in message and "hf_" not in message
+
+    refused("not a name", "'not a name' is no repository's name")
     hub.writer = False
-    _, error = push(hub, "tiny", folder)
-    assert "the token may not write there" in error
+    refused("tiny", "the token may not write there")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    refused("tiny", "the token is not accepted")
+    monkeypatch.delenv("HF_TOKEN")
+    refused("tiny", "there is no Hugging Face token")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    refused("tiny", "HF_HUB_OFFLINE is set")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    refused("tiny", "http://127.0.0.1:9 cannot be reached")
     assert hub.repositories == {} and hub.blobs == {}

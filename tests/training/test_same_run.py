@@ -69,7 +69,7 @@ def test_the_rows_of_a_step_decide(project: Path) -> None:
             check_same_run(written, plan)
         assert words in str(told.value)
     many = written | {"gradient_accumulation": 3}  # 2 x 3 x 2 pairs
-    with pytest.raises(UserError, match=r"on 6 ranks train\.micro_batch_size=2 and .*=1 cont"):
+    with pytest.raises(UserError, match=r"on 6 ranks train\.micro_batch_size=1 and .*=2 cont"):
         check_same_run(many, planned(project, 6, 1))
 
 
@@ -82,9 +82,9 @@ def test_states_that_cannot_be_converted_ask_for_the_ranks_that_wrote_them(proje
 
 
 def bank(size: int, ranks: int, rank: int, micro: int) -> EmbeddingBank:
-    """After three micro-batches of `ranks` x `micro` pairs, whose rows are numbered."""
+    """After six micro-batches of `ranks` x `micro` pairs, whose rows are numbered."""
     found = EmbeddingBank(size, ranks)
-    for step in range(3):
+    for step in range(6):
         first = (step * ranks + rank) * micro
         rows = torch.arange(first, first + micro, dtype=torch.float32)[:, None]
         found.add(7, rows, 100 + rows)
