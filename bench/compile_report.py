@@ -189,7 +189,7 @@ def _sharded_cases() -> Iterator[Case]:
         yield Case(
             kernel, f"sharded {name} bf16{head}", signature, constants, LIGHT.num_warps, 3,
             LIGHT_REGISTERS[softcap], has_dot=False, in_use=True,
-            aligned=(*places, *(() if head else ("V", "C"))),
+            aligned=(*places, *(() if head else ("V",))),
             is_distinct="wide" not in head and (bool(head) or name.split()[-1] in DIRECTION),
         )  # fmt: skip
 

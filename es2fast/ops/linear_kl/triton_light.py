@@ -15,7 +15,7 @@ backwards for G, written over the student's logits. What is lighter:
   its terms are positive, and an error of the shift enters by its square only.
 - Full tiles carry no masks; the rest of the row is one more, masked tile.
 - A soft-cap takes two powers and one reciprocal for both sides (``_capped``), 87.5 instructions per
-  logit forward on sm_90 and 62 registers, where two tanh of full accuracy took 240 and 102.
+  logit forward on sm_90 and 62 registers, where three tanh of full accuracy took 240 and 102.
 
 JSD: with ``l = log(p_s/m)``, ``l(r)`` near 0 is the cumulant series of a Bernoulli variable, whose
 coefficients belong to the row, and its value's term ``v(r)`` follows from ``v' = (1-beta) e^r l``.

@@ -32,10 +32,10 @@ from es2fast.ops.triton_rows import on_device_of
 
 STATISTICS = 7
 
-# --- kernels --------------------------------------------------------------------------------------
+# --- kernels: C, which is smaller in a last chunk, is no reason to compile another ----------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C"])
 def statistics_kernel(
     zt_ptr,  # (C, V) float32, teacher's raw logits
     zs_ptr,  # (C, V) float32, student's raw logits
@@ -73,7 +73,7 @@ def statistics_kernel(
     tl.store(out + 6 * C, p_o)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C"])
 def jsd_kernel(
     zt_ptr,
     zs_ptr,
@@ -106,7 +106,7 @@ def jsd_kernel(
     tl.store(sums_ptr + C + row, tl.sum(drawn, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C"])
 def gradient_kernel(
     zt_ptr,
     zs_ptr,

@@ -22,9 +22,11 @@ if triton.knobs.runtime.interpret:
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
+from es2fast.ops.gemms import logit_rows  # noqa: E402
 from es2fast.ops.linear_kl import triton as kernels  # noqa: E402
 from es2fast.ops.linear_kl.chunked import KLProblem, run_chunked  # noqa: E402
 from es2fast.ops.linear_kl.rows import KLSpec  # noqa: E402
+from es2fast.ops.linear_kl.triton_sharded import sharded_row_pass  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -109,7 +111,8 @@ def problem(dtype: str, v: int, h: int, full: bool, shared: bool, **change: Any)
 
     bias = randn(v) if full else None
     direction = change.pop("direction", "forward")
-    spec = KLSpec(direction, softcap=30.0 if change.pop("softcap", full) else None)
+    cap = change.pop("cap", 30.0)
+    spec = KLSpec(direction, softcap=cap if change.pop("softcap", full) else None)
     exact, grad, n = change.pop("exact", False), change.pop("grad", False), 33 if v % 16 else 32
     return KLProblem(
         randn(n, h), randn(v, h), bias, randn(n, h), None if shared else randn(v, h),
@@ -118,18 +121,23 @@ def problem(dtype: str, v: int, h: int, full: bool, shared: bool, **change: Any)
     )  # fmt: skip
 
 
+HEADS = ("", " softcap", " bias+softcap", " bias+softcap odd-V", " bias+wide-softcap odd-V")
+
+
 @pytest.mark.parametrize("mode", ("", " no-grad", " two-parts"))
-@pytest.mark.parametrize("head", ("", " softcap", " bias+softcap", " bias+softcap odd-V"))
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("direction", kernels.DIRECTION)
 def test_row_kernel(launches, direction, dtype, head, mode):
     """G over the student's logits, in a buffer for all rows and in one for some of them."""
     if mode == " two-parts" and dtype != "bf16":
         pytest.skip("only a bfloat16 G has two parts")
+    if "wide" in head and dtype == "fp32":
+        pytest.skip("one kernel for every soft-cap")
     v = 2051 if "odd" in head else 2064
     options = dict(
         direction=direction, grad=mode != " no-grad", exact=mode == " two-parts",
-        softcap="softcap" in head,
+        softcap="softcap" in head, cap=2000.0 if "wide" in head else 30.0,
     )  # fmt: skip
     for buffer_bytes in (0, 32 * v * 4, 10**9):
         p = problem(
@@ -137,6 +145,23 @@ def test_row_kernel(launches, direction, dtype, head, mode):
         )
         run_chunked(p, kernels.TRITON)
     assert set(launches) == {reported(f"row {direction} {dtype}{head}{mode}")}
+
+
+@pytest.mark.parametrize("mode", ("", " no-grad", " two-parts"))
+@pytest.mark.parametrize("head", ("", " bias+softcap odd-V"))
+@pytest.mark.parametrize("direction", kernels.DIRECTION)
+def test_row_kernel_in_parts(launches, direction, head, mode):
+    """Whatever the number of rows: a last chunk compiles nothing new."""
+    v = 2051 if head else 2064
+    options = dict(direction=direction, grad=mode != " no-grad", exact=mode == " two-parts")
+    p = problem("bf16", v, 16, bool(head), False, softcap=bool(head), **options)
+    for rows in (16, 7, 1):
+        zt, zs = (logit_rows(rows, v, torch.float32, torch.device("cpu")) for _ in "ts")
+        sharded_row_pass(zt, zs, torch.ones(rows), None, p, lambda x: x[None], lambda x: x)
+    parts = [f"statistics {direction}", f"gradient {direction}{mode}"]
+    if direction == "jsd":
+        parts = [parts[0], "values jsd", *(parts[1:] if p.need_grad else [])]
+    assert set(launches) == {reported(f"sharded {part} bf16{head}") for part in parts}
 
 
 @pytest.mark.parametrize("features", ("plain", "bias tail", "bias tail odd-V", "bias softcap tail"))
