@@ -12,12 +12,13 @@ from es2fast.distributed.deepspeed_config import AUTO, build_deepspeed
 from es2fast.modeling.batch_size import rows_within
 from es2fast.modeling.load import DTYPES
 from es2fast.modeling.teacher import resolve_teacher
-from es2fast.planning.batches import Rows, mean_work, rows_of
+from es2fast.planning.batches import Rows, largest, mean_work, rows_of
 from es2fast.planning.communication import step_bytes
 from es2fast.planning.fit import smallest_change
 from es2fast.planning.flops import Flops, flops
 from es2fast.planning.machines import Machine
 from es2fast.planning.timing import step_time, writing_seconds
+from es2fast.training.activations import Tokens
 from es2fast.training.memory import Estimate, estimate, model_sizes
 from es2fast.training.plan import Plan
 from es2fast.training.shape import Shape
@@ -42,11 +43,18 @@ class Estimator:
         self._item = DTYPES[dtype].itemsize
         self._rows: Rows = rows_of(plan)
         self._shape: Callable[[str], Shape] = functools.cache(self._made)
+        self._largest: Callable[[int], Tokens] = functools.cache(self._micro_batch)
 
     def _made(self, trainable: str) -> Shape:
         train = self._plan.config.train.model_copy(update={"trainable": trainable})
         config = self._plan.config.model_copy(update={"train": train})
         return model_sizes(config, self._plan.model)
+
+    def _micro_batch(self, rows: int) -> Tokens:
+        """The largest one with so many rows of each group."""
+        train = self._plan.config.train.model_copy(update={"micro_batch_size": rows})
+        config = self._plan.config.model_copy(update={"train": train})
+        return largest(dataclasses.replace(self._plan, config=config), self._rows)
 
     def needs(self, config: Config, ranks: int) -> tuple[Estimate, dict[int, Estimate], str]:
         """What the run takes; what each ZeRO stage that is open to it takes; the choice's reason.
@@ -65,7 +73,7 @@ class Estimator:
             own = estimate(
                 config, self._shape(config.train.trainable), mapping.get("zero_optimization", {}),
                 world_size=ranks, device=self._machine.device, dtype=self._dtype,
-                longest=self._rows.longest,
+                tokens=self._largest(config.train.micro_batch_size),
             )  # fmt: skip
             found[own.stage] = own
         if not auto:

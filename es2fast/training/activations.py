@@ -15,7 +15,35 @@ train from the first one on.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from es2fast.training.shape import Block, Product, Shape
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Of a micro-batch as the student computes it, padded or packed into one sequence.
+
+    lower: tokens that enter the first block; upper: those of the harmless rows, which alone go on
+    behind the deepest separated block; length: of a sequence; mask: elements of the mask that a
+    packed sequence brings along, 0 for padded rows.
+    """
+
+    lower: int
+    upper: int
+    length: int
+    mask: int = 0
+
+    @classmethod
+    def padded(cls, harmful: int, harmless: int, length: int) -> Tokens:
+        """Rows of `length` columns."""
+        return cls((harmful + harmless) * length, harmless * length, length)
+
+    @classmethod
+    def packed(cls, harmful: int, shared: int, harmless: int) -> Tokens:
+        """One sequence of harmful suffixes, a common prefix and harmless suffixes."""
+        whole = harmful + shared + harmless
+        return cls(whole, shared + harmless, whole, mask=whole * whole)
 
 
 def block_bytes(block: Block, hidden: int, length: int, item: int) -> float:
@@ -58,23 +86,22 @@ def _gated(products: list[Product]) -> bool:
 
 
 def student_bytes(
-    shape: Shape, *, harmful: int, harmless: int, length: int, item: int,
-    anchored: bool, checkpointed: bool,
-) -> float:  # fmt: skip
+    shape: Shape, tokens: Tokens, *, item: int, anchored: bool, checkpointed: bool
+) -> float:
     """Bytes that a student's pass keeps.
 
     Args:
         shape: of the student.
-        harmful, harmless: rows of a micro-batch.
-        length: T.
+        tokens: of a micro-batch.
         item: bytes of an element.
         anchored: harmful rows run to the end.
         checkpointed: only the blocks' inputs are kept, and one block is made again at a time.
     """
-    total, largest = 4.0 * harmless * length * shape.hidden, 0.0
+    upper = tokens.lower if anchored else tokens.upper
+    total, largest = 4.0 * upper * shape.hidden + item * tokens.mask, 0.0
     for index, block in enumerate(shape.blocks):
-        rows = harmless + (harmful if anchored or index <= shape.deepest else 0)
-        own = rows * length * block_bytes(block, shape.hidden, length, item)
+        count = tokens.lower if index <= shape.deepest else upper
+        own = count * block_bytes(block, shape.hidden, tokens.length, item)
         largest = max(largest, own)
-        total += rows * length * item * shape.hidden if checkpointed else own
+        total += count * item * shape.hidden if checkpointed else own
     return total + (largest if checkpointed else 0.0)

@@ -18,7 +18,7 @@ from es2fast.modeling.load import DTYPES
 from es2fast.modeling.skeleton import make_skeleton
 from es2fast.modeling.teacher import head_is_shared, resolve_teacher, set_trainable
 from es2fast.ops.tokens import CPU_CHUNK, GPU_CHUNK, GPU_CHUNK_TRAINABLE
-from es2fast.training.activations import student_bytes
+from es2fast.training.activations import Tokens, student_bytes
 from es2fast.training.shape import Shape, shape_of
 
 GB = 1e9
@@ -88,7 +88,7 @@ def estimate(
     world_size: int,
     device: str,
     dtype: str,
-    longest: int,
+    tokens: Tokens,
 ) -> Estimate:
     """What a rank holds at the peak.
 
@@ -99,7 +99,7 @@ def estimate(
         world_size: ranks.
         device: "cpu" or "cuda".
         dtype: "bf16" or "fp32".
-        longest: tokens of the longest row.
+        tokens: of the largest micro-batch.
     """
     stage, item = int(zero.get("stage", 0)), DTYPES[dtype].itemsize
     split = world_size if stage == 3 else 1
@@ -110,7 +110,7 @@ def estimate(
         teacher = shape.total if stage == 3 else shape.trained
     if kind == "cache" and not head_is_shared(config.train):
         teacher = shape.hidden * shape.vocabulary  # a frozen copy of the LM head
-    rows, chunk = config.train.micro_batch_size, _chunk(shape, device)
+    chunk = _chunk(shape, device)
     held = item * (shape.total + (shape.trained if config.train.trainable == "lora" else 0))
     states = training_states(shape.trained, stage, item, world_size)
     offloaded = device == "cuda" and bool(zero.get("offload_optimizer"))
@@ -122,12 +122,11 @@ def estimate(
         gradients=states.gradients,
         optimizer=0.0 if offloaded else states.optimizer,
         activations=student_bytes(
-            shape, harmful=rows, harmless=rows, length=longest, item=item,
-            anchored=config.refusal.weight > 0,
+            shape, tokens, item=item, anchored=config.refusal.weight > 0,
             checkpointed=config.train.gradient_checkpointing,
         ),
-        head=8 * min(chunk, rows * longest) * shape.vocabulary
-        + 2 * item * rows * longest * shape.hidden
+        head=8 * min(chunk, tokens.upper) * shape.vocabulary
+        + 2 * item * tokens.upper * shape.hidden
         + (4 + item) * shape.head_trained * shape.vocabulary * shape.hidden,
         gathers=_gathered(shape, zero, item, twin) if stage == 3 else 0.0,
         workspace=PROCESS[device] + states.copies + kept

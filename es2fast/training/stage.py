@@ -18,6 +18,7 @@ from es2fast.config import Config
 from es2fast.distributed.deepspeed_config import build_deepspeed
 from es2fast.distributed.memory import memory_per_rank
 from es2fast.modeling.load import DTYPES
+from es2fast.training.activations import Tokens
 from es2fast.training.memory import GB, PROCESS, Estimate, estimate, model_sizes
 
 STAGES = (0, 1, 2, 3)
@@ -49,6 +50,8 @@ def choose_stage(
         UserError: see `memory.model_sizes`.
     """
     shape = model_sizes(config, model)
+    rows = config.train.micro_batch_size
+    tokens = Tokens.padded(rows, rows, longest)  # no micro-batch is larger, packed or not
     mappings, estimates = {}, {}
     for stage in STAGES:
         mappings[stage] = build_deepspeed(
@@ -56,7 +59,7 @@ def choose_stage(
         )
         estimates[stage] = estimate(
             config, shape, mappings[stage]["zero_optimization"],
-            world_size=world_size, device=device, dtype=dtype, longest=longest,
+            world_size=world_size, device=device, dtype=dtype, tokens=tokens,
         )  # fmt: skip
     memory = memory_per_rank(device, world_size)
     light, why = lightest(

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from tiny_models import save_tiny, write_prompts
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from es2fast.cli import app
 from es2fast.config import Config, parse_config
 from es2fast.errors import UserError
+from es2fast.planning.batches import largest, rows_of
 from es2fast.planning.command import ranks_of
 from es2fast.planning.communication import step_bytes
 from es2fast.planning.fit import smallest_change
 from es2fast.planning.flops import Flops
 from es2fast.planning.machines import GPUS, machine
 from es2fast.planning.timing import step_time, writing_seconds
+from es2fast.training.loop import Feed
+from es2fast.training.micro_batch import packed_form
+from es2fast.training.plan import make_plan
 
 
 def cost(config: Config, ranks: int) -> float:
@@ -111,3 +118,31 @@ def test_the_command_writes_its_estimates(tmp_path: Path) -> None:
     assert set(one["stages"]) == {"responses", "teacher_cache", "train", "evaluate"}
     kept = one["activation_bytes"]
     assert kept["checkpointed"] < kept["plain"] == memory["activations"]
+
+
+@pytest.mark.parametrize("train", [{}, {"packing": False}], ids=["packed", "padded"])
+def test_the_largest_micro_batch_is_the_one_that_is_trained(
+    tmp_path: Path, train: dict[str, Any]
+) -> None:
+    raw = {
+        "model": {"name": str(save_tiny(tmp_path / "model")), "dtype": "fp32"},
+        "data": write_prompts(tmp_path / "data"),
+        "layers": [1, 2],
+        "train": {"micro_batch_size": 3, "device": "cpu", "steps": 5} | train,
+        "output_dir": str(tmp_path / "run"),
+    }
+    plan = make_plan(parse_config(raw))
+    known = largest(plan, rows_of(plan))
+    feed = Feed(plan, plan.groups.harmless, rank=0)
+    model = AutoModelForCausalLM.from_config(plan.model).config
+    found = []
+    for batch in [batch for step in range(5) for batch in feed(step)]:
+        packed = packed_form(batch, model, plan.config.train.packing)
+        assert (packed is not None) == (train == {})
+        rows, width = batch.input_ids.shape
+        if packed is None:
+            found.append((rows * width, rows * width // 2, width, 0))
+        else:
+            tokens = packed.tokens
+            found.append((tokens, tokens - packed.harmful, tokens, tokens**2))
+    assert dataclasses.astuple(known) == max(found)

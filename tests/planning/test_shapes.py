@@ -14,7 +14,7 @@ from es2fast.config import parse_config
 from es2fast.modeling.taps import backbone
 from es2fast.modeling.teacher import set_trainable
 from es2fast.planning.flops import Work, flops
-from es2fast.training.activations import student_bytes
+from es2fast.training.activations import Tokens, student_bytes
 from es2fast.training.memory import model_sizes
 from es2fast.training.shape import Shape
 
@@ -91,9 +91,8 @@ def test_activations_are_what_autograd_keeps(family: str, train: dict[str, Any])
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         final = run(student)
     assert final.requires_grad
-    found = student_bytes(
-        shape, harmful=0, harmless=ROWS, length=LENGTH, item=4, anchored=False, checkpointed=False
-    )
+    tokens = Tokens.padded(0, ROWS, LENGTH)
+    found = student_bytes(shape, tokens, item=4, anchored=False, checkpointed=False)
     assert found == pytest.approx(sum(kept.values()), rel=0.1)
 
 

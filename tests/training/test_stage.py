@@ -18,6 +18,7 @@ from es2fast.config import parse_config
 from es2fast.distributed.memory import cpu_memory, memory_per_rank
 from es2fast.errors import UserError
 from es2fast.modeling.teacher import set_trainable
+from es2fast.training.activations import Tokens
 from es2fast.training.memory import Estimate, estimate, model_sizes
 from es2fast.training.shape import Block, Product, Shape
 from es2fast.training.stage import lightest, pick
@@ -48,7 +49,10 @@ def needs(
 ) -> Estimate:
     config = parse_config({"model": {"name": "m"}, "train": {"micro_batch_size": 1} | train})
     zero = {"stage": stage, "reduce_bucket_size": 10**6, "stage3_max_live_parameters": live}
-    return estimate(config, SIZES, zero, world_size=ranks, device=device, dtype=dtype, longest=100)
+    return estimate(
+        config, SIZES, zero, world_size=ranks, device=device, dtype=dtype,
+        tokens=Tokens.padded(1, 1, 100),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("tied", [True, False])
