@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from es2fast.config import Config
+from es2fast.distributed.operators import drop_stale_locks
 from es2fast.errors import UserError
 
 T = TypeVar("T")
@@ -134,8 +135,8 @@ def start(config: Config) -> Runtime:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
     _quiet(int(os.environ["RANK"]))
-    if os.environ["RANK"] == "0":
-        for lock in stale_locks():
+    for lock in drop_stale_locks():
+        if os.environ["RANK"] == "0":
             print(
                 f"note: {lock} exists: another process is building a DeepSpeed operator, or "
                 "one was killed doing so. If nothing moves for minutes, stop and delete it.",
@@ -171,17 +172,6 @@ def _unlink_buffer() -> None:
          environ["MASTER_PORT"], environ["RANK"])
     )  # fmt: skip
     (Path("/dev/shm") / name).unlink(missing_ok=True)
-
-
-def stale_locks() -> list[Path]:
-    """Lock files of torch's extension builder, for which it waits without a word and without end.
-
-    A process that is killed while it builds or loads an operator leaves its lock behind.
-    """
-    from torch.utils.cpp_extension import get_default_build_root
-
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    return sorted({*root.glob("*/lock"), *root.glob("*/*/lock")})
 
 
 def stop() -> None:

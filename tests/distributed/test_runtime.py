@@ -12,17 +12,8 @@ import pytest
 import torch
 
 from es2fast.distributed.launch import free_port
-from es2fast.distributed.runtime import Runtime, resolve_device, resolve_dtype, stale_locks
+from es2fast.distributed.runtime import Runtime, resolve_device, resolve_dtype
 from es2fast.errors import UserError
-
-
-def test_left_over_locks_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    assert stale_locks() == []
-    for folder in ("shm", "py311_cpu/adam"):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "lock").touch()
-    assert stale_locks() == [tmp_path / "py311_cpu/adam/lock", tmp_path / "shm/lock"]
 
 
 def test_devices_and_precision() -> None:
