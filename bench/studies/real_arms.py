@@ -119,6 +119,7 @@ ARMS: dict[str, Arm] = {
         ),
     ),
     "held_75": Arm("held, of whose update three quarters are kept", of="held", scale=0.75),
+    "held_50": Arm("held, of whose update half is kept", of="held", scale=0.5),
     "wide": Arm(
         "as held, with all 390 harmless prompts in place of 160, less those that the base model "
         "refuses",
