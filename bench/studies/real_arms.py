@@ -26,6 +26,15 @@ BOTH_ROBUST: dict[str, Any] = {
     "kl": RESPONSES,
     "train": EVERY_BLOCK,
 }
+HELD = merged(
+    BOTH_ROBUST,
+    {
+        "separation": {"margin": 2.0},
+        "kl": {"weight": 30.0, "first_weight": 4.0},
+        "train": {"steps": 120},
+    },
+)
+MORE = {"harmless": {"limit": 400}}  # all that there are
 
 
 @dataclass(frozen=True)
@@ -109,43 +118,20 @@ ARMS: dict[str, Arm] = {
     "held": Arm(
         "as closer, the first four tokens of a response with four times the weight in the KL, "
         "kl.weight 30, 120 steps",
-        merged(
-            BOTH_ROBUST,
-            {
-                "separation": {"margin": 2.0},
-                "kl": {"weight": 30.0, "first_weight": 4.0},
-                "train": {"steps": 120},
-            },
-        ),
+        HELD,
     ),
     "held_75": Arm("held, of whose update three quarters are kept", of="held", scale=0.75),
     "held_50": Arm("held, of whose update half is kept", of="held", scale=0.5),
     "wide": Arm(
         "as held, with all 390 harmless prompts in place of 160, less those that the base model "
         "refuses",
-        merged(
-            BOTH_ROBUST,
-            {
-                "separation": {"margin": 2.0},
-                "data": {"refused": "drop", "harmless": {"limit": 400}},
-                "kl": {"weight": 30.0, "first_weight": 4.0},
-                "train": {"steps": 120},
-            },
-        ),
+        merged(HELD, {"data": MORE | {"refused": "drop"}}),
     ),
     "wide_75": Arm("wide, of whose update three quarters are kept", of="wide", scale=0.75),
     "even": Arm(
         "as held, with all 390 harmless prompts in place of 160; the first tokens of a response "
         "weigh more only where it is no refusal",
-        merged(
-            BOTH_ROBUST,
-            {
-                "separation": {"margin": 2.0},
-                "data": {"refused": "even", "harmless": {"limit": 400}},
-                "kl": {"weight": 30.0, "first_weight": 4.0},
-                "train": {"steps": 120},
-            },
-        ),
+        merged(HELD, {"data": MORE | {"refused": "even"}}),
     ),
     "even_75": Arm("even, of whose update three quarters are kept", of="even", scale=0.75),
     CIRCUIT_BREAKER: Arm("circuit breaker, from its formula"),

@@ -14,9 +14,11 @@ from typing import Any
 from bench.studies.real_arms import ARMS, ATTACKS, BASE, CIRCUIT_BREAKER
 from bench.studies.real_figure import figure
 from es2fast.report.stats import rate_interval
+from es2fast.run.files import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = ROOT / "bench" / "results" / "real_models.jsonl"
+KL_ROWS = ROWS.with_name("real_models_kl.jsonl")
 EVALUATION = ROOT / "docs" / "evaluation.md"
 REAL_MODELS = ROOT / "docs" / "real_models.md"
 FIGURE = ROWS.with_suffix(".png")
@@ -92,6 +94,31 @@ def harmless_table(rows: Sequence[Row], models: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+KINDS = {
+    "ordinary": "ordinary",
+    "borderline": "borderline, answered",
+    "refused": "refused by the base",
+}
+
+
+def kl_table(rows: Sequence[Row], models: Sequence[str]) -> str:
+    """KL on response tokens and agreement by kind of prompt: one line per model, in Markdown."""
+    found = {(row["model"], row["kind"]): row for row in rows}
+    known = [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]
+    head = ["KL, response tokens; top-1", *(KINDS[kind] for kind in known)]
+    lines = ["| " + " | ".join(head) + " |", "|:--|" + "--:|" * len(known)]
+    for name in models:
+        own = [found[name, kind] for kind in known if (name, kind) in found]
+        if len(own) == len(known):
+            cells = [
+                f"{row['kl_response']:.4f}; {100 * row['top1_agreement']:.1f} %, "
+                f"n = {row['prompts']}"
+                for row in own
+            ]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def legend(rows: Sequence[Row], models: Sequence[str]) -> str:
     """What each model is."""
     measured = [name for name in models if name in ARMS and any(r["model"] == name for r in rows)]
@@ -117,6 +144,8 @@ def documents(rows: Sequence[Row]) -> dict[Path, str]:
             parts[f"{prefix}attacks"] = table(some, models)
             parts[f"{prefix}harmless"] = harmless_table(some, models)
             parts[f"{prefix}legend"] = legend(some, models)
+        split = [row for row in read_lines(KL_ROWS) if row["base"] == PRIMARY]
+        parts["split"] = kl_table(split, models)
         found[path] = fill(path.read_text(), parts)
     return found
 

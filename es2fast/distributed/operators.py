@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-LOCAL = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"}
+LOCAL = {"apfs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"}
 
 
 def drop_stale_locks() -> list[Path]:

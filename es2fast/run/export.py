@@ -53,8 +53,8 @@ def save_model(
 
 
 def _name_rope_as_before(path: Path) -> None:
-    """Names the rotary base as transformers 4 did too, which otherwise silently takes 10000 (seen
-    with 4.53: other logits), and with it what builds on it."""
+    """Names the rotary base, its share of a head and its scaling as transformers 4 did too, which
+    otherwise silently takes its defaults (seen with 4.53: other logits)."""
     if not path.is_file():  # an adapter
         return
     raw = json.loads(path.read_text(encoding="utf-8"))
@@ -64,9 +64,15 @@ def _name_rope_as_before(path: Path) -> None:
         rope = rope["full_attention"]
     if "rope_theta" not in rope:
         return
-    raw["rope_theta"] = rope["rope_theta"]
-    if rope.get("rope_type", "default") != "default":
-        raw["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    base, share = ("rope_theta", "partial_rotary_factor")
+    rest = {key: value for key, value in rope.items() if key not in (base, share)}
+    raw[base] = rope[base]
+    if share in rope:
+        raw[share] = rope[share]
+    if raw["model_type"] == "gpt_neox":
+        raw |= {"rotary_emb_base": rope[base], "rotary_pct": rope.get(share, 1.0)}
+    if rest.get("rope_type", "default") != "default":
+        raw["rope_scaling"] = rest
     path.write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

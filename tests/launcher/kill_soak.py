@@ -2,11 +2,12 @@
 
     python tests/launcher/kill_soak.py --kills 50 [--ranks 2 1] [--seed 0]
 
-A run saves after every step. SIGKILL takes rank 0, rank 1, the launcher or all of them; the next
-start goes on, with a number of ranks drawn from --ranks, until the run is finished; then the next
-begins. Each must end in the weights of a run that nobody disturbed: bit for bit with one number of
-ranks, to fp32 rounding where that changes (its kills also hit conversions). Ranks are forked from
-this process, which has imported everything, by a launcher of its own that ends all when one ends.
+A run saves after every step. SIGKILL takes rank 0, rank 1, the launcher or all of them, a quarter
+of the time while they start and else after some progress of the training; the next start goes on,
+with a number of ranks drawn from --ranks, until the run is finished; then the next begins. Each
+must end in the weights of a run that nobody disturbed: bit for bit with one number of ranks, to
+fp32 rounding where that changes (its kills also hit conversions). Ranks are forked from this
+process, which has imported everything, by a launcher of its own that ends all when one ends.
 Prints a line per kill and a summary; leaves with 1 at the first run that ends otherwise.
 """
 
@@ -119,6 +120,22 @@ def ended(process: psutil.Process, seconds: float) -> bool:
     return False
 
 
+def progressed(process: psutil.Process, run: Path, seconds: float) -> bool:
+    """A line of metrics was written from now on, or the launcher has ended, within the time."""
+
+    def lines() -> int:
+        path = run / "metrics.jsonl"
+        return len(path.read_bytes().splitlines()) if path.is_file() else 0
+
+    before, deadline = lines(), time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if lines() > before or process.status() == psutil.STATUS_ZOMBIE:
+            return True
+        before = min(before, lines())  # a resumed run cuts lines off
+        time.sleep(0.005)
+    return False
+
+
 def kill(process: psutil.Process, victim: str) -> list[psutil.Process]:
     """SIGKILL; the processes that have to be gone soon."""
     ranks = process.children()
@@ -175,17 +192,29 @@ def main() -> None:
             log.read_text()
         )
         whole = time.monotonic() - began
+        rows = (work / "plain" / "metrics.jsonl").read_text().splitlines()
+        step = max(json.loads(row)["step_seconds"] for row in rows[1:])
         right = weights(work / "plain")
         seen: Counter[str] = Counter()
         runs, worst = 0, 0.0
         while seen.total() < options.kills:
             runs += 1
             path, run = configured(work, f"run-{runs}"), work / f"run-{runs}"
+            ranks = draw.choice(options.ranks)
             while not RunFolder(run).finished:
                 since = time.time()
-                process = started(path, draw.choice(options.ranks), log)
+                if CheckpointFolder(run / "checkpoints").steps():  # without one none may change
+                    ranks = draw.choice(options.ranks)
+                process = started(path, ranks, log)
                 last = seen.total() >= options.kills
-                if ended(process, 600 if last else draw.uniform(0, whole)):
+                if last:
+                    patience = 600.0
+                elif draw.random() < 0.25:
+                    patience = draw.uniform(0, whole / 2)
+                else:
+                    assert progressed(process, run, 300), log.read_text()[-3000:]
+                    patience = draw.uniform(0, STEPS * step)
+                if ended(process, patience):
                     assert RunFolder(run).finished, log.read_text()[-3000:]
                     break
                 victim = draw.choice(VICTIMS)

@@ -108,7 +108,7 @@ def test_the_template_that_a_run_named_is_saved_with_the_model(
     assert load_tokenizer(name).chat_template != template
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "gpt_neox"])
 def test_a_saved_model_tells_transformers_4_its_rotary_base(tmp_path: Path, family: str) -> None:
     """Which reads other keys; the model as transformers 5 reads it is the same."""
     scaled = {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}
@@ -116,11 +116,19 @@ def test_a_saved_model_tells_transformers_4_its_rotary_base(tmp_path: Path, fami
         "llama": {"rope_parameters": scaled},
         "qwen2": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
         "gemma3_text": {},
+        "gpt_neox": {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5e5,
+                "partial_rotary_factor": 0.75,
+            }
+        },
     }
     expected: dict[str, dict[str, Any]] = {
         "llama": {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
         "qwen2": {"rope_theta": 1e6},
         "gemma3_text": {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
+        "gpt_neox": {"rotary_emb_base": 5e5, "rotary_pct": 0.75, "partial_rotary_factor": 0.75},
     }
     source = save_tiny(tmp_path / "made", family, **ropes[family])
     name = ModelConfig(name=str(source))
