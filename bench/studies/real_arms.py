@@ -134,7 +134,21 @@ ARMS: dict[str, Arm] = {
         merged(HELD, {"data": MORE | {"refused": "even"}}),
     ),
     "even_75": Arm("even, of whose update three quarters are kept", of="even", scale=0.75),
-    CIRCUIT_BREAKER: Arm("circuit breaker, from its formula"),
+    "long": Arm(
+        "as even, with twice the steps and kl.weight 60",
+        merged(
+            HELD,
+            {
+                "data": MORE | {"refused": "even"},
+                "kl": {"weight": 60.0},
+                "train": {"steps": 240},
+            },
+        ),
+    ),
+    CIRCUIT_BREAKER: Arm(
+        "circuit breaker, from its formula; all 390 harmless prompts, 120 steps",
+        {"data": MORE, "train": {"steps": 120}},
+    ),
     "default": Arm(
         "es2fast's defaults: hinge, whole blocks, lr 5e-5",
         {"layers": "auto", "train": {"trainable": "blocks", "lr": 5e-5}},
