@@ -28,7 +28,7 @@ from torch import Tensor
 
 from es2fast.ops import backends
 from es2fast.ops.arguments import Arguments
-from es2fast.ops.checks import check_head, check_tokens, refuse, vocabulary
+from es2fast.ops.checks import bounded_bias, check_head, check_tokens, refuse, vocabulary
 from es2fast.ops.linear_kl.chunked import (
     FEW_TOKENS,
     KLProblem,
@@ -169,7 +169,8 @@ def linear_kl_div(
         teacher_hidden: (N, Ht) the teacher's final hidden states of the same tokens.
         teacher_weight: (V, Ht) the teacher's head. None: the student's head (weight and bias) is
             shared; no gradient flows through the teacher's use of it.
-        bias, teacher_bias: (V,) added to the logits.
+        bias, teacher_bias: (V,) added to the logits. -inf, a token that is never said, counts as
+            a logit 128 lower: a token that only the other side says costs 128 p instead of inf.
         direction: "forward" KL(t||s), "reverse" KL(s||t) or "jsd".
         beta: teacher's share of the mixture in JSD, 0 < beta < 1.
         temperature: divides the logits last. No T^2 factor is applied.
@@ -317,10 +318,10 @@ def _run(
     problem = KLProblem(
         hidden=hidden,
         weight=weight[:vocab],
-        bias=None if bias is None else bias[:vocab],
+        bias=bounded_bias(bias, logit_scale / temperature, vocab),
         teacher_hidden=teacher_hidden,
         teacher_weight=None if teacher_weight is None else teacher_weight[:vocab],
-        teacher_bias=None if teacher_bias is None else teacher_bias[:vocab],
+        teacher_bias=bounded_bias(teacher_bias, logit_scale / temperature, vocab),
         index=index,
         scale=scale,
         spec=KLSpec(direction, beta, temperature, logit_scale, softcap),

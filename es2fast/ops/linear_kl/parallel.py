@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from es2fast.ops.backends import choose_backend
-from es2fast.ops.checks import check_head, check_tokens, refuse, vocabulary
+from es2fast.ops.checks import bounded_bias, check_head, check_tokens, refuse, vocabulary
 from es2fast.ops.linear_kl.chunked import (
     KLProblem,
     RowBackend,
@@ -130,13 +130,14 @@ def vocab_parallel_linear_kl_div(
     vocab = vocabulary(weight, teacher_weight, vocab_size)
     accum = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     index, weights = pack(hidden, token_weights, None, accum)
+    gain = logit_scale / temperature
     problem = ShardedProblem(
         hidden=hidden.detach(),
         weight=weight.detach()[:vocab],
-        bias=None if bias is None else bias.detach()[:vocab],
+        bias=bounded_bias(None if bias is None else bias.detach(), gain, vocab),
         teacher_hidden=teacher_hidden,
         teacher_weight=None if teacher_weight is None else teacher_weight[:vocab],
-        teacher_bias=None if teacher_bias is None else teacher_bias[:vocab],
+        teacher_bias=bounded_bias(teacher_bias, gain, vocab),
         index=index,
         scale=row_scale(weights, reduction),
         spec=KLSpec(direction, beta, temperature, logit_scale, softcap),

@@ -39,6 +39,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NEAR = tl.constexpr(1e-4)  # variance of d under which two cumulants give the shift
 SERIES = tl.constexpr(0.25)  # |r| under which series are used
+LEAST = tl.constexpr(-80.0)  # r below which p_s is nothing beside p_t; e^80 is finite
 
 
 @dataclass(frozen=True)
@@ -247,11 +248,11 @@ def _jsd_series(beta):
 def _jsd_ratio(z, d, lse, shift, beta):
     """(r, log2 p_t, p_s, log(p_s/m)) of a tile."""
     l_1, l_2, l_3, l_4, l_5 = _jsd_series(beta)
-    r = d - shift
+    r = tl.maximum(d - shift, LEAST)
     log_t = z * LOG2E - lse
     p_s = _exp2(r * LOG2E + log_t)
     near = ((((l_5 * r + l_4) * r + l_3) * r + l_2) * r + l_1) * r
-    q = _exp2(tl.minimum(r * -LOG2E, 115.0))  # beyond, p_s is 0
+    q = _exp2(r * -LOG2E)
     far = _log2(q * beta + (1.0 - beta)) * -LN2
     return r, log_t, p_s, tl.where(tl.abs(r) < SERIES, near, far)
 

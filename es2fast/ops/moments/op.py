@@ -29,6 +29,7 @@ from torch import Tensor
 from es2fast.ops import backends
 from es2fast.ops.arguments import Arguments
 from es2fast.ops.checks import (
+    bounded_bias,
     check_bias,
     check_head,
     check_matrix,
@@ -190,9 +191,9 @@ def teacher_moments(
         made = make_moments(
             teacher_hidden,
             teacher_weight[:vocab],
-            None if t_bias is None else t_bias[:vocab],
+            bounded_bias(t_bias, logit_scale / temperature, vocab),
             student[:vocab],
-            None if bias is None else bias[:vocab],
+            bounded_bias(bias, logit_scale / temperature, vocab),
             shared,
             logit_scale / temperature,
             top_k,
@@ -306,7 +307,7 @@ def _run(
     problem = MomentProblem(
         hidden=hidden,
         weight=weight[:vocab],
-        bias=None if bias is None else bias[:vocab],
+        bias=bounded_bias(bias, gain, vocab),
         tail_moment=tail_moment,
         top_ids=top_ids,
         top_probs=top_probs,
