@@ -117,7 +117,7 @@ def _plain(field: FieldInfo) -> str:
     """The default as YAML has it."""
     if field.is_required():
         return REQUIRED
-    value = field.get_default(call_default_factory=True)
+    value = field.get_default(call_default_factory=True, validated_data={})
     text = json.dumps(value, ensure_ascii=False)
     return text if not isinstance(value, str) or not value or ":" in value else value
 

@@ -92,11 +92,15 @@ def locked() -> dict[str, str]:
 
 
 def test_the_lock_names_a_fitting_version_of_every_dependency() -> None:
+    """But of triton, of which each CUDA build of torch asks for one version."""
     versions = locked()
+    assert "triton" not in versions
     extras = PROJECT["optional-dependencies"]
     named = [*PROJECT["dependencies"], *extras["test"], *extras["lm-eval"], *extras["inspect"]]
     for line in named:
         requirement = Requirement(line)
         name = canonicalize_name(requirement.name)
+        if name == "triton":
+            continue
         assert name in versions, line
         assert requirement.specifier.contains(versions[name]), f"{line}: {versions[name]}"

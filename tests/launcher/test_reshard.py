@@ -21,6 +21,7 @@ WORKER = str(Path(__file__).parents[1] / "training" / "reshard_ranks.py")
 pytestmark = [pytest.mark.launcher, pytest.mark.slow]
 PAIRS = 4  # per step
 STEPS = 4
+SMALL = 6000  # bytes of the largest file on a disk that is full
 BOUND = 1e-5  # of how far the weights have moved
 SEVERAL = {"zero_optimization": {"stage": 3, "sub_group_size": 3000}}  # flat parts per rank
 # train, dtype; ranks and `deepspeed` of each start, all but the last stopped after a step
@@ -47,6 +48,7 @@ class Project:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.too_small: list[str] = []  # configurations of starts on too small a disk
         self.base = load_file(save_tiny(folder / "model") / "model.safetensors")
 
     def file(
@@ -98,6 +100,10 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Project:
     for name, (train, dtype, starts) in CASES.items():
         for place, (ranks, deepspeed) in enumerate(starts):
             stops = place < len(starts) - 1
+            if name == "down" and place:
+                path = project.file(name, 1, deepspeed, stops=stops, dtype=dtype)
+                project.too_small.append(path)
+                groups.append((-SMALL, 0, [path]))
             path = project.file(name, ranks, deepspeed, stops=stops, dtype=dtype, **train)
             groups.append((ranks, int(stops), [path]))
             if name == "up" and place == 0:
@@ -120,6 +126,16 @@ def test_other_ranks_and_stages_end_in_the_same_weights(done: Project, name: str
     losses = zip(steps(done.folder / plain), steps(done.folder / name), strict=True)
     assert all(a == b and x == pytest.approx(y, rel=BOUND) for (a, x), (b, y) in losses)
     assert not (done.folder / name / "checkpoints").exists()
+
+
+def test_a_disk_full_while_converting_leaves_the_checkpoint(done: Project) -> None:
+    """`down` was refused so before each of its starts, and has ended in the right weights."""
+    assert len(done.too_small) == 2
+    for path, to in zip(done.too_small, ("ZeRO stage 2", "ZeRO stage 0"), strict=True):
+        message, left = json.loads(Path(f"{path}.refused").read_text())
+        assert message.startswith("checkpoint.resume: ") and "\n" not in message
+        assert "could not be converted from " in message and f" to 1 rank at {to} (" in message
+        assert left and all(name.startswith("step-0") for name in left)
 
 
 def test_without_the_optimizers_moments_the_weights_would_be_others(done: Project) -> None:

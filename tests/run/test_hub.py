@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
+from es2fast import cli
 from es2fast.errors import UserError
+from es2fast.run.folder import RunFolder
 from es2fast.run.hub import HubTarget
 
 TOKEN = "hf_" + "secret" * 5
@@ -183,3 +185,34 @@ def test_what_cannot_work_is_one_line(
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     refused("tiny", "http://127.0.0.1:9 cannot be reached")
     assert hub.repositories == {} and hub.blobs == {}
+
+
+def test_export_uploads_what_it_wrote(
+    hub: Hub, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The command, to the end; a name that cannot be is found out before anything is written."""
+    run = tmp_path / "run"
+    run.mkdir()
+    folder.rename(run / "model")
+    RunFolder(run).summary.write_text("{}")
+
+    def export(out: str, *options: str) -> int:
+        monkeypatch.setattr("sys.argv", ["es2fast", "export", str(run), "--out", out, *options])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        return int(left.value.code or 0)
+
+    out = tmp_path / "out"
+    assert export(str(out), "--push-to-hub", "not a name") == 2
+    assert export(str(out), "--public") == 2
+    said = capsys.readouterr().err
+    assert "error: --push-to-hub: 'not a name'" in said
+    assert "error: --public: nothing is uploaded; add --push-to-hub" in said and not out.exists()
+    assert export(str(out), "--push-to-hub", "tiny") == 0
+    assert f"written: {out}\nuploaded: {hub.address}/someone/tiny" in capsys.readouterr().out
+    assert hub.repositories["someone/tiny"][0]
+    assert export(f"{out}-2", "--push-to-hub", "group/open", "--public") == 0
+    private, files = hub.repositories["group/open"]
+    assert not private and "es2fast.yaml" not in files
+    assert files["model.safetensors"] == (out / "model.safetensors").read_bytes()

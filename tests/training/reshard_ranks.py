@@ -2,7 +2,9 @@
 
 Each group does what `resume_worker.py` does. Its ranks are forked from this process, which has
 imported everything, since that is most of what a launch of tiny models takes. `[0, 0, [RUN, COPY]]`
-copies an unfinished run of stage 0 without what its optimizer has gathered.
+copies an unfinished run of stage 0 without what its optimizer has gathered. `[-BYTES, 0, [CONFIG]]`
+is one rank whose files may not be larger; what it says, and which checkpoints it leaves, goes to
+`CONFIG.refused`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ import torch
 from resume_worker import main
 
 import es2fast.training.run  # noqa: F401
+from es2fast.config import load_config
 from es2fast.distributed.launch import free_port
+from es2fast.errors import UserError
 from es2fast.run.checkpoints import CheckpointFolder, files_of, read_manifest, seal
 
 
@@ -35,6 +39,12 @@ def start(rank: int, ranks: int, port: int, stops: int, paths: list[str]) -> int
     sys.argv[1:] = paths
     try:
         main()
+    except UserError as error:
+        if "LARGEST_FILE" not in os.environ:
+            raise
+        folder = Path(load_config(paths[0]).output_dir) / "checkpoints"
+        left = sorted(place.name for place in folder.iterdir())
+        Path(f"{paths[0]}.refused").write_text(json.dumps([str(error), left]))
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
@@ -64,6 +74,9 @@ for ranks, stops, paths in json.loads(sys.argv[1]):
     if not ranks:
         forget(*map(Path, paths))
         continue
+    os.environ.pop("LARGEST_FILE", None)
+    if ranks < 0:
+        os.environ["LARGEST_FILE"], ranks = str(-ranks), 1
     port = free_port()
     alive = {start(rank, ranks, port, stops, paths) for rank in range(ranks)}
     while alive:
