@@ -92,12 +92,16 @@ def _is_broken(value: Any) -> bool:
 
 
 def check_trackers(train: TrainConfig) -> None:
-    """UserError when a tracker of `train.report_to` is not installed."""
-    from importlib.util import find_spec
+    """UserError when a tracker of `train.report_to` is not installed, or is too old."""
+    from importlib import import_module
 
     for name in train.report_to:
-        if find_spec(name) is None:
-            raise UserError(f"train.report_to: {name!r} is not installed; pip install {name}")
+        try:
+            import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+        except ImportError as error:
+            raise UserError(
+                f"train.report_to: {name!r} cannot be imported ({error}); pip install -U {name}"
+            ) from error
 
 
 class _TensorBoard:
