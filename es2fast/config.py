@@ -50,6 +50,15 @@ class _Section(BaseModel):
         return value
 
 
+def _row_count(raw: Any) -> Any:
+    if raw != "auto" and (type(raw) is not int or raw < 1):
+        raise ValueError(f"expected auto, or a number of 1 or more, found {raw!r}")
+    return raw
+
+
+RowCount = Annotated[Literal["auto"] | int, BeforeValidator(_row_count)]
+
+
 class DataSource(_Section):
     """A place prompts come from. A plain string in YAML is short for `{source: ...}`."""
 
@@ -154,7 +163,11 @@ class DataConfig(_Section):
     max_response_tokens: int = Field(
         128, ge=1, description="tokens of the response, given or written by the base model"
     )
-    response_batch_size: int = Field(16, ge=1, description="rows per generate() call, per rank")
+    response_batch_size: RowCount = Field(
+        "auto",
+        description="prompts that a rank's base model answers at a time; auto: 32 on a CPU, on a "
+        "GPU what its memory holds, halved when that was too much",
+    )
     cache_dir: str | None = Field(
         None, description="where written responses are kept; default: the user's cache folder"
     )
@@ -603,7 +616,7 @@ class EvaluateConfig(_Section):
         description="at which an answer is cut; other safety evaluations use 256 to 2048, and "
         "fewer show where an answer sets out to go, not what it achieves",
     )
-    batch_size: Literal["auto"] | int = Field(
+    batch_size: RowCount = Field(
         "auto",
         description="prompts that are answered at a time; auto: 32 on a CPU, on a GPU what its "
         "memory holds, halved when that was too much",
@@ -620,13 +633,6 @@ class EvaluateConfig(_Section):
     )
     seed: int = Field(0, description="of whatever an attack draws")
     lm_eval: LmEvalConfig = Field(default_factory=LmEvalConfig)
-
-    @field_validator("batch_size", mode="before")
-    @classmethod
-    def _batch_size(cls, raw: Any) -> Any:
-        if raw != "auto" and (type(raw) is not int or raw < 1):
-            raise ValueError(f"expected auto, or a number of 1 or more, found {raw!r}")
-        return raw
 
     @model_validator(mode="before")
     @classmethod

@@ -140,6 +140,7 @@ SETTINGS = [
     ("evaluate.judge=foo", "evaluate.judge: no judge 'foo'"),
     ("evaluate.limit=0", "evaluate.limit | greater than or equal to 2"),
     ("evaluate.batch_size=0", "evaluate.batch_size: expected auto"),
+    ("data.response_batch_size=many", "data.response_batch_size: expected auto"),
     ("data.max_length=8.5", "data.max_length | 8.5"),
     ("data.max_length=1000000000000", "data.max_length"),
     ("data.borderline_share=0", "data.borderline_share | greater than 0"),

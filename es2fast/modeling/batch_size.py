@@ -54,12 +54,21 @@ def rows_within(free: int, config: Any, tokens: int, element_size: int) -> int:
     return min(MOST_ROWS, 1 << max(fitting.bit_length() - 1, 0))
 
 
-def halving(work: Callable[[int], T], rows: int, *, automatic: bool) -> tuple[T, int]:
+def halving(
+    work: Callable[[int], T],
+    rows: int,
+    *,
+    automatic: bool,
+    field: str = "evaluate.batch_size",
+    at_one_row: str = "a shorter evaluate.max_new_tokens or evaluate.device_map=auto",
+) -> tuple[T, int]:
     """`work(rows)`, done again with half as many rows as long as a GPU's memory does not suffice.
 
     Args:
         work: starts anew with every call.
         automatic: the number was not the user's.
+        field: that the number stands in.
+        at_one_row: what helps where one row is too many.
 
     Returns:
         What `work` returned, and the rows with which it did.
@@ -73,13 +82,9 @@ def halving(work: Callable[[int], T], rows: int, *, automatic: bool) -> tuple[T,
         except torch.OutOfMemoryError:  # left before trying again: it holds on to the tensors
             pass
         if rows == 1 or not automatic:
-            more = "a shorter evaluate.max_new_tokens or evaluate.device_map=auto"
-            fewer = "evaluate.batch_size=auto or a smaller number"
-            raise UserError(
-                f"evaluate.batch_size: out of memory with {rows} rows; use "
-                f"{more if rows == 1 else fewer}"
-            )
+            remedy = at_one_row if rows == 1 else f"{field}=auto or a smaller number"
+            raise UserError(f"{field}: out of memory with {rows} rows; use {remedy}")
         rows //= 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        tqdm.write(f"note: out of memory; going on with evaluate.batch_size={rows}")
+        tqdm.write(f"note: out of memory; going on with {field}={rows}")

@@ -165,22 +165,29 @@ class Estimator:
         gathered = item * shape.total if stage == 3 and ranks > 1 else 0
         prompt = sum(rows.prompts) / harmless
         answer = config.data.max_response_tokens
+        free = None
+        if machine.memory is not None and machine.device == "cuda":
+            free = max(int(machine.memory) - item * shape.total, 0)
+        text = self._plan.model.get_text_config()
+
+        def batch(given: int | str, tokens: int) -> int:
+            if isinstance(given, int):
+                return given
+            return CPU_ROWS if free is None else rows_within(free, text, int(prompt) + tokens, item)
+
         written = writing_seconds(
             rows.unwritten, prompt, answer, active=shape.active, item=item,
-            batch=config.data.response_batch_size, ranks=ranks, gathered=gathered, machine=machine,
+            batch=batch(config.data.response_batch_size, answer), ranks=ranks, gathered=gathered,
+            machine=machine,
         )  # fmt: skip
         tokens = sum(rows.prompts) + sum(rows.responses)
         once = 2 * shape.active * tokens / (machine.attainable * machine.peak * ranks)
         limit, longest = config.evaluate.limit, config.evaluate.max_new_tokens
         answers = 2 * limit * (len(config.evaluate.attacks) + 1)
-        batch = CPU_ROWS
-        if machine.memory is not None and machine.device == "cuda":
-            free = int(machine.memory) - item * shape.total
-            text = self._plan.model.get_text_config()
-            batch = rows_within(max(free, 0), text, int(prompt) + longest, item)
         judged = writing_seconds(
-            answers, prompt, longest, active=shape.active, item=item, batch=batch, ranks=ranks,
-            gathered=0, machine=machine,
+            answers, prompt, longest, active=shape.active, item=item,
+            batch=batch(config.evaluate.batch_size, longest), ranks=ranks, gathered=0,
+            machine=machine,
         )  # fmt: skip
         rate = 2 * (sum(rows.harmful) / len(rows.harmful) + tokens / harmless) / 2
         seen = steps * micro * ranks * train.micro_batch_size * rate

@@ -4,7 +4,8 @@ a refusal anchor of its own words, to the harmful ones.
 It answers each prompt once; answers are cached on disk by model, template, lengths and prompt.
 Ranks share the batches, prompts of like length together and the longest first, so that those that
 need most memory come at once and the ranks of a round end alike. Where each rank holds the whole
-model they generate on their own; where ZeRO-3 has partitioned it, in lockstep (`synced_gpus`).
+model they generate on their own, in smaller batches where a GPU's memory does not suffice; where
+ZeRO-3 has partitioned it, in lockstep (`synced_gpus`).
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from es2fast.distributed.runtime import Runtime
 from es2fast.distributed.zero import partitioned
 from es2fast.errors import UserError
 from es2fast.judges.rules import is_refusal
+from es2fast.modeling.batch_size import halving, starting_rows
 from es2fast.modeling.generate import generate
 from es2fast.training.plan import Plan
+
+FIELD = "data.response_batch_size"
 
 
 def fill_responses(plan: Plan, model: nn.Module, runtime: Runtime) -> list[Prompt]:
@@ -96,19 +100,38 @@ def base_answers(
     missing = runtime.from_main(cache.missing(prompts))  # rank 0's view decides for all
     lengths = {prompt.turns: len(formatter.prompt_ids(prompt)) for prompt in missing}
     missing = sorted(missing, key=lambda prompt: -lengths[prompt.turns])
-    size, world = config.data.response_batch_size, runtime.world_size
+    world, synced = runtime.world_size, partitioned(model) and runtime.world_size > 1
+    given = config.data.response_batch_size
+    longest = max(lengths.values(), default=0) + tokens
+    found = starting_rows(model, longest) if given == "auto" else given
+    size = rows = min(runtime.gather_objects(found))
     chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
     written: dict[str, str] = {}
     rounds = range(0, len(chunks), world)
     for first in tqdm(rounds, title, disable=not (runtime.is_main and chunks)):
         chunk = chunks[(first + runtime.rank) % len(chunks)]
-        answers = generate(
-            model,
-            formatter,
-            chunk,
-            max_new_tokens=tokens,
-            device=runtime.device,
-            synced=partitioned(model) and world > 1,
+
+        def answered(rows: int, chunk: Sequence[Prompt] = chunk) -> list[str]:
+            parts = [chunk[start : start + rows] for start in range(0, len(chunk), rows)]
+            return [
+                answer
+                for part in parts
+                for answer in generate(
+                    model,
+                    formatter,
+                    part,
+                    max_new_tokens=tokens,
+                    device=runtime.device,
+                    synced=synced,
+                )
+            ]
+
+        answers, rows = halving(
+            answered,
+            rows,
+            automatic=given == "auto" and not synced,
+            field=FIELD,
+            at_one_row="a shorter data.max_response_tokens",
         )
         for pairs in runtime.gather_objects(list(zip(chunk, answers))):
             for prompt, answer in pairs:

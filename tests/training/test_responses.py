@@ -16,6 +16,7 @@ from es2fast.distributed.runtime import Runtime
 from es2fast.errors import UserError
 from es2fast.modeling.generate import generate
 from es2fast.modeling.load import load_causal_lm
+from es2fast.modeling.taps import blocks, hooks
 from es2fast.training import responses
 from es2fast.training.loop import Feed
 from es2fast.training.plan import Plan, make_plan
@@ -54,6 +55,45 @@ def test_longest_first_changes_no_answer(tmp_path: Path, monkeypatch: pytest.Mon
     order = [length for batch in batches for length in batch]
     assert order == sorted(order, reverse=True) and len(set(order)) > 5
     assert len(set(one_by_one)) > 3
+
+
+def test_a_full_memory_halves_the_batches_and_the_answers_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Passes of more than two rows fail; a batch that the user gave is not halved."""
+    raw: dict[str, Any] = {
+        "model": {"name": str(save_tiny(tmp_path / "model")), "dtype": "fp32"},
+        "data": write_prompts(tmp_path / "data") | {"cache_dir": str(tmp_path / "cache")},
+        "train": {"device": "cpu"},
+        "deepspeed": "zero2",
+        "output_dir": str(tmp_path / "run"),
+    }
+    plan = make_plan(parse_config(raw))
+    prompts = [Prompt.of(f"please draw {text} near the road") for text in OBJECTS]
+    model = load_causal_lm(plan.config.model, "fp32").eval()
+    monkeypatch.setattr(responses, "starting_rows", lambda model, tokens: 8)
+
+    def full(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if args[0].shape[0] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    given = parse_config(raw | {"data": raw["data"] | {"response_batch_size": 4}})
+    with hooks([blocks(model)[1].register_forward_pre_hook(full)]):
+        with pytest.raises(UserError) as refused:
+            base_answers(make_plan(given), model, ALONE, prompts, 5, "answers")
+        assert str(refused.value) == (
+            "data.response_batch_size: out of memory with 4 rows; use "
+            "data.response_batch_size=auto or a smaller number"
+        )
+        capsys.readouterr()
+        found = base_answers(plan, model, ALONE, prompts, 5, "answers")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
+    assert said == [f"note: out of memory; going on with {responses.FIELD}={n}" for n in (4, 2)]
+    alone = [
+        generate(model, plan.formatter, [prompt], max_new_tokens=5, device=ALONE.device)[0]
+        for prompt in prompts
+    ]
+    assert found == alone and len(prompts) > 4
 
 
 def refusing_plan(tmp_path: Path, refusals: list[int], borderline: list[int], how: str) -> Plan:
