@@ -22,7 +22,7 @@ HEAD = """# Configuration reference
 One YAML file is one run. `es2fast init run.yaml` writes one to start from, `es2fast validate
 run.yaml` checks it, and every key can be overridden on the command line as `key=value`
 (`train.lr=1e-4`, `layers=8,16`, `data.harmful.0.limit=500`). Unknown keys are errors. This page is
-made from `es2fast/config.py` by `python -m es2fast.reference`.
+made from `es2fast/config/` by `python -m es2fast.reference`.
 """
 _LIMITS = ((Gt, "gt", ">"), (Ge, "ge", "≥"), (Lt, "lt", "<"), (Le, "le", "≤"))
 REQUIRED = "required"
