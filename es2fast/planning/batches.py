@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import takewhile
-from statistics import fmean
 from typing import Any
 
-from es2fast.config import Config
 from es2fast.data.packing import pays
 from es2fast.modeling.packing import takes_packed
 from es2fast.modeling.skeleton import make_skeleton
+from es2fast.modeling.teacher import resolve_teacher
 from es2fast.planning.flops import Work
 from es2fast.training.activations import Tokens
 from es2fast.training.plan import Plan
@@ -74,76 +74,76 @@ def largest(plan: Plan, rows: Rows) -> Tokens:
         plan: the run.
         rows: its rows.
     """
-    model = make_skeleton(plan.config.model, plan.model).config  # knows its attention
-    steps = range(min(STEPS, plan.config.train.steps))
-    batches = [batch for step in steps for batch in plan.sampler(0).indices(step)]
-    found = [
-        _tokens(
-            plan.config,
-            model,
-            [rows.harmful[i] for i in harmful],
-            [rows.prompts[i] + rows.responses[i] for i in harmless],
-            rows.shared,
-        )
-        for harmful, harmless in batches
-    ]
+    found = [tokens for _, _, forms in _micro_batches(plan, rows) for _, tokens in forms]
     return max(found, key=lambda tokens: (tokens.lower, tokens.upper))
 
 
-def _tokens(
-    config: Config, model: Any, harmful: list[int], harmless: list[int], shared: int
-) -> Tokens:
-    """Of a micro-batch with rows of so many tokens, as `training.micro_batch` packs it."""
-    width = max(*harmful, *harmless)
-    packed = Tokens.packed(
-        sum(n - shared for n in harmful), shared, sum(n - shared for n in harmless)
-    )
-    count, hidden = len(harmful) + len(harmless), model.get_text_config().hidden_size
-    attacked = config.separation.robust.probability > 0  # such steps are padded
-    if (
-        config.train.packing
-        and not attacked
-        and takes_packed(model, width)
-        and pays(count, width, packed.lower, hidden)
-    ):
-        return packed
-    return Tokens.padded(len(harmful), len(harmless), width)
+def _micro_batches(
+    plan: Plan, rows: Rows
+) -> Iterator[tuple[list[int], list[int], list[tuple[float, Tokens]]]]:
+    """Harmful and harmless rows of rank 0's micro-batches of the first steps, and in which forms
+    each is computed how often: packed, or padded as where an attack is simulated."""
+    config = plan.config
+    model: Any = make_skeleton(config.model, plan.model).config  # knows its attention
+    hidden, attacked = model.get_text_config().hidden_size, config.separation.robust.probability
+    for step in range(min(STEPS, config.train.steps)):
+        for harmful, harmless in plan.sampler(0).indices(step):
+            short = [rows.harmful[i] for i in harmful]
+            whole = [rows.prompts[i] + rows.responses[i] for i in harmless]
+            width = max(*short, *whole)
+            padded = Tokens.padded(len(short), len(whole), width)
+            packed = Tokens.packed(
+                sum(n - rows.shared for n in short),
+                rows.shared,
+                sum(n - rows.shared for n in whole),
+            )
+            forms = [(1.0, padded)]
+            if (
+                config.train.packing
+                and takes_packed(model, width)
+                and pays(len(short) + len(whole), width, packed.lower, hidden)
+            ):
+                forms = [(1 - attacked, packed), (attacked, padded)]
+            yield harmful, harmless, [(share, tokens) for share, tokens in forms if share]
 
 
-def mean_work(plan: Plan, rows: Rows, ranks: int) -> tuple[Work, float]:
-    """The mean micro-batch of the first steps of rank 0, and its share of padding.
+def works_of(plan: Plan, rows: Rows, ranks: int) -> tuple[list[tuple[float, Work]], float]:
+    """The micro-batches of rank 0 of the first steps, with their shares, which add up to 1, and the
+    share of padding among the tokens that are computed.
 
     Args:
         plan: the run.
         rows: its rows.
         ranks: of the run, whose embeddings are compared.
     """
-    config = plan.config
-    positions, micro = config.kl.positions, config.train.micro_batch_size
-    widths, counted, real = [], [], []
-    for step in range(min(STEPS, config.train.steps)):
-        for harmful, harmless in plan.sampler(0).indices(step):
-            whole = [rows.prompts[i] + rows.responses[i] for i in harmless]
-            short = [rows.harmful[i] for i in harmful]
-            widths.append(max([*whole, *short]))
-            real.append(sum(whole) + sum(short))
-            if positions == "all":
-                counted.append(sum(whole))
-            else:
-                ends = [
-                    max(rows.responses[i], 1) if positions == "response" else 1 for i in harmless
-                ]
-                counted.append(sum(ends))
-    width = fmean(widths)
-    refusals = config.refusal.tokens * micro if config.refusal.weight else 0
-    work = Work(
-        harmful=micro,
-        harmless=micro,
-        length=width,
-        kl_tokens=fmean(counted),
-        refusal_tokens=refusals,
-        anchored=config.refusal.weight > 0,
-        ranks=ranks,
-        layers=2 if config.layers == "auto" else len(config.layers),
-    )
-    return work, 1 - fmean(real) / (2 * micro * width)
+    config, teacher = plan.config, resolve_teacher(plan.config.train)
+    refusals = config.refusal.tokens if config.refusal.weight else 0
+    found, padding = [], 0.0
+    for harmful, harmless, forms in _micro_batches(plan, rows):
+        counted = [_counted(config.kl.positions, rows, i) for i in harmless]
+        real = sum(rows.harmful[i] for i in harmful)
+        real += sum(rows.prompts[i] + rows.responses[i] for i in harmless)
+        for share, tokens in forms:
+            once = tokens.mask and config.kl.positions == "all"
+            work = Work(
+                tokens=tokens,
+                harmful=len(harmful),
+                harmless=len(harmless),
+                kl_tokens=sum(counted) - (rows.shared * (len(harmless) - 1) if once else 0),
+                refusal_tokens=refusals * len(harmful),
+                anchored=config.refusal.weight > 0,
+                teacher=teacher,
+                ranks=ranks,
+                layers=2 if config.layers == "auto" else len(config.layers),
+            )
+            found.append((share, work))
+            padding += 0.0 if tokens.mask else share * (1 - real / tokens.lower)
+    count = sum(share for share, _ in found)
+    return [(share / count, work) for share, work in found], padding / count
+
+
+def _counted(positions: str, rows: Rows, row: int) -> int:
+    """Tokens of a harmless row that the KL sees."""
+    if positions == "all":
+        return rows.prompts[row] + rows.responses[row]
+    return max(rows.responses[row], 1) if positions == "response" else 1

@@ -12,10 +12,10 @@ from es2fast.distributed.deepspeed_config import AUTO, build_deepspeed
 from es2fast.modeling.batch_size import rows_within
 from es2fast.modeling.load import DTYPES
 from es2fast.modeling.teacher import resolve_teacher
-from es2fast.planning.batches import Rows, largest, mean_work, rows_of
+from es2fast.planning.batches import Rows, largest, rows_of, works_of
 from es2fast.planning.communication import step_bytes
 from es2fast.planning.fit import smallest_change
-from es2fast.planning.flops import Flops, flops
+from es2fast.planning.flops import Flops, mean_flops
 from es2fast.planning.machines import Machine
 from es2fast.planning.timing import step_time, writing_seconds
 from es2fast.training.activations import Tokens
@@ -110,9 +110,9 @@ class Estimator:
         config, machine = self._plan.config, self._machine
         shape = self._shape(config.train.trainable)
         own, stages, reason = self.needs(config, ranks)
-        work, padding = mean_work(self._plan, self._rows, ranks)
+        works, padding = works_of(self._plan, self._rows, ranks)
         recomputed = config.train.gradient_checkpointing
-        counted = flops(shape, work, checkpointed=recomputed)
+        counted = mean_flops(shape, works, checkpointed=recomputed)
         micro = config.train.gradient_accumulation
         sent = {
             stage: step_bytes(

@@ -1,33 +1,41 @@
 """Floating-point operations of one micro-batch on one rank, by part.
 
-Legend: n harmful and m harmless rows of T columns (padding is computed too), H width, V vocabulary,
-N tokens of the KL. A product of N rows with an (out, in) weight takes 2 N in out; attention takes
-4 T A per token (all T columns; a fused kernel's second pass over the scores is not counted).
+Legend: H width, V vocabulary, N tokens of the KL, T columns of a padded row, S tokens of a packed
+sequence. A product of N rows with an (out, in) weight takes 2 N in out; attention takes 4 T A or
+4 S A per token (all columns; a fused kernel's second pass over the scores is not counted).
 
-    teacher    m rows through all blocks
-    student    n + m rows through the blocks that harmful rows reach, m through the rest
-    head       2 N H V for either logits and for dX, once more for dW where the head trains
+    teacher    the harmless rows through all blocks; nothing where its states or moments are kept
+    student    all rows through the blocks that harmful rows reach, harmless ones through the rest
+    head       2 N H V for either logits and for dX, once more for dW where the head trains;
+               moments stand for the teacher's logits
     backward   the same products for dX; dW for what trains; twice the attention
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 
+from es2fast.training.activations import Tokens
 from es2fast.training.shape import Block, Shape
+
+KEPT = ("cache", "moments")  # teachers that have run before the training
 
 
 @dataclass(frozen=True)
 class Work:
-    """A micro-batch: rows, columns, tokens of the KL and of the refusals; ranks whose embeddings
-    are compared; layers that are separated."""
+    """A micro-batch: its tokens, padded or packed; rows of either group; tokens of the KL and of
+    the refusals; whether harmful rows run through all blocks; the kind of teacher, as
+    `modeling.teacher.resolve_teacher` names it; ranks whose embeddings are compared; layers that
+    are separated."""
 
+    tokens: Tokens
     harmful: int
     harmless: int
-    length: float
     kl_tokens: float
     refusal_tokens: float = 0.0
     anchored: bool = False
+    teacher: str = "twin"
     ranks: int = 1
     layers: int = 2
 
@@ -60,18 +68,22 @@ def flops(shape: Shape, work: Work, *, checkpointed: bool) -> Flops:
         work: the micro-batch.
         checkpointed: blocks are computed again in the backward.
     """
-    columns, everyone = work.length, work.harmful + work.harmless
+    lower, upper = work.tokens.lower, work.tokens.upper
+    lower_columns, upper_columns = work.tokens.columns
     teacher = student = backward = 0.0
     for index, block in enumerate(shape.blocks):
         reached = work.anchored or index <= shape.deepest
-        tokens = columns * (everyone if reached else work.harmless)
+        tokens, columns = (lower, lower_columns) if reached else (upper, upper_columns)
         attention = 4.0 * columns * block.attention
-        teacher += columns * work.harmless * (block.flop + attention)
+        teacher += upper * (block.flop + 4.0 * upper_columns * block.attention)
         student += tokens * (block.flop + block.adapter_flop + attention)
         backward += tokens * (_backward(block, index == 0) + 2 * attention)
+    if work.teacher in KEPT:
+        teacher = 0.0
     logits = 2.0 * shape.hidden * shape.vocabulary
     gradients = 2 if shape.head_trained else 1
-    head = logits * ((2 + gradients) * work.kl_tokens + (1 + gradients) * work.refusal_tokens)
+    sides = 1 if work.teacher == "moments" else 2
+    head = logits * ((sides + gradients) * work.kl_tokens + (1 + gradients) * work.refusal_tokens)
     pairs = work.layers * 2.0 * work.harmful * work.harmless * work.ranks
     return Flops(
         teacher=teacher,
@@ -80,6 +92,16 @@ def flops(shape: Shape, work: Work, *, checkpointed: bool) -> Flops:
         separation=6.0 * shape.hidden * pairs,
         backward=backward,
         recomputation=student if checkpointed else 0.0,
+    )
+
+
+def mean_flops(shape: Shape, works: Sequence[tuple[float, Work]], *, checkpointed: bool) -> Flops:
+    """Of micro-batches, each with its share of all."""
+    counted = [
+        (share, astuple(flops(shape, work, checkpointed=checkpointed))) for share, work in works
+    ]
+    return Flops(
+        *(sum(share * part[i] for share, part in counted) for i in range(len(counted[0][1])))
     )
 
 

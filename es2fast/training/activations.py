@@ -45,6 +45,11 @@ class Tokens:
         whole = harmful + shared + harmless
         return cls(whole, shared + harmless, whole, mask=whole * whole)
 
+    @property
+    def columns(self) -> tuple[int, int]:
+        """That a token attends over in the lower and in the upper blocks."""
+        return (self.lower, self.upper) if self.mask else (self.length, self.length)
+
 
 def block_bytes(block: Block, hidden: int, length: int, item: int) -> float:
     """Bytes per token that one block keeps until its backward.

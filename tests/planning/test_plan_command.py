@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from tiny_models import save_tiny, write_prompts
 from transformers import AutoModelForCausalLM
@@ -16,15 +17,16 @@ from typer.testing import CliRunner
 from es2fast.cli import app
 from es2fast.config import Config, parse_config
 from es2fast.errors import UserError
-from es2fast.planning.batches import largest, rows_of
+from es2fast.planning.batches import largest, rows_of, works_of
 from es2fast.planning.command import ranks_of
 from es2fast.planning.communication import step_bytes
 from es2fast.planning.fit import smallest_change
-from es2fast.planning.flops import Flops
+from es2fast.planning.flops import Flops, flops, mean_flops
 from es2fast.planning.machines import GPUS, machine
 from es2fast.planning.timing import step_time, writing_seconds
 from es2fast.training.loop import Feed
-from es2fast.training.micro_batch import packed_form
+from es2fast.training.memory import model_sizes
+from es2fast.training.micro_batch import objective_inputs, packed_form
 from es2fast.training.plan import make_plan
 
 
@@ -121,28 +123,59 @@ def test_the_command_writes_its_estimates(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("train", [{}, {"packing": False}], ids=["packed", "padded"])
-def test_the_largest_micro_batch_is_the_one_that_is_trained(
-    tmp_path: Path, train: dict[str, Any]
+@pytest.mark.parametrize("positions", ["all", "response"])
+def test_micro_batches_are_those_that_are_trained(
+    tmp_path: Path, train: dict[str, Any], positions: str
 ) -> None:
     raw = {
         "model": {"name": str(save_tiny(tmp_path / "model")), "dtype": "fp32"},
         "data": write_prompts(tmp_path / "data"),
         "layers": [1, 2],
+        "kl": {"positions": positions},
         "train": {"micro_batch_size": 3, "device": "cpu", "steps": 5} | train,
         "output_dir": str(tmp_path / "run"),
     }
     plan = make_plan(parse_config(raw))
-    known = largest(plan, rows_of(plan))
+    rows = rows_of(plan)
+    works, padding = works_of(plan, rows, 1)
     feed = Feed(plan, plan.groups.harmless, rank=0)
     model = AutoModelForCausalLM.from_config(plan.model).config
-    found = []
+    found, real = [], []
     for batch in [batch for step in range(5) for batch in feed(step)]:
         packed = packed_form(batch, model, plan.config.train.packing)
         assert (packed is not None) == (train == {})
-        rows, width = batch.input_ids.shape
+        count, width = batch.input_ids.shape
         if packed is None:
-            found.append((rows * width, rows * width // 2, width, 0))
+            tokens = (count * width, count * width // 2, width, 0)
+            real.append(batch.attention_mask.float().mean().item())
         else:
-            tokens = packed.tokens
-            found.append((tokens, tokens - packed.harmful, tokens, tokens**2))
-    assert dataclasses.astuple(known) == max(found)
+            size = packed.tokens
+            tokens = (size, size - packed.harmful, size, size**2)
+        given = objective_inputs(batch, packed, torch.tensor(1.0), torch.device("cpu"))
+        found.append((tokens, len(given["kl_index"])))
+    known = [(dataclasses.astuple(work.tokens), work.kl_tokens) for _, work in works]
+    assert known == found and [share for share, _ in works] == [pytest.approx(1 / 5)] * 5
+    assert padding == pytest.approx(1 - sum(real) / 5 if real else 0.0)
+    assert dataclasses.astuple(largest(plan, rows)) == max(tokens for tokens, _ in found)
+
+
+def test_a_part_of_the_steps_is_padded_by_simulated_attacks(tmp_path: Path) -> None:
+    raw = {
+        "model": {"name": str(save_tiny(tmp_path / "model")), "dtype": "fp32"},
+        "data": write_prompts(tmp_path / "data"),
+        "layers": [1, 2],
+        "separation": {"robust": {"probability": 0.25, "attacks": ["mean_difference"]}},
+        "train": {"micro_batch_size": 3, "device": "cpu", "steps": 5, "teacher": "cache"},
+        "output_dir": str(tmp_path / "run"),
+    }
+    plan = make_plan(parse_config(raw))
+    works, _ = works_of(plan, rows_of(plan), 1)
+    assert sum(share for share, work in works if work.tokens.mask) == pytest.approx(0.75)
+    assert sum(share for share, _ in works) == pytest.approx(1)
+    shape = model_sizes(plan.config, plan.model)
+    counted = mean_flops(shape, works, checkpointed=False)
+    each = [flops(shape, work, checkpointed=False) for _, work in works]
+    assert counted.student == pytest.approx(
+        sum(share * one.student for (share, _), one in zip(works, each, strict=True))
+    )
+    assert counted.teacher == 0

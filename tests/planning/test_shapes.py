@@ -63,7 +63,7 @@ def test_parameters_and_flop_are_those_of_the_real_model(
     assert shape.total == sum(p.numel() for p in student.parameters()) - adapters
     assert shape.trained == sum(p.numel() for p in student.parameters() if p.requires_grad)
     assert shape.experts == (family == "mixtral")
-    work = Work(harmful=0, harmless=ROWS, length=LENGTH, kl_tokens=0)
+    work = Work(Tokens.padded(0, ROWS, LENGTH), harmful=0, harmless=ROWS, kl_tokens=0)
     expected = flops(shape, work, checkpointed=False)
     with FlopCounterMode(display=False) as forward:
         final = run(student)
@@ -98,10 +98,43 @@ def test_activations_are_what_autograd_keeps(family: str, train: dict[str, Any])
 
 def test_harmful_rows_end_at_the_deepest_block_and_the_anchor_carries_them_on() -> None:
     shape, _ = shape_and_student("llama", TRAINED[0], "eager")
-    early = flops(shape, Work(2, 2, 10, kl_tokens=20), checkpointed=True)
-    late = flops(shape, Work(2, 2, 10, kl_tokens=20, anchored=True), checkpointed=False)
+    tokens = Tokens.padded(2, 2, 10)
+    early = flops(shape, Work(tokens, 2, 2, kl_tokens=20), checkpointed=True)
+    late = flops(shape, Work(tokens, 2, 2, kl_tokens=20, anchored=True), checkpointed=False)
     assert early.teacher == late.teacher
     assert early.student == pytest.approx(late.student * 7 / 8)  # 3 of 4 blocks for half the rows
     assert early.recomputation == early.student and late.recomputation == 0
     assert early.total == early.executed - early.recomputation
     assert early.head == 6 * 20 * 32 * shape.vocabulary  # frozen: two logits and dX
+    kept = [
+        flops(shape, Work(tokens, 2, 2, kl_tokens=20, teacher=kind), checkpointed=False)
+        for kind in ("cache", "moments")
+    ]
+    assert kept[0].teacher == kept[1].teacher == 0 and kept[0].head == early.head
+    assert kept[1].head == 4 * 20 * 32 * shape.vocabulary
+
+
+@pytest.mark.parametrize("anchored", [False, True])
+def test_a_packed_sequence_attends_over_all_of_itself(anchored: bool) -> None:
+    """13 harmful tokens, 7 shared ones, 20 harmless ones, through the real blocks."""
+    shape, student = shape_and_student("llama", TRAINED[0], "eager")
+    tokens = Tokens.packed(13, 7, 20)
+    inner = backbone(student)
+
+    def through(states: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        count = states.shape[1]
+        places = torch.arange(count)[None]
+        mask = torch.zeros(1, 1, count, count)
+        angles = inner.rotary_emb(states, places)
+        for block in inner.layers[first:last]:
+            states = block(
+                states, attention_mask=mask, position_ids=places, position_embeddings=angles
+            )
+        return states
+
+    split = len(shape.blocks) if anchored else shape.deepest + 1
+    with FlopCounterMode(display=False) as forward:
+        states = through(torch.randn(1, tokens.lower, shape.hidden), 0, split)
+        through(states[:, 13:], split, len(shape.blocks))
+    expected = flops(shape, Work(tokens, 2, 2, kl_tokens=0, anchored=anchored), checkpointed=False)
+    assert forward.get_total_flops() == pytest.approx(expected.student, rel=2e-3)
