@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
 from es2fast.config import Config
-from es2fast.data import Prompt, ResponseCache, model_fingerprint
+from es2fast.data import Formatter, Prompt, ResponseCache, model_fingerprint
 from es2fast.distributed.runtime import Runtime
 from es2fast.distributed.zero import partitioned
 from es2fast.errors import UserError
@@ -106,28 +108,13 @@ def base_answers(
     found = starting_rows(model, longest) if given == "auto" else given
     size = rows = min(runtime.gather_objects(found))
     chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
+    write = partial(_write, model, formatter, tokens, runtime.device, synced)
     written: dict[str, str] = {}
     rounds = range(0, len(chunks), world)
     for first in tqdm(rounds, title, disable=not (runtime.is_main and chunks)):
         chunk = chunks[(first + runtime.rank) % len(chunks)]
-
-        def answered(rows: int, chunk: Sequence[Prompt] = chunk) -> list[str]:
-            parts = [chunk[start : start + rows] for start in range(0, len(chunk), rows)]
-            return [
-                answer
-                for part in parts
-                for answer in generate(
-                    model,
-                    formatter,
-                    part,
-                    max_new_tokens=tokens,
-                    device=runtime.device,
-                    synced=synced,
-                )
-            ]
-
         answers, rows = halving(
-            answered,
+            partial(write, chunk),
             rows,
             automatic=given == "auto" and not synced,
             field=FIELD,
@@ -141,3 +128,23 @@ def base_answers(
     known = runtime.from_main({cache.key(p): cache.get(p) for p in prompts})
     answers_by_key = {**known, **written}
     return [answers_by_key[cache.key(prompt)] for prompt in prompts]
+
+
+def _write(
+    model: nn.Module,
+    formatter: Formatter,
+    tokens: int,
+    device: torch.device,
+    synced: bool,
+    chunk: Sequence[Prompt],
+    rows: int,
+) -> list[str]:
+    """Answers to a batch's prompts, so many at a time."""
+    parts = [chunk[start : start + rows] for start in range(0, len(chunk), rows)]
+    return [
+        answer
+        for part in parts
+        for answer in generate(
+            model, formatter, part, max_new_tokens=tokens, device=device, synced=synced
+        )
+    ]
