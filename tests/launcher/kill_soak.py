@@ -2,12 +2,13 @@
 
     python tests/launcher/kill_soak.py --kills 50 [--ranks 2 1] [--seed 0]
 
-A run saves after every step. SIGKILL takes rank 0, rank 1, the launcher or all of them, a quarter
-of the time while they start and else after some progress of the training; the next start goes on,
-with a number of ranks drawn from --ranks, until the run is finished; then the next begins. Each
-must end in the weights of a run that nobody disturbed: bit for bit with one number of ranks, to
-fp32 rounding where that changes (its kills also hit conversions). Ranks are forked from this
-process, which has imported everything, by a launcher of its own that ends all when one ends.
+A run saves after every step. SIGKILL takes rank 0, rank 1, the launcher or all of them: a fifth of
+the time while they start, three tenths after some progress of the training, half while a checkpoint
+is being written. The next start goes on, with a number of ranks drawn from --ranks, until the run
+is finished; then the next begins. Each must end in the weights of a run that nobody disturbed: bit
+for bit with one number of ranks, to fp32 rounding where that changes (its kills also hit
+conversions). Ranks are forked from this process, which has imported everything, by a launcher of
+its own that ends all when one ends.
 Prints a line per kill and a summary; leaves with 1 at the first run that ends otherwise.
 """
 
@@ -47,6 +48,7 @@ from es2fast.train import main as train_main
 
 STEPS = 6
 PAIRS = 2  # per step
+SAVING = 0.1  # seconds from the first file of a checkpoint, at most
 VICTIMS = ("rank 0", "rank 1", "launcher", "all")
 
 
@@ -120,20 +122,44 @@ def ended(process: psutil.Process, seconds: float) -> bool:
     return False
 
 
-def progressed(process: psutil.Process, run: Path, seconds: float) -> bool:
-    """A line of metrics was written from now on, or the launcher has ended, within the time."""
+def reached(process: psutil.Process, event: Callable[[], bool], seconds: float) -> None:
+    """Waits until the event has happened or the launcher has ended.
 
-    def lines() -> int:
+    Raises:
+        TimeoutError: neither did.
+    """
+    deadline = time.monotonic() + seconds
+    while not (event() or process.status() == psutil.STATUS_ZOMBIE):
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        time.sleep(0.002)
+
+
+def progress(run: Path) -> Callable[[], bool]:
+    """A line of metrics was written after this call."""
+    before: list[int] = []
+
+    def event() -> bool:
         path = run / "metrics.jsonl"
-        return len(path.read_bytes().splitlines()) if path.is_file() else 0
+        lines = len(path.read_bytes().splitlines()) if path.is_file() else 0
+        before.append(min([lines, *before[-1:]]))  # a resumed run cuts lines off
+        return lines > before[-1]
 
-    before, deadline = lines(), time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if lines() > before or process.status() == psutil.STATUS_ZOMBIE:
-            return True
-        before = min(before, lines())  # a resumed run cuts lines off
-        time.sleep(0.005)
-    return False
+    event()
+    return event
+
+
+def writing(run: Path, since: float) -> Callable[[], bool]:
+    """A checkpoint, saved or converted, is being written."""
+
+    def event() -> bool:
+        for path in run.glob("checkpoints/step-*.tmp"):
+            with contextlib.suppress(OSError):  # it may get its name meanwhile
+                if path.stat().st_mtime >= since:
+                    return True
+        return False
+
+    return event
 
 
 def kill(process: psutil.Process, victim: str) -> list[psutil.Process]:
@@ -206,14 +232,17 @@ def main() -> None:
                 if CheckpointFolder(run / "checkpoints").steps():  # without one none may change
                     ranks = draw.choice(options.ranks)
                 process = started(path, ranks, log)
-                last = seen.total() >= options.kills
+                last, instant = seen.total() >= options.kills, draw.random()
                 if last:
                     patience = 600.0
-                elif draw.random() < 0.25:
+                elif instant < 0.2:
                     patience = draw.uniform(0, whole / 2)
-                else:
-                    assert progressed(process, run, 300), log.read_text()[-3000:]
+                elif instant < 0.5:
+                    reached(process, progress(run), 300)
                     patience = draw.uniform(0, STEPS * step)
+                else:
+                    reached(process, writing(run, since), 300)
+                    patience = draw.uniform(0, SAVING)
                 if ended(process, patience):
                     assert RunFolder(run).finished, log.read_text()[-3000:]
                     break
