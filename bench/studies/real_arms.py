@@ -145,6 +145,7 @@ ARMS: dict[str, Arm] = {
             },
         ),
     ),
+    "long_75": Arm("long, of whose update three quarters are kept", of="long", scale=0.75),
     CIRCUIT_BREAKER: Arm(
         "circuit breaker, from its formula; all 390 harmless prompts, 120 steps",
         {"data": MORE, "train": {"steps": 120}},
