@@ -123,17 +123,22 @@ void fail(const std::string& name, const char* what, double found, double expect
   }
 }
 
-// |found - sum| <= (k + 2) ULP sum |x y|, and a NaN only where an element of its own sum is one.
-//
-// Every product is exact in fp32 and takes part in at most k + 1 additions; one rounds by half an ulp,
-// U, or, to odd (BFMMLA), by up to a whole one, 2 U. Results below 2^-126 may be flushed to zero,
-// which sums of these operands are far above.
+// By how much one addition may round, relatively: half an ulp to nearest. BFMMLA rounds to odd (what
+// is not exact takes the neighbour with the odd mantissa), up to a whole ulp.
+double rounding() {
+  return std::string(gemm.name) == "BFMMLA" ? 2 * U : U;
+}
+
+// |found - sum| <= (k + 2) rounding sum |x y|, and a NaN only where an element of its own sum is one:
+// every product is exact in fp32 and goes through at most k + 1 additions. Subnormals may be zeros,
+// which is far below the bound for these operands.
 template <typename Left, typename Right>
 void compare(const std::string& name, const Result& out, const std::vector<float>& before, int64_t k,
              const Left& left, const Right& right) {
 #ifdef ES2FAST_EMULATED_AMX
   if (amx::state.configured) fail(name, "tiles are still configured", 1, 0);
 #endif
+  const double bound = static_cast<double>(k + 2) * rounding();
   for (int64_t i = 0; i < out.rows; ++i) {
     for (int64_t j = 0; j < out.columns; ++j) {
       double sum = before[i * out.columns + j], size = std::fabs(sum);
@@ -143,7 +148,7 @@ void compare(const std::string& name, const Result& out, const std::vector<float
       }
       const double found = out.at(i, j);
       if (std::isnan(sum) != std::isnan(found)) fail(name, "NaN", found, sum);
-      if (std::fabs(found - sum) > (k + 2) * 2 * U * size) fail(name, "value", found, sum);
+      if (std::fabs(found - sum) > bound * size) fail(name, "value", found, sum);
     }
     const int64_t gap = i + 1 < out.rows ? out.stride - out.columns : 0;
     for (int64_t j = 0; j < gap; ++j) {
