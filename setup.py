@@ -15,14 +15,21 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-# What torch itself compiles its kernels with; registration.cpp chooses among them at run time.
+ARM64 = sys.platform == "linux" and platform.machine() == "aarch64"
+# What torch itself compiles its kernels with, and the CPUs' bfloat16 products; registration.cpp and
+# gemm_bf16.cpp choose among them at run time.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-INSTRUCTION_SETS = {
+AVX512_BF16 = [*AVX512, "-mavx512bf16"]
+INSTRUCTION_SETS_X86 = {
     "kernels_avx2.cpp": AVX2,
     "kernels_avx512.cpp": AVX512,
-    "gemm_bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "gemm_bf16_avx512.cpp": AVX512_BF16,
+    "gemm_bf16_amx.cpp": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
 }
+INSTRUCTION_SETS_ARM64 = {"gemm_bf16_arm64.cpp": ["-march=armv8.2-a+bf16"]}
+INSTRUCTION_SETS = INSTRUCTION_SETS_X86 if X86 else INSTRUCTION_SETS_ARM64 if ARM64 else {}
+MACROS = [("ES2FAST_X86", "1")] if X86 else [("ES2FAST_ARM64", "1")] if ARM64 else []
 
 
 def native_extension() -> list[Extension]:
@@ -37,8 +44,8 @@ def native_extension() -> list[Extension]:
         print("es2fast: no native CPU kernels on Windows", file=sys.stderr)
         return []
     library = Path(torch.__file__).parent / "lib"
-    sources = ["registration.cpp", "gemm.cpp", "linear_kl.cpp", "moments.cpp", "separation.cpp"]
-    sources += ["kernels_default.cpp", *(INSTRUCTION_SETS if X86 else ())]
+    sources = ["registration.cpp", "gemm.cpp", "gemm_bf16.cpp", "linear_kl.cpp", "moments.cpp"]
+    sources += ["separation.cpp", "kernels_default.cpp", *INSTRUCTION_SETS]
     flags = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
     flags += [
         "-Wall",
@@ -61,8 +68,7 @@ def native_extension() -> list[Extension]:
             include_dirs=include_paths(),
             library_dirs=[str(library)],
             libraries=["torch", "torch_cpu", "c10"],
-            define_macros=[("_GLIBCXX_USE_CXX11_ABI", str(abi))]
-            + ([("ES2FAST_X86", "1")] if X86 else []),
+            define_macros=[("_GLIBCXX_USE_CXX11_ABI", str(abi)), *MACROS],
             extra_compile_args=[*flags, *extra],
             extra_link_args=[*openmp, *extra],
             depends=[str(path) for path in sorted(CSRC.glob("*")) if path.suffix != ".cpp"],

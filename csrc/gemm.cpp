@@ -12,7 +12,9 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
+#include <c10/core/impl/alloc_cpu.h>
 
+#include <memory>
 #include <vector>
 
 namespace es2fast {
@@ -85,14 +87,20 @@ Tile tile_of_dx(int64_t m, int64_t n, bool bf16, int64_t threads) {
   return tile;
 }
 
-bool is_bf16(const at::Tensor& a, const at::Tensor& b) {
-  const auto packed = [](const at::Tensor& t) {
-    return t.scalar_type() == at::kBFloat16 && (t.stride(1) == 1 || t.size(1) <= 1);
-  };
-  return has_gemm_bf16() && packed(a) && packed(b);
+// This machine's own bfloat16 GEMMs, or null.
+const Bf16Gemm* gemm_of_machine() {
+  static const Bf16Gemm* const chosen = choose_gemm_bf16(capability());
+  return chosen;
 }
 
-#ifdef ES2FAST_X86
+// The GEMMs that take these operands; null: torch's.
+const Bf16Gemm* gemm_for(const at::Tensor& a, const at::Tensor& b) {
+  const auto fits = [](const at::Tensor& t) {
+    return t.scalar_type() == at::kBFloat16 && (t.stride(1) == 1 || t.size(1) <= 1);
+  };
+  return fits(a) && fits(b) ? gemm_of_machine() : nullptr;
+}
+
 Bf16Matrix matrix(const at::Tensor& t) {
   return {static_cast<const uint16_t*>(t.const_data_ptr()), t.stride(0)};
 }
@@ -101,26 +109,30 @@ Fp32Matrix result(const at::Tensor& out) {
   return {out.mutable_data_ptr<float>(), out.stride(0)};
 }
 
-// Runs body(panel, scratch) for every panel of 64 columns.
+struct FreeCpu {
+  void operator()(void* p) const { c10::free_cpu(p); }
+};
+using Packed = std::unique_ptr<uint32_t[], FreeCpu>;
+
+// Not initialised, at a multiple of 64 bytes.
+Packed packed_of(int64_t size) {
+  return Packed(static_cast<uint32_t*>(c10::alloc_cpu(size * sizeof(uint32_t))));
+}
+
+// Runs body(panel, scratch) for every panel of the result.
 template <typename Body>
 void for_panels(int64_t panels, int64_t scratch_size, const Body& body) {
   at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-    std::vector<uint32_t> scratch(scratch_size);
-    for (int64_t i = begin; i < end; ++i) body(i, scratch.data());
+    const Packed scratch = packed_of(scratch_size);
+    for (int64_t i = begin; i < end; ++i) body(i, scratch.get());
   });
 }
-#endif
 
 }  // namespace
 
-bool has_gemm_bf16() {
-#ifdef ES2FAST_X86
-  static const bool found =
-      capability() == "AVX512" && __builtin_cpu_supports("avx512bf16") != 0;
-  return found;
-#else
-  return false;
-#endif
+std::string gemm_bf16_name() {
+  const Bf16Gemm* gemm = gemm_of_machine();
+  return gemm ? gemm->name : "";
 }
 
 int64_t dx_tasks(int64_t m, int64_t n, bool bf16, int64_t threads) {
@@ -135,16 +147,14 @@ void gemm_nt(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out) {
     out.zero_();
     return;
   }
-#ifdef ES2FAST_X86
-  if (is_bf16(a, b)) {
+  if (const Bf16Gemm* gemm = gemm_for(a, b)) {
     const auto a_m = matrix(a), b_m = matrix(b);
     const auto o = result(out);
     for_panels(count_of(n, PANEL), PANEL_SCRATCH, [&](int64_t panel, uint32_t* scratch) {
-      gemm_nt_panel(a_m, b_m, o, m, n, k, panel, scratch);
+      gemm->nt_panel(a_m, b_m, o, m, n, k, panel, scratch);
     });
     return;
   }
-#endif
   const at::Tensor wide = a.to(at::kFloat);
   for_blocks(n, [&](int64_t first, int64_t length) {
     at::Tensor block = out.narrow(1, first, length);
@@ -157,21 +167,20 @@ void gemm_nn(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, bo
   const int64_t m = a.size(0), k = a.size(1), n = b.size(1);
   check(a, b, out, k, b.size(0), m, n);
   if (!add) out.zero_();
-  const Tile tile = tile_of_dx(m, n, is_bf16(a, b), at::get_num_threads());
+  const Bf16Gemm* gemm = gemm_for(a, b);
+  const Tile tile = tile_of_dx(m, n, gemm != nullptr, at::get_num_threads());
   const int64_t across = count_of(n, tile.columns), tasks = tile.tasks(m, n);
-#ifdef ES2FAST_X86
-  if (is_bf16(a, b)) {
+  if (gemm) {
     const auto a_m = matrix(a), b_m = matrix(b);
     const auto o = result(out);
     for_panels(tasks, PANEL_SCRATCH, [&](int64_t task, uint32_t* scratch) {
       const int64_t first = task / across * tile.rows, rows = std::min(tile.rows, m - first);
-      gemm_nn_panel(
+      gemm->nn_panel(
           {a_m.data + first * a_m.stride, a_m.stride}, b_m, {o.data + first * o.stride, o.stride},
           rows, n, k, true, task % across, scratch);
     });
     return;
   }
-#endif
   const at::Tensor wide = a.to(at::kFloat);
   const int64_t step = b.scalar_type() == at::kFloat ? PACKED_K : UPCAST_K;
   for_tasks(tasks, [&](int64_t task) {
@@ -191,28 +200,28 @@ void gemm_tn(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, bo
   const int64_t m = a.size(0), k = a.size(1), n = b.size(1);
   const bool rounds = !add && out.scalar_type() == at::kBFloat16;
   check(a, b, out, m, b.size(0), k, n, rounds ? at::kBFloat16 : at::kFloat);
-#ifdef ES2FAST_X86
-  if (is_bf16(a, b)) {
+  if (const Bf16Gemm* gemm = gemm_for(a, b)) {
     const auto a_m = matrix(a), b_m = matrix(b);
-    const int64_t pairs = count_of(m, 2);
-    std::vector<uint32_t> packed(count_of(n, PANEL) * pairs * PANEL);
+    const int64_t pairs = count_of(m, gemm->k_group) * gemm->k_group / 2, tn_rows = gemm->tn_rows;
+    const Packed packed = packed_of(count_of(n, PANEL) * pairs * PANEL);
     for_panels(count_of(n, PANEL), 0, [&](int64_t panel, uint32_t*) {
-      pack_tn_panel(b_m, m, n, panel, packed.data());
+      gemm->pack_tn_panel(b_m, m, n, panel, packed.get());
     });
-    at::parallel_for(0, count_of(k, TN_ROWS), 1, [&](int64_t begin, int64_t end) {
-      std::vector<uint32_t> scratch(pairs * TN_ROWS);
-      std::vector<float> wide(rounds ? TN_ROWS * n : 0);
+    at::parallel_for(0, count_of(k, tn_rows), 1, [&](int64_t begin, int64_t end) {
+      const Packed scratch = packed_of(pairs * tn_rows);
+      std::vector<float> wide(rounds ? tn_rows * n : 0);
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = i * TN_ROWS, rows = std::min(TN_ROWS, k - first);
+        const int64_t first = i * tn_rows, rows = std::min(tn_rows, k - first);
         const at::Tensor block = out.narrow(0, first, rows);
         const Fp32Matrix o = rounds ? Fp32Matrix{wide.data(), n} : result(block);
-        gemm_tn_rows(a_m, packed.data(), o, m, n, k, add, i, scratch.data());
-        if (rounds) to_bf16(o, rows, n, static_cast<uint16_t*>(block.mutable_data_ptr()), out.stride(0));
+        gemm->tn_block(a_m, packed.get(), o, m, n, k, add, i, scratch.get());
+        if (rounds) {
+          gemm->to_bf16(o, rows, n, static_cast<uint16_t*>(block.mutable_data_ptr()), out.stride(0));
+        }
       }
     });
     return;
   }
-#endif
   const at::Tensor wide = b.to(at::kFloat);
   for_blocks(k, [&](int64_t first, int64_t length) {
     at::Tensor block = out.narrow(0, first, length);

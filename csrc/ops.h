@@ -45,7 +45,8 @@ at::Tensor pair_rows(
 
 // gemm.cpp: float32 results of float32, bfloat16 or float16 inputs; of gemm_tn without `add` also
 // bfloat16, rounded once
-bool has_gemm_bf16();
+// The instruction set of our own bfloat16 GEMMs here, or "" where there are none.
+std::string gemm_bf16_name();
 // Tasks that gemm_nn's result (m, n) is cut into for a number of threads.
 int64_t dx_tasks(int64_t m, int64_t n, bool bf16, int64_t threads);
 void gemm_nt(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out);

@@ -43,7 +43,7 @@ void check_matrix(const at::Tensor& tensor, at::ScalarType type, const char* nam
 
 TORCH_LIBRARY_FRAGMENT(es2fast, m) {
   m.def("native_capability() -> str", &capability);
-  m.def("native_has_gemm_bf16() -> bool", &has_gemm_bf16);
+  m.def("native_gemm_bf16() -> str", &gemm_bf16_name);
   m.def("native_dx_tasks(int m, int n, bool bf16, int threads) -> int", &dx_tasks);
   m.def("native_gemm_nt(Tensor a, Tensor b, Tensor(a!) out) -> ()");
   m.def("native_gemm_nn(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()");

@@ -39,10 +39,11 @@ def installed(package: str) -> str:
 
 
 def native_kernels() -> str:
-    """The native CPU kernels: the instruction set in use, or what is missing and what it costs."""
+    """The native CPU kernels: the instruction sets in use, or what is missing and what it costs."""
     from es2fast.ops import native
 
     missing = native.why_missing()
     if missing is None:
-        return f"CPU kernels loaded, {native.capability()}"
+        gemms = native.GEMM_BF16 or "none of our own"
+        return f"CPU kernels loaded, {native.capability()}; bfloat16 GEMMs: {gemms}"
     return f"no CPU kernels: {missing}. Without them the losses run on a CPU in plain torch"

@@ -7,9 +7,10 @@ for any number up to 4, above for a given one). The instruction set (AVX-512, AV
 compiler makes of plain C++) is the one that torch uses on the machine; ``ATEN_CPU_CAPABILITY``
 limits both.
 
-Where the CPU multiplies bfloat16 (AVX512_BF16), bfloat16 inputs go through GEMMs of our own that
-keep float32 results: as fast as torch's bfloat16 GEMM, which rounds its result and so cannot be
-used for logits next to the teacher, and 2.7 times as fast as a float32 GEMM (csrc/gemm_bf16.h).
+Where the CPU multiplies bfloat16 (AVX512_BF16, AMX, arm64's BFMMLA), bfloat16 inputs go through
+GEMMs of our own that keep float32 results. With AVX512_BF16 they are as fast as torch's bfloat16
+GEMM, which rounds its result and so cannot be used for logits next to the teacher, and 2.7 times as
+fast as a float32 GEMM (csrc/gemm_bf16.h); the other two have not run on a chip that has them.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def load(folder: Path) -> str | None:
 
 
 MISSING = load(Path(__file__).resolve().parents[1])
-HAS_GEMM_BF16 = MISSING is None and torch.ops.es2fast.native_has_gemm_bf16()
+# The instruction set of our own bfloat16 GEMMs: "AMX", "AVX512_BF16", "BFMMLA", or "" without them.
+GEMM_BF16: str = torch.ops.es2fast.native_gemm_bf16() if MISSING is None else ""
+HAS_GEMM_BF16 = bool(GEMM_BF16)
 
 if MISSING is None:
 

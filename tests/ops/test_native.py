@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from es2fast.environment import native_kernels
 from es2fast.ops import native
 from es2fast.ops.tokens import cpu_chunk
 from tests.ops.linear_kl.matrix import BF16, FP16, FP32, make_problem, relative, run
@@ -52,6 +53,16 @@ def test_gemms_keep_float32(m: int, n: int, k: int, dtype: torch.dtype) -> None:
         ops.native_gemm_tn(a, b_t, rounded, False)
         ops.native_gemm_tn(a, b_t, out, False)
         assert torch.equal(rounded, out.to(BF16))
+
+
+@built
+def test_the_bfloat16_gemms_in_use_are_named() -> None:
+    """One that fits the kernels' instruction set; `es2fast env` shows both."""
+    if native.capability() == "AVX512":
+        assert native.GEMM_BF16 in ("AMX", "AVX512_BF16", "")
+    else:
+        assert native.GEMM_BF16 in ("BFMMLA", "")
+    assert native_kernels().endswith(f"bfloat16 GEMMs: {native.GEMM_BF16 or 'none of our own'}")
 
 
 @built
