@@ -200,6 +200,10 @@ void gemm_tn(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, bo
   const int64_t m = a.size(0), k = a.size(1), n = b.size(1);
   const bool rounds = !add && out.scalar_type() == at::kBFloat16;
   check(a, b, out, m, b.size(0), k, n, rounds ? at::kBFloat16 : at::kFloat);
+  if (m == 0) {
+    if (!add) out.zero_();
+    return;
+  }
   if (const Bf16Gemm* gemm = gemm_for(a, b)) {
     const auto a_m = matrix(a), b_m = matrix(b);
     const int64_t pairs = count_of(m, gemm->k_group) * gemm->k_group / 2, tn_rows = gemm->tn_rows;

@@ -56,6 +56,18 @@ def test_gemms_keep_float32(m: int, n: int, k: int, dtype: torch.dtype) -> None:
 
 
 @built
+@pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
+def test_a_product_over_no_tokens_is_zero(dtype: torch.dtype) -> None:
+    a, b = torch.empty(0, 5, dtype=dtype), torch.empty(0, 70, dtype=dtype)
+    out = torch.full((5, 70), float("nan"))
+    torch.ops.es2fast.native_gemm_tn(a, b, out, False)
+    assert out.count_nonzero() == 0
+    out.fill_(2.0)
+    torch.ops.es2fast.native_gemm_tn(a, b, out, True)
+    assert torch.equal(out, torch.full_like(out, 2.0))
+
+
+@built
 def test_the_bfloat16_gemms_in_use_are_named() -> None:
     """One that fits the kernels' instruction set; `es2fast env` shows both."""
     if native.capability() == "AVX512":
