@@ -116,7 +116,8 @@ class DataConfig(Section):
     response_batch_size: RowCount = Field(
         "auto",
         description="prompts that a rank's base model answers at a time; auto: 32 on a CPU, on a "
-        "GPU what its memory holds, halved when that was too much",
+        "GPU what its memory holds, halved when that was too much (not where ZeRO-3 parts the "
+        "model among ranks)",
     )
     cache_dir: str | None = Field(
         None, description="where written responses are kept; default: the user's cache folder"

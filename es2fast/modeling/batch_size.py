@@ -60,6 +60,7 @@ def halving(
     *,
     automatic: bool,
     field: str = "evaluate.batch_size",
+    fewer: str = "evaluate.batch_size=auto or a smaller number",
     at_one_row: str = "a shorter evaluate.max_new_tokens or evaluate.device_map=auto",
 ) -> tuple[T, int]:
     """`work(rows)`, done again with half as many rows as long as a GPU's memory does not suffice.
@@ -68,6 +69,7 @@ def halving(
         work: starts anew with every call.
         automatic: the number was not the user's.
         field: that the number stands in.
+        fewer: what helps where the number is not halved.
         at_one_row: what helps where one row is too many.
 
     Returns:
@@ -82,7 +84,7 @@ def halving(
         except torch.OutOfMemoryError:  # left before trying again: it holds on to the tensors
             pass
         if rows == 1 or not automatic:
-            remedy = at_one_row if rows == 1 else f"{field}=auto or a smaller number"
+            remedy = at_one_row if rows == 1 else fewer
             raise UserError(f"{field}: out of memory with {rows} rows; use {remedy}")
         rows //= 2
         if torch.cuda.is_available():

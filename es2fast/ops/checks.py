@@ -7,7 +7,7 @@ from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 HALVES = (torch.bfloat16, torch.float16)
-FORBIDDEN = -128.0  # its exp is 0 in float32 beside others, and in float64 a number
+FORBIDDEN = 128.0  # e^-128 is 0 in float32 beside others, and in float64 a number
 
 
 def refuse(condition: bool, message: str) -> None:
@@ -36,12 +36,15 @@ def check_bias(side: str, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def bounded_bias(bias: Tensor | None, gain: float, vocab: int) -> Tensor | None:
-    """The real tokens' bias with -inf, a token that is never said, as ``FORBIDDEN`` logits: two
-    sides' difference is a number then. ``gain``: what a bias is multiplied by in the softmax."""
+    """The real tokens' bias with -inf, a token that is never said, ``FORBIDDEN`` logits below the
+    lowest of the others: two sides' difference is a number then. ``gain``: what a bias is
+    multiplied by in the softmax."""
     if bias is None:
         return None
-    lowest = max(FORBIDDEN / gain, torch.finfo(bias.dtype).min)
-    return bias[:vocab].clamp(min=lowest)
+    bias = bias[:vocab]
+    never = bias == -torch.inf
+    lowest = torch.where(never, torch.inf, bias).amin() - FORBIDDEN / gain
+    return torch.where(never, lowest.clamp(min=torch.finfo(bias.dtype).min), bias)
 
 
 def check_head(

@@ -118,7 +118,7 @@ def works_of(plan: Plan, rows: Rows, ranks: int) -> tuple[list[tuple[float, Work
     """
     config, teacher = plan.config, resolve_teacher(plan.config.train)
     refusals = config.refusal.tokens if config.refusal.weight else 0
-    found, padding = [], 0.0
+    found, padding, computed = [], 0.0, 0.0
     for harmful, harmless, forms in _micro_batches(plan, rows):
         counted = [_counted(config.kl.positions, rows, i) for i in harmless]
         real = sum(rows.harmful[i] for i in harmful)
@@ -137,9 +137,10 @@ def works_of(plan: Plan, rows: Rows, ranks: int) -> tuple[list[tuple[float, Work
                 layers=2 if config.layers == "auto" else len(config.layers),
             )
             found.append((share, work))
-            padding += 0.0 if tokens.mask else share * (1 - real / tokens.lower)
+            padding += 0.0 if tokens.mask else share * (tokens.lower - real)
+            computed += share * tokens.lower
     count = sum(share for share, _ in found)
-    return [(share / count, work) for share, work in found], padding / count
+    return [(share / count, work) for share, work in found], padding / computed
 
 
 def _counted(positions: str, rows: Rows, row: int) -> int:

@@ -26,7 +26,7 @@ class MetricsWriter:
         done: those before this process, in a run that goes on.
 
     Raises:
-        UserError: a tracker of `train.report_to` is not installed.
+        UserError: a tracker of `train.report_to` cannot be imported.
     """
 
     def __init__(self, folder: RunFolder, config: Config, *, main: bool, steps: int, done: int = 0):
@@ -92,13 +92,13 @@ def _is_broken(value: Any) -> bool:
 
 
 def check_trackers(train: TrainConfig) -> None:
-    """UserError when a tracker of `train.report_to` is not installed, or is too old."""
+    """UserError when a tracker of `train.report_to` cannot be imported."""
     from importlib import import_module
 
     for name in train.report_to:
         try:
             import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
-        except ImportError as error:
+        except Exception as error:  # of an old one or of what it needs: any
             raise UserError(
                 f"train.report_to: {name!r} cannot be imported ({error}); pip install -U {name}"
             ) from error

@@ -107,6 +107,8 @@ def base_answers(
     longest = max(lengths.values(), default=0) + tokens
     found = starting_rows(model, longest) if given == "auto" else given
     size = rows = min(runtime.gather_objects(found))
+    if given == "auto":  # a share for every rank
+        size = rows = max(1, min(size, -(-len(missing) // world)))
     chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
     write = partial(_write, model, formatter, tokens, runtime.device, synced)
     written: dict[str, str] = {}
@@ -118,6 +120,7 @@ def base_answers(
             rows,
             automatic=given == "auto" and not synced,
             field=FIELD,
+            fewer="a smaller number" if given == "auto" else f"{FIELD}=auto or a smaller number",
             at_one_row="a shorter data.max_response_tokens",
         )
         for pairs in runtime.gather_objects(list(zip(chunk, answers))):

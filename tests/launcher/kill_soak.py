@@ -3,12 +3,12 @@
     python tests/launcher/kill_soak.py --kills 50 [--ranks 2 1] [--seed 0]
 
 A run saves after every step. SIGKILL takes rank 0, rank 1, the launcher or all of them: a fifth of
-the time while they start, three tenths after some progress of the training, half while a checkpoint
-is being written. The next start goes on, with a number of ranks drawn from --ranks, until the run
-is finished; then the next begins. Each must end in the weights of a run that nobody disturbed: bit
-for bit with one number of ranks, to fp32 rounding where that changes (its kills also hit
-conversions). Ranks are forked from this process, which has imported everything, by a launcher of
-its own that ends all when one ends.
+the time while they start, three tenths after some progress of the training, half up to 0.1 s after
+a checkpoint begins to be written. The next start goes on, with a number of ranks drawn from
+--ranks, until the run is finished; then the next begins. Each must end in the weights of a run that
+nobody disturbed: bit for bit with one number of ranks, to fp32 rounding where that changes (its
+kills also hit conversions). Ranks are forked from this process, which has imported everything, by a
+launcher of its own that ends all when one ends.
 Prints a line per kill and a summary; leaves with 1 at the first run that ends otherwise.
 """
 
@@ -131,7 +131,8 @@ def reached(process: psutil.Process, event: Callable[[], bool], seconds: float) 
     deadline = time.monotonic() + seconds
     while not (event() or process.status() == psutil.STATUS_ZOMBIE):
         if time.monotonic() > deadline:
-            raise TimeoutError
+            kill(process, "all")
+            raise TimeoutError(f"nothing happened in {seconds:.0f} s")
         time.sleep(0.002)
 
 

@@ -72,6 +72,7 @@ def test_a_full_memory_halves_the_batches_and_the_answers_stay(
     prompts = [Prompt.of(f"please draw {text} near the road") for text in OBJECTS]
     model = load_causal_lm(plan.config.model, "fp32").eval()
     monkeypatch.setattr(responses, "starting_rows", lambda model, tokens: 8)
+    assert len(prompts) >= 8  # or they would be one smaller batch
 
     def full(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if args[0].shape[0] > 2:

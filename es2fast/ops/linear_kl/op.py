@@ -170,7 +170,8 @@ def linear_kl_div(
         teacher_weight: (V, Ht) the teacher's head. None: the student's head (weight and bias) is
             shared; no gradient flows through the teacher's use of it.
         bias, teacher_bias: (V,) added to the logits. -inf, a token that is never said, counts as
-            a logit 128 lower: a token that only the other side says costs 128 p instead of inf.
+            128 logits below the lowest other bias: one that the other side alone says costs some
+            128 p instead of inf.
         direction: "forward" KL(t||s), "reverse" KL(s||t) or "jsd".
         beta: teacher's share of the mixture in JSD, 0 < beta < 1.
         temperature: divides the logits last. No T^2 factor is applied.

@@ -248,7 +248,7 @@ def _jsd_series(beta):
 def _jsd_ratio(z, d, lse, shift, beta):
     """(r, log2 p_t, p_s, log(p_s/m)) of a tile."""
     l_1, l_2, l_3, l_4, l_5 = _jsd_series(beta)
-    r = tl.maximum(d - shift, LEAST)
+    r = tl.maximum(d - shift, LEAST, propagate_nan=tl.PropagateNan.ALL)
     log_t = z * LOG2E - lse
     p_s = _exp2(r * LOG2E + log_t)
     near = ((((l_5 * r + l_4) * r + l_3) * r + l_2) * r + l_1) * r

@@ -277,6 +277,17 @@ def test_masked_tokens_are_not_computed(backend):
     assert torch.equal(clean.loss, poisoned.loss) and torch.equal(clean.dx, poisoned.dx)
 
 
+@pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_states_that_are_no_numbers_are_loud(backend, dtype, direction):
+    """A diverged student's loss is no number either: the training stops by it."""
+    for value in (float("nan"), float("inf")):
+        problem = make_problem(dtype, n=3, direction=direction)
+        problem.hidden[1] = value
+        got = run(problem, backend, "x")
+        assert not got.loss.isfinite() and not got.dx[1].isfinite().all()
+
+
 def test_hint_too_small_is_loud(backend):
     problem = make_problem(token_weights=torch.ones(5), max_valid_tokens=3)
     assert run(problem, backend).loss.isnan().all()
@@ -334,6 +345,18 @@ def test_columns_that_a_head_of_its_own_forbids(backend, dtype, direction, sides
     assert relative(got.dx, hidden.grad) <= bound
     if sides != "teacher":
         assert got.db[:cut].abs().max() <= 1e-30
+
+
+def test_finite_biases_count_as_they_are(backend):
+    """However low; only -inf has a floor, below the lowest other one."""
+    problem = make_problem(separate=True, bias=torch.zeros(127), teacher_bias=torch.zeros(127))
+    problem.options["bias"][:60] = -200.0
+    check(problem, backend, "x")
+    low = make_problem(bias=torch.full((127,), -200.0))
+    low.options["bias"][3] = -torch.inf
+    kept = Problem(low.hidden, torch.cat([low.weight[:3], low.weight[4:]]), low.teacher_hidden)
+    got, expected = run(low, backend, "x"), oracle(kept)
+    assert relative(got.loss, expected.loss) <= 1e-3 and relative(got.dx, expected.dx) <= 2e-3
 
 
 def _log_probs(hidden, weight, bias):
