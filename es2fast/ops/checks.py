@@ -7,7 +7,6 @@ from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 HALVES = (torch.bfloat16, torch.float16)
-FORBIDDEN = 128.0  # e^-128 is 0 in float32 beside others, and in float64 a number
 
 
 def refuse(condition: bool, message: str) -> None:
@@ -33,18 +32,6 @@ def check_bias(side: str, weight: Tensor, bias: Tensor | None) -> None:
         f"{side}bias has shape {None if bias is None else tuple(bias.shape)}: expected "
         f"({weight.shape[0]},), one entry per row of {side}weight",
     )
-
-
-def bounded_bias(bias: Tensor | None, gain: float, vocab: int) -> Tensor | None:
-    """The real tokens' bias with -inf, a token that is never said, ``FORBIDDEN`` logits below the
-    lowest of the others: two sides' difference is a number then. ``gain``: what a bias is
-    multiplied by in the softmax."""
-    if bias is None:
-        return None
-    bias = bias[:vocab]
-    never = bias == -torch.inf
-    lowest = torch.where(never, torch.inf, bias).amin() - FORBIDDEN / gain
-    return torch.where(never, lowest.clamp(min=torch.finfo(bias.dtype).min), bias)
 
 
 def check_head(

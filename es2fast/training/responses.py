@@ -105,13 +105,15 @@ def base_answers(
     world, synced = runtime.world_size, partitioned(model) and runtime.world_size > 1
     given = config.data.response_batch_size
     longest = max(lengths.values(), default=0) + tokens
-    found = starting_rows(model, longest) if given == "auto" else given
-    size = rows = min(runtime.gather_objects(found))
-    if given == "auto":  # a share for every rank
-        size = rows = max(1, min(size, -(-len(missing) // world)))
+    if given == "auto":  # what every rank has memory for, and a share for each
+        share = -(-len(missing) // world)
+        size = max(1, min(share, *runtime.gather_objects(starting_rows(model, longest))))
+    else:
+        size = given
     chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
     write = partial(_write, model, formatter, tokens, runtime.device, synced)
     written: dict[str, str] = {}
+    rows = size
     rounds = range(0, len(chunks), world)
     for first in tqdm(rounds, title, disable=not (runtime.is_main and chunks)):
         chunk = chunks[(first + runtime.rank) % len(chunks)]

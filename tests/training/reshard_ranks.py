@@ -39,16 +39,14 @@ def start(rank: int, ranks: int, port: int, stops: int, paths: list[str]) -> int
     sys.argv[1:] = paths
     try:
         main()
-    except UserError as error:
-        if "LARGEST_FILE" not in os.environ:
-            raise
+    except BaseException as error:
+        if not (isinstance(error, UserError) and "LARGEST_FILE" in os.environ):
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
         folder = Path(load_config(paths[0]).output_dir) / "checkpoints"
         left = sorted(place.name for place in folder.iterdir())
         Path(f"{paths[0]}.refused").write_text(json.dumps([str(error), left]))
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
     sys.stdout.flush()
     os._exit(0)
 

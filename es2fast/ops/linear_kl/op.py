@@ -28,7 +28,8 @@ from torch import Tensor
 
 from es2fast.ops import backends
 from es2fast.ops.arguments import Arguments
-from es2fast.ops.checks import bounded_bias, check_head, check_tokens, refuse, vocabulary
+from es2fast.ops.bias import finite_bias
+from es2fast.ops.checks import check_head, check_tokens, refuse, vocabulary
 from es2fast.ops.linear_kl.chunked import (
     FEW_TOKENS,
     KLProblem,
@@ -319,10 +320,10 @@ def _run(
     problem = KLProblem(
         hidden=hidden,
         weight=weight[:vocab],
-        bias=bounded_bias(bias, logit_scale / temperature, vocab),
+        bias=finite_bias(bias, logit_scale / temperature, vocab),
         teacher_hidden=teacher_hidden,
         teacher_weight=None if teacher_weight is None else teacher_weight[:vocab],
-        teacher_bias=bounded_bias(teacher_bias, logit_scale / temperature, vocab),
+        teacher_bias=finite_bias(teacher_bias, logit_scale / temperature, vocab),
         index=index,
         scale=scale,
         spec=KLSpec(direction, beta, temperature, logit_scale, softcap),

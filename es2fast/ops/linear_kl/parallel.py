@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from es2fast.ops.backends import choose_backend
-from es2fast.ops.checks import bounded_bias, check_head, check_tokens, refuse, vocabulary
+from es2fast.ops.bias import finite_bias
+from es2fast.ops.checks import check_head, check_tokens, refuse, vocabulary
 from es2fast.ops.linear_kl.chunked import (
     KLProblem,
     RowBackend,
@@ -130,14 +131,14 @@ def vocab_parallel_linear_kl_div(
     vocab = vocabulary(weight, teacher_weight, vocab_size)
     accum = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     index, weights = pack(hidden, token_weights, None, accum)
-    gain = logit_scale / temperature
+    gain, ranks = logit_scale / temperature, dist.group.WORLD if group is None else group
     problem = ShardedProblem(
         hidden=hidden.detach(),
         weight=weight.detach()[:vocab],
-        bias=bounded_bias(None if bias is None else bias.detach(), gain, vocab),
+        bias=finite_bias(None if bias is None else bias.detach(), gain, vocab, ranks),
         teacher_hidden=teacher_hidden,
         teacher_weight=None if teacher_weight is None else teacher_weight[:vocab],
-        teacher_bias=bounded_bias(teacher_bias, gain, vocab),
+        teacher_bias=finite_bias(teacher_bias, gain, vocab, ranks),
         index=index,
         scale=row_scale(weights, reduction),
         spec=KLSpec(direction, beta, temperature, logit_scale, softcap),
@@ -148,7 +149,7 @@ def vocab_parallel_linear_kl_div(
         need_db=needs[2],
         exact=any(needs) and few_decide(weights),
         buffer_bytes=grad_buffer_bytes,
-        group=dist.group.WORLD if group is None else group,
+        group=ranks,
         backend=choose_row_pass(backend, hidden),
     )
     return _VocabParallel.apply(hidden, weight, bias, problem, reduction)

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from es2fast.ops import backends
 from es2fast.ops.arguments import Arguments
+from es2fast.ops.bias import finite_bias
 from es2fast.ops.checks import (
-    bounded_bias,
     check_bias,
     check_head,
     check_matrix,
@@ -191,9 +191,9 @@ def teacher_moments(
         made = make_moments(
             teacher_hidden,
             teacher_weight[:vocab],
-            bounded_bias(t_bias, logit_scale / temperature, vocab),
+            finite_bias(t_bias, logit_scale / temperature, vocab),
             student[:vocab],
-            bounded_bias(bias, logit_scale / temperature, vocab),
+            finite_bias(bias, logit_scale / temperature, vocab),
             shared,
             logit_scale / temperature,
             top_k,
@@ -307,7 +307,7 @@ def _run(
     problem = MomentProblem(
         hidden=hidden,
         weight=weight[:vocab],
-        bias=bounded_bias(bias, gain, vocab),
+        bias=finite_bias(bias, gain, vocab),
         tail_moment=tail_moment,
         top_ids=top_ids,
         top_probs=top_probs,

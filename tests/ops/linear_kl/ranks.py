@@ -21,6 +21,7 @@ from tests.ops.linear_kl.matrix import (
 )
 
 SPLIT = (50, 77)  # of 127 tokens
+NEVER = -1e30  # what -inf, which the op gets, is to the reference
 OPTIONS = dict(temperature=1.5, logit_scale=0.8, softcap=4.0, chunk_tokens=2)
 
 
@@ -36,6 +37,9 @@ def cases() -> dict[str, Problem]:
         found[f"{direction} shared head, options"] = make_problem(FP32, **options)
         many = dict(n=150, h=48, direction=direction, separate=True, chunk_tokens=64)
         found[f"{direction} many tokens"] = make_problem(BF16, **many)
+    bias = torch.linspace(-2, 2, 127)
+    bias[: SPLIT[0] + 3] = NEVER
+    found["never said"] = make_problem(FP32, bias=bias)
     found["float64"] = make_problem(torch.float64, separate=True)
     found["no tokens"] = make_problem(FP32, token_weights=torch.zeros(5))
     found["none"] = make_problem(FP32, reduction="none", separate=True)
@@ -63,6 +67,8 @@ def rows_of(x: torch.Tensor | None, rank: int) -> torch.Tensor | None:
 def call(problem: Problem, rank: int, backend: str | None = None) -> dict[str, torch.Tensor | None]:
     options = dict(problem.options)
     bias = rows_of(options.pop("bias", None), rank)
+    if bias is not None:
+        bias = bias.masked_fill(bias == NEVER, -torch.inf)
     trains = options.get("reduction") != "none"
     x = problem.hidden.clone().requires_grad_()
     w = rows_of(problem.weight, rank).clone().requires_grad_(trains)
