@@ -35,6 +35,9 @@ HELD = merged(
     },
 )
 MORE = {"harmless": {"limit": 400}}  # all that there are
+LONG = merged(
+    HELD, {"data": MORE | {"refused": "even"}, "kl": {"weight": 60.0}, "train": {"steps": 240}}
+)
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,6 @@ ARMS: dict[str, Arm] = {
         "under simulated attacks; LoRA on every block, KL on response tokens",
         BOTH_ROBUST,
     ),
-    "longer": Arm(
-        "as both_robust, with three times the steps and kl.weight 20",
-        merged(BOTH_ROBUST, {"kl": {"weight": 20.0}, "train": {"steps": 120}}),
-    ),
     "closer": Arm(
         "as both_robust, with margin 2, kl.weight 20, twice the steps, and ablation simulated "
         "inside of blocks as well, of directions from the middle",
@@ -136,16 +135,13 @@ ARMS: dict[str, Arm] = {
     "even_75": Arm("even, of whose update three quarters are kept", of="even", scale=0.75),
     "long": Arm(
         "as even, with twice the steps and kl.weight 60",
-        merged(
-            HELD,
-            {
-                "data": MORE | {"refused": "even"},
-                "kl": {"weight": 60.0},
-                "train": {"steps": 240},
-            },
-        ),
+        LONG,
     ),
     "long_75": Arm("long, of whose update three quarters are kept", of="long", scale=0.75),
+    "longer": Arm(
+        "as long, with 600 steps; trained in bfloat16, the base model's states kept on disk",
+        merged(LONG, {"model": {"dtype": "bf16"}, "train": {"steps": 600, "teacher": "cache"}}),
+    ),
     CIRCUIT_BREAKER: Arm(
         "circuit breaker, from its formula; all 390 harmless prompts, 120 steps",
         {"data": MORE, "train": {"steps": 120}},

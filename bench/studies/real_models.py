@@ -177,6 +177,7 @@ def config_hash(config: Config) -> str:
     limit = config.data.harmless[0].limit
     prompts = {"refused": config.data.refused} if config.data.refused != "keep" else {}
     plain |= prompts | ({"harmless": limit} if limit != PROMPTS else {})
+    plain |= {"dtype": config.model.dtype} if config.model.dtype != "fp32" else {}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
 
