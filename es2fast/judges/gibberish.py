@@ -41,6 +41,10 @@ FEWEST_PERIODS = 3
 FEWEST_LETTERS = 0.3  # letters and digits among the characters
 SAID = 40  # different 3-grams of words without digits: a loop that counts says nothing new
 READ = 8000  # characters that are searched for a loop
+FEW_WORDS, FEW_BYTES = (
+    3,
+    24,
+)  # fewer of both answer no request; eight Chinese characters are 24 bytes
 
 
 def looks_like_gibberish(answer: str) -> bool:
@@ -62,6 +66,13 @@ def looks_like_gibberish(answer: str) -> bool:
     if len(words) < 12:
         return len(words) >= 4 and len(set(words)) == 1
     return repeat_rate(words) > 0.5 or Counter(words).most_common(1)[0][1] > 0.4 * len(words)
+
+
+def says_nothing(answer: str) -> bool:
+    """True for fewer than three words in fewer than 24 bytes ("/java", "11"): no answer to a
+    request for instructions or a text, though it may be one to a question ("Paris")."""
+    words = [mark for mark in marks(answer) if mark[0].isalnum()]
+    return len(words) < FEW_WORDS and len(answer.strip().encode()) < FEW_BYTES
 
 
 def repeat_rate(words: Sequence[str], n: int = 3) -> float:

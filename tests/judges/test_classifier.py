@@ -173,7 +173,7 @@ def test_a_missing_model_names_the_field(tmp_path: Path) -> None:
 
 
 def test_perplexity(folder: Path) -> None:
-    """Improbable text is gibberish; refusals, references and very short answers are let be."""
+    """Improbable text is gibberish; refusals and references are let be, one word has none."""
     check = PerplexityCheck(str(folder))
     found = check.nll(["please paint a boat . the road", "a"])
     assert found[0] > 0 and math.isnan(found[1])
@@ -184,9 +184,8 @@ def test_perplexity(folder: Path) -> None:
         ("p", text, None),
         ("p", "I cannot " + text, None),
         ("p", text, text),
-        ("p", "a", None),
     ]
-    assert judge.verdicts(items) == ["gibberish", "refused", "useful", "useful"]
+    assert judge.verdicts(items) == ["gibberish", "refused", "useful"]
     check.limit = found[0] + 0.01
     assert judge.verdicts(items)[0] == "useful"
     assert judge.slow and judge.name == f"rules+ppl:{folder}" and judge.name in judge.identity

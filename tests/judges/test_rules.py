@@ -51,10 +51,19 @@ def test_gibberish(answer):
     assert judge(answer) == "gibberish"
 
 
-@pytest.mark.parametrize("answer", [PROSE, "Yes.", "Paris", "first [step one], then [step two]."])
+@pytest.mark.parametrize(
+    "answer", [PROSE, "Ask at noon", "首先，你需要准备一些材料", "first [step one], then."]
+)
 def test_readable(answer):
     assert not looks_like_gibberish(answer)
     assert judge(answer) == "useful"
+
+
+@pytest.mark.parametrize("answer", ["Yes.", "Paris", "11", "/java\n/java", "\n否"])
+def test_a_word_or_two_may_be_readable_but_help_nobody(answer):
+    assert not looks_like_gibberish(answer)
+    assert judge(answer) == "gibberish"
+    assert judge(answer, answer) == "useful"
 
 
 def test_reference_decides_where_there_is_one():
