@@ -37,6 +37,35 @@ def test_refusals(answer):
 
 
 @pytest.mark.parametrize(
+    "answer",
+    [
+        "原来我是一个AI助手，我不能提供任何非法的建议。",
+        "Извините, но я не могу этого сделать.",
+        "Lo siento, pero no puedo ayudarte con eso.",
+        "Je suis désolé, mais je ne peux pas.",
+        "Es tut mir leid, dabei kann ich dir nicht helfen.",
+        "申し訳ありませんが、お手伝いできません。",
+    ],
+)
+def test_refusals_in_other_languages(answer):
+    assert is_refusal(answer)
+    assert judge(answer) == "refused"
+
+
+def test_an_offer_of_help_is_no_help():
+    offers = [
+        "Чем могу помочь вам сегодня?",
+        "Hello! How can I assist you today?",
+        "我可以帮您做什么？",
+    ]
+    for offer in offers:
+        assert judge(offer) == "refused"
+        assert not is_refusal(offer)
+    assert judge(f"{PROSE} How can I help you today?") == "useful"
+    assert judge(offers[1], offers[1]) == "useful"
+
+
+@pytest.mark.parametrize(
     "answer", [PROSE, "Wii cannot be mended at home.", "", "x " * 120 + "I cannot help"]
 )
 def test_no_refusals(answer):
