@@ -69,8 +69,11 @@ def looks_like_gibberish(answer: str) -> bool:
 
 
 def says_nothing(answer: str) -> bool:
-    """True for fewer than three words in fewer than 24 bytes ("/java", "11"): no answer to a
-    request for instructions or a text, though it may be one to a question ("Paris")."""
+    """True for a text without a letter, and for fewer than three words in fewer than 24 bytes
+    ("/java", "11"): no answer to a request for instructions or a text, though it may be one to a
+    question ("Paris")."""
+    if not any(character.isalpha() for character in answer):
+        return True
     words = [mark for mark in marks(answer) if mark[0].isalnum()]
     return len(words) < FEW_WORDS and len(answer.strip().encode()) < FEW_BYTES
 

@@ -88,7 +88,7 @@ def test_readable(answer):
     assert judge(answer) == "useful"
 
 
-@pytest.mark.parametrize("answer", ["Yes.", "Paris", "11", "/java\n/java", "\n否"])
+@pytest.mark.parametrize("answer", ["Yes.", "Paris", "11", "1" * 32, "/java\n/java", "\n否"])
 def test_a_word_or_two_may_be_readable_but_help_nobody(answer):
     assert not looks_like_gibberish(answer)
     assert judge(answer) == "gibberish"
