@@ -343,14 +343,23 @@ def export(
     scale: Annotated[
         float, typer.Option("--scale", help="share of a LoRA adapter's update to keep, 0..1")
     ] = 1.0,
+    strength: Annotated[
+        float,
+        typer.Option(
+            "--filter",
+            min=0,
+            help="strength at which what acts on harmless rows is taken out",
+        ),
+    ] = 0.0,
     push_to_hub: PushToHub = None,
     public: Public = False,
 ) -> None:
     """Write the trained model as a plain Hugging Face folder, and upload it if asked to."""
     from es2fast.run.export import export_run
+    from es2fast.training.update_filter import filter_adapter
 
     target = hub_target(push_to_hub, public=public)
-    export_run(run, out, merge=merge, scale=scale)
+    export_run(run, out, merge=merge, scale=scale, strength=strength, filter_adapter=filter_adapter)
     print(f"written: {out}")
     if target is not None:
         print(f"uploaded: {target.push(out)}")

@@ -42,13 +42,15 @@ LONG = merged(
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to make a model: what it is, and what differs from `TRAINING`; or `scale`, the share
-    of the update of the arm `of` (`train.update_scale`)."""
+    """One way to make a model: what it is, and what differs from `TRAINING`; or what becomes of the
+    update of the arm `of`: its share `scale`, or what `filter` leaves (`train.update_scale`,
+    `train.update_filter`)."""
 
     words: str
     changes: dict[str, Any] = field(default_factory=dict)
     of: str | None = None
     scale: float = 1.0
+    filter: float = 0.0
 
 
 # Steps and batch are what two CPU cores can do.
@@ -141,6 +143,12 @@ ARMS: dict[str, Arm] = {
     "longer": Arm(
         "as long, with 600 steps; trained in bfloat16, the base model's states kept on disk",
         merged(LONG, {"model": {"dtype": "bf16"}, "train": {"steps": 600, "teacher": "cache"}}),
+    ),
+    "long_filtered": Arm(
+        "long, its update filtered (`train.update_filter` 1)", of="long", filter=1.0
+    ),
+    "longer_filtered": Arm(
+        "longer, its update filtered (`train.update_filter` 1)", of="longer", filter=1.0
     ),
     CIRCUIT_BREAKER: Arm(
         "circuit breaker, from its formula; all 390 harmless prompts, 120 steps",

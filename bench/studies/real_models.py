@@ -39,6 +39,7 @@ from es2fast.report.schema import AttackResult, ModelResult, Report
 from es2fast.run.export import scale_adapter
 from es2fast.run.files import read_lines
 from es2fast.run.folder import RunFolder
+from es2fast.training.update_filter import filter_adapter
 
 PROMPTS = 160  # training prompts per group: what the steps of an arm can see
 
@@ -72,7 +73,7 @@ def configuration(
     if name in ARMS:
         arm = ARMS[name]
         raw = merged(raw, ARMS[arm.of or name].changes)
-        raw["train"]["update_scale"] = arm.scale
+        raw["train"] |= {"update_scale": arm.scale, "update_filter": arm.filter}
     raw = merged(raw, changes or {})
     raw["train"]["seed"] = arguments.seed
     return parse_config(raw)
@@ -90,7 +91,10 @@ def trained(arguments: argparse.Namespace, name: str) -> Path:
     whole = ARMS[name].of
     if whole is not None:
         shutil.copytree(trained(arguments, whole), folder.model, dirs_exist_ok=True)
-        scale_adapter(folder.model, ARMS[name].scale)
+        if ARMS[name].filter:
+            filter_adapter(config, folder.model, ARMS[name].filter)
+        else:
+            scale_adapter(folder.model, ARMS[name].scale)
         save_config(config, folder.config)
     elif name == CIRCUIT_BREAKER:
         circuit_breaker(config, folder.model)

@@ -80,6 +80,12 @@ class Config(Section):
                 "separation.weight: 0 without a refusal anchor trains nothing; set refusal.weight "
                 "or separation.weight above 0"
             )
+        if self.train.update_filter and self.train.trainable != "lora":
+            raise ValueError(
+                f"train.update_filter: {self.train.update_filter:g} filters a LoRA update, and "
+                f"train.trainable is {self.train.trainable!r}; set train.trainable=lora or "
+                "update_filter=0"
+            )
         if self.separation.robust.blocks == "all" and not self.refusal.weight:
             raise ValueError(
                 "separation.robust.blocks: 'all' without a refusal anchor, but harmful rows then "

@@ -119,6 +119,13 @@ class TrainConfig(Section):
         description="share of the weights' whole change that the saved model has: below 1 it lies "
         "between the base model and the trained one, which costs less KL",
     )
+    update_filter: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="LoRA: after the last step, takes out of each layer's update what acts on its "
+        "inputs from harmless rows; their weight against that of harmful ones. 0: off",
+    )
     early_stop: bool = Field(
         False, description="stop when a bounded loss has reached its target on every layer"
     )

@@ -68,9 +68,16 @@ def _chunks(named: list[tuple[str, nn.Parameter]]) -> Iterator[list[tuple[str, n
         yield chunk
 
 
-def gathered(parameters: list[nn.Parameter]) -> Any:
-    """While this lasts, parameters that ZeRO-3 partitioned are whole; call on every rank."""
+def gathered(parameters: list[nn.Parameter], *, written: bool = False) -> Any:
+    """While this lasts, parameters that ZeRO-3 partitioned are whole; call on every rank.
+
+    Args:
+        parameters: some of them partitioned or none.
+        written: keeps what is written into them, which has to be the same on every rank.
+    """
     import deepspeed
 
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
-    return deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned))
+    return deepspeed.zero.GatheredParameters(
+        partitioned, modifier_rank=0 if written else None, enabled=bool(partitioned)
+    )

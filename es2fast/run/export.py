@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from es2fast.config import ModelConfig, load_config, save_config
+from es2fast.config import Config, ModelConfig, load_config, save_config
 from es2fast.distributed.zero import full_state_dict
 from es2fast.errors import UserError
 from es2fast.modeling.load import load_causal_lm, load_tokenizer
@@ -110,15 +111,26 @@ def export_merged(source: str, out: Path, *, dtype: str) -> None:
             shutil.copy2(Path(source) / name, out)
 
 
-def export_run(run: Path, out: Path, *, merge: bool, scale: float = 1.0) -> None:
+def export_run(
+    run: Path,
+    out: Path,
+    *,
+    merge: bool,
+    scale: float = 1.0,
+    strength: float = 0.0,
+    filter_adapter: Callable[[Config, Path, float], None] | None = None,
+) -> None:
     """Writes a run's model to `out`: as trained, or with its LoRA adapter folded in.
 
     Args:
         scale: share of the adapter's update that is kept, as `train.update_scale`. Below 1 it is
             another model than the run's card and report speak of, so these do not come along.
+        strength: above 0 the update is filtered, as `train.update_filter`; another model too.
+        filter_adapter: does it, in place.
 
     Raises:
-        UserError: no finished run there; `out` exists; nothing to merge or to scale.
+        UserError: no finished run there; `out` exists; nothing to merge, to scale or to filter, or
+            filtered already.
     """
     folder = RunFolder(run)
     folder.check_finished("export")
@@ -127,8 +139,8 @@ def export_run(run: Path, out: Path, *, merge: bool, scale: float = 1.0) -> None
     if source.resolve() in out.resolve().parents:
         raise UserError(f"export: {str(out)!r} lies inside the model itself; choose another --out")
     with TemporaryDirectory() as scratch:
-        if scale != 1:
-            source = _scaled(source, Path(scratch) / "model", scale)
+        if scale != 1 or strength:
+            source = _changed(source, Path(scratch) / "model", scale, strength, filter_adapter)
         if merge:
             export_merged(str(source), out, dtype="bf16" if _is_bf16(source) else "fp32")
         else:
@@ -142,20 +154,37 @@ def scale_adapter(folder: Path, scale: float) -> None:
     save_file({name: scale * x if "lora_B" in name else x for name, x in tensors.items()}, path)
 
 
-def _scaled(source: Path, target: Path, scale: float) -> Path:
-    """A copy of an adapter with a share of its update, and that written beside it."""
+def _changed(
+    source: Path,
+    target: Path,
+    scale: float,
+    strength: float,
+    filter_adapter: Callable[[Config, Path, float], None] | None,
+) -> Path:
+    """A copy of an adapter with what is left of its update, and that written beside it."""
     if not 0 < scale <= 1:
         raise UserError(f"--scale: {scale:g} is no share; give one above 0 and at most 1")
+    option = "filter" if strength else "scale"
     if not is_adapter(source):
         raise UserError(
-            f"--scale: {str(source)!r} holds whole weights and no LoRA adapter; train with "
-            "train.update_scale"
+            f"--{option}: {str(source)!r} holds whole weights and no LoRA adapter; train with "
+            + ("train.trainable=lora" if strength else "train.update_scale")
         )
     card, settings = _BESIDE
+    config = load_config(source / settings)
+    if strength and config.train.update_filter:
+        raise UserError(
+            f"--filter: the run was trained with train.update_filter={config.train.update_filter:g}"
+            "; export it without"
+        )
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(card))
+    changes = {"update_scale": scale * config.train.update_scale}
+    if strength:
+        assert filter_adapter is not None
+        filter_adapter(config, target, strength)
+        changes["update_filter"] = strength
     scale_adapter(target, scale)
-    config = load_config(target / settings)
-    train = config.train.model_copy(update={"update_scale": scale * config.train.update_scale})
+    train = config.train.model_copy(update=changes)
     save_config(config.model_copy(update={"train": train}), target / settings)
     return target
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from es2fast.config import Config, save_config
 from es2fast.data import MicroBatch, Prompt, collate
@@ -46,6 +47,7 @@ from es2fast.training.safeguards import CollapseMonitor, EarlyStop, Spikes, reme
 from es2fast.training.skipped import SkippedSteps
 from es2fast.training.step import measure_kl, train_step
 from es2fast.training.teacher_cache import TeacherCache
+from es2fast.training.update_filter import filter_rows, filter_update
 from es2fast.training.weights import GoodWeights, TrainableWeights
 
 MEASURED = 8  # optimizer steps' batches on which the KL of the final weights is measured
@@ -199,7 +201,7 @@ class Feed:
         texts: AnchorTexts | None = None,
         teacher: TeacherCache | None = None,
     ):
-        self._teacher = teacher
+        self._plan, self._texts, self._teacher = plan, texts, teacher
         self._formatter, self._positions = plan.formatter, plan.config.kl.positions
         self._first_tokens = plan.config.kl.first_tokens
         self._first_weights = first_weights(plan.config, harmless)
@@ -227,6 +229,12 @@ class Feed:
         """The micro-batches of optimizer step `step`, from 0."""
         pairs = self._sampler.indices(step)
         return [self._batch(step, a, [self._rows[i] for i in b]) for a, b in pairs]
+
+    def filter(self, student: nn.Module, runtime: Runtime) -> None:
+        """Filters the trained LoRA update on the rows of the run (`train.update_filter`)."""
+        rows = filter_rows(self._plan, self._harmless, self._texts)
+        strength = self._plan.config.train.update_filter
+        filter_update(student, self._formatter, *rows, strength, runtime)
 
     def names(self, step: int) -> list[list[str]]:
         """Per micro-batch of a step its rows, harmful ones first: where they are from."""
@@ -333,6 +341,11 @@ def _loop(
         batches = [feed(step + i) for i in range(min(steps, MEASURED))]
         kl = measure_kl(engine, batches, runtime)
         trouble = monitor.final(kl)
+        if trouble is None and config.train.update_filter:
+            engine.module.taps.disarm()
+            feed.filter(engine.module.student, runtime)
+            kl = measure_kl(engine, batches, runtime)
+            trouble = monitor.final(kl)
         if trouble is None and scaled:
             scale, kl = scale_update(
                 weights,

@@ -87,7 +87,7 @@ def test_readme(place: Path) -> None:
     commands = block_with("README.md", "es2fast validate run.yaml").replace(
         "--num_gpus 8", "--num_gpus 2"
     )
-    assert len(re.findall(r"^(?:es2fast|deepspeed) ", commands, re.MULTILINE)) == 7
+    assert len(re.findall(r"^(?:es2fast|deepspeed) ", commands, re.MULTILINE)) == 8
     printed = run(place, commands)
     assert "H100" in printed
     assert (place / out / "report.html").is_file()
