@@ -4,6 +4,9 @@
       + c_r mean_{l, t} |h_base - h_tuned|_2        over harmless prompts and their answers
     c_s = alpha (1 - s / 2S),  c_r = alpha s / 2S   at step s of S
 
+Where the two models agree neither loss has a gradient: the cosine is at its largest, the distance
+at its smallest. LoRA's B therefore starts at small random values and not at 0.
+
 h: block outputs; l: for the rerouting the blocks at 1/3 and 5/8 of the depth (10 and 20 of 32), for
 the retention every block; LoRA on the blocks up to the deeper one. Harmful answers are the base
 model's own, as far as it gives them.
@@ -23,7 +26,7 @@ from tqdm import tqdm
 
 from es2fast.config import Config
 from es2fast.data import Formatter, Prompt
-from es2fast.distributed.runtime import Runtime
+from es2fast.distributed.runtime import Runtime, resolve_dtype
 from es2fast.modeling.load import load_causal_lm
 from es2fast.modeling.taps import backbone, blocks, position_ids, tapped
 from es2fast.modeling.teacher import set_trainable
@@ -32,6 +35,7 @@ from es2fast.training.plan import make_plan
 from es2fast.training.responses import base_answers, fill_responses
 
 ALPHA = 10.0
+START = 1e-3  # standard deviation of B's entries
 
 
 def circuit_breaker(config: Config, folder: Path, *, answer_tokens: int = 48) -> None:
@@ -42,9 +46,10 @@ def circuit_breaker(config: Config, folder: Path, *, answer_tokens: int = 48) ->
         folder: of the adapter; replaced.
         answer_tokens: of the answers to harmful prompts.
     """
-    runtime = Runtime(rank=0, world_size=1, device=torch.device("cpu"), dtype="fp32")
+    dtype = resolve_dtype(config.model.dtype, "cpu")
+    runtime = Runtime(rank=0, world_size=1, device=torch.device("cpu"), dtype=dtype)
     plan = make_plan(config)
-    model = load_causal_lm(config.model, "fp32").eval()
+    model = load_causal_lm(config.model, dtype).eval()
     harmless = fill_responses(plan, model, runtime)
     answers = base_answers(
         plan, model, runtime, plan.groups.harmful, answer_tokens, "answers to harmful prompts"
@@ -57,6 +62,9 @@ def circuit_breaker(config: Config, folder: Path, *, answer_tokens: int = 48) ->
     targets = [round(depth * 10 / 32), round(depth * 20 / 32)]
     torch.manual_seed(config.train.seed)
     student = set_trainable(model, config.train, targets[-1])
+    for name, parameter in student.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=START)
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.train.lr, weight_decay=0.0)
     steps = config.train.steps
@@ -87,7 +95,7 @@ def states(
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask)}
     found = []
-    with tapped(student, layers, lambda hidden: hidden[mask.bool()]) as kept:
+    with tapped(student, layers, lambda hidden: hidden[mask.bool()].float()) as kept:
         with torch.no_grad(), student.disable_adapter():  # type: ignore[operator]
             backbone(student)(**inputs, use_cache=False)
         found.append(torch.stack([kept[layer] for layer in layers]))
