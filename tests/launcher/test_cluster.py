@@ -181,12 +181,11 @@ def test_by_ssh(site: Site) -> None:
     project = site.project("by_ssh")
     commands = [command for command in launches("--hostfile") if "--no_ssh" not in command]
     assert len(commands) == 1
-    codes = disturbed(site, project, commands, lambda _: site.ranks(site.hosts[1])[0].kill())
-    print("killed", codes)
-    codes = disturbed(site, project, commands, lambda _: (run_of(project) / "STOP").touch())
-    print("STOP", codes)
-    codes = disturbed(site, project, commands, lambda launcher: launcher.terminate())
-    print("SIGTERM", codes)
+    stop = run_of(project) / "STOP"
+    killed = disturbed(site, project, commands, lambda _: site.ranks(site.hosts[1])[0].kill())
+    assert killed == [256 - signal.SIGKILL]
+    assert disturbed(site, project, commands, lambda _: stop.touch()) == [0]
+    assert disturbed(site, project, commands, lambda launcher: launcher.terminate()) == [1]
     finish(site, project, commands)
 
 
