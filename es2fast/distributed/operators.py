@@ -6,12 +6,16 @@ builds or loads an operator leaves it behind: the next start would hang, and eve
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import time
 from pathlib import Path
 
 import psutil
 
-LOCAL = {"apfs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"}
+LOCAL = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"}
+RELEASE = 0.2  # seconds; a builder that is done closes its lock and then removes it
 
 
 def drop_stale_locks() -> list[Path]:
@@ -21,15 +25,9 @@ def drop_stale_locks() -> list[Path]:
     (a home on NFS), that cannot be seen, so there they stay.
 
     Returns:
-        the locks that stay, on such file systems: a builder's, or left over.
+        the locks that stay where nobody can say: a builder's, or left over.
     """
-    unknown = []
-    for lock in _locks():
-        if not _is_local(lock):
-            unknown.append(lock)
-        elif not _is_open(lock):
-            lock.unlink(missing_ok=True)
-    return unknown
+    return [lock for lock in _locks() if not (_is_local(lock) and _settled(lock))]
 
 
 def _locks() -> list[Path]:
@@ -46,13 +44,34 @@ def _is_local(path: Path) -> bool:
     return nearest is not None and nearest.fstype in LOCAL
 
 
-def _is_open(path: Path) -> bool:
-    """A process of this machine, as far as they can be looked into, has the file open."""
-    real = str(path.resolve())
-    for process in psutil.process_iter():
+def _settled(lock: Path) -> bool:
+    """The lock has a holder, or it is gone now; False: one cannot tell."""
+    try:
+        folder = os.open(lock.parent, os.O_RDONLY)
         try:
-            if any(file.path == real for file in process.open_files()):
-                return True
-        except (psutil.Error, OSError):
-            continue
+            fcntl.flock(folder, fcntl.LOCK_EX)  # ranks look one after another: a look opens it too
+            if not _is_open(lock):
+                seen = lock.stat()
+                time.sleep(RELEASE)
+                if os.path.samestat(seen, lock.stat()) and not _is_open(lock):
+                    lock.unlink()
+        finally:
+            os.close(folder)
+    except FileNotFoundError:
+        pass
+    except (OSError, AttributeError):  # somebody else's file; no leases outside of Linux
+        return False
+    return True
+
+
+def _is_open(path: Path) -> bool:
+    """Another process of this machine has the file open, be it in another container: the kernel
+    gives no lease on such a file."""
+    with path.open("rb") as file:
+        try:
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        except OSError as error:
+            if error.errno != errno.EAGAIN:
+                raise
+            return True
     return False

@@ -192,7 +192,12 @@ def place(run: Path, since: float) -> str:
 
 
 def problem_of(run: Path) -> str | None:
-    """A checkpoint that has its name but is not whole, or a torn line in the metrics."""
+    """A checkpoint that has its name but is not whole, or metrics that are not steps 1, 2, 3, ...;
+    only the last line may be torn, and the next start cuts it off."""
+    path = run / "metrics.jsonl"
+    whole = [line for line in path.open("rb") if line.endswith(b"\n")] if path.is_file() else []
+    if (steps := [json.loads(line)["step"] for line in whole]) != list(range(1, len(whole) + 1)):
+        return f"{path} has steps {steps}"
     folder = CheckpointFolder(run / "checkpoints")
     problems = (damage(folder.at(step)) for step in folder.steps())
     return next((problem for problem in problems if problem is not None), None)
