@@ -6,7 +6,7 @@ tokens they are by a reduce-scatter in float32.
 
 Received per rank and call in 16 bits, with p ranks and N tokens in all (as many on each as on the
 largest): 4 H N (p-1)/p bytes of states, as much of dX, 24 to 28 (p-1) N of statistics. Gathering
-the head takes 2 V H (p-1)/p bytes; DeepSpeed then keeps it until its backward pass. So this
+the head takes 2 V H (p-1)/p bytes, once: DeepSpeed keeps it until its backward pass. So this
 receives less for fewer than about V/4 tokens, and no rank ever holds the head: with p = 8,
 V = 128256, H = 4096 and N = 8192 it is 236 MB instead of 919. With a small H or many ranks the
 statistics count too.
