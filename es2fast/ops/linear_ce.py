@@ -131,7 +131,7 @@ class CEResult:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Autograd around `_run`."""
+    """Autograd around `run`."""
 
     @staticmethod
     def forward(

@@ -62,8 +62,8 @@ def whole_bias(
     device: torch.device,
     group: dist.ProcessGroup | None,
 ) -> Tensor | None:  # (V,)
-    """A parted bias, gathered: it is a row's length in V, not in V x H, and its cuts are not the
-    weight's."""
+    """A parted bias, gathered: V elements are little beside V x H, and its cuts are not those of
+    the weight's rows."""
     if flat is None:
         return None
     return torch.cat(all_gathered(flat.to(device), group))[:vocab]
@@ -94,7 +94,7 @@ def check_slices(
     refuse(
         flat_weight.numel() < width or last.first >= last.stop,
         f"vocab_size={vocab}: too few rows for {ranks} ranks, one of which has none; gather the "
-        "head and use its whole",
+        "head instead",
     )
 
 

@@ -8,7 +8,8 @@ brings to a micro-batch: n to the KL, m to the refusal anchor.
 
 Received by a rank for a micro-batch, in bytes:
 
-    gathered    b V H (p-1)/p       once, DeepSpeed keeps the head until its backward pass
+    gathered    b V H (p-1)/p       once, DeepSpeed keeps the head until its backward pass; nothing
+                                    where the head is tied and still gathered as the embedding
     sharded     (p-1) [n ((2 b + 4) H + 28 p + 4) + m ((b + 4) H + 16 p + 12)]
 
 Of a token: its states (in the KL the teacher's too), dX in float32, statistics between the ranks,
@@ -68,14 +69,15 @@ def choose_head(
     if why is not None:
         return HeadExchange(False, f"LM head: gathered, since {why}")
     text, item = model.get_text_config(), DTYPES[dtype].itemsize
-    gathered = gathered_bytes(text.vocab_size, text.hidden_size, item, world_size)
-    sharded = sharded_bytes(
-        text.hidden_size, item, world_size, *_most_tokens(config, longest)
-    )  # fmt: skip
+    gathered = 0.0
+    if not _embedding_stays(config, model, zero):
+        gathered = gathered_bytes(text.vocab_size, text.hidden_size, item, world_size)
+    most = _most_tokens(config, longest)
+    sharded = sharded_bytes(text.hidden_size, item, world_size, *most)
     chosen = config.train.zero3_head
     if chosen == "auto":
         pays = device == "cuda" and MARGIN * sharded < gathered
-        chosen = "sharded" if pays and not _embedding_stays(config, model, zero) else "gathered"
+        chosen = "sharded" if pays else "gathered"
     return HeadExchange(
         chosen == "sharded",
         f"LM head: {chosen}; a rank receives {gathered / 1e6:.3g} MB per micro-batch where it is "
