@@ -1,13 +1,14 @@
 """Bytes that a rank sends in one optimizer step, by ZeRO stage.
 
 Legend: W ranks, s = (W - 1) / W, P parameters (student and twin), Pt trained, b bytes of an
-element, G micro-batches, h parameters of the LM head, T what its losses send where it is sharded.
+element, G micro-batches, h parameters of a frozen LM head, T what its losses send where it is
+sharded.
 
     0   2 s b Pt                 all-reduce of the gradients, once
     1   s b Pt + s b Pt          reduce-scatter once, all-gather of the updated weights
     2   s b Pt G + s b Pt        the first for every micro-batch
     3   s b Pt G + 3 s b P G     weights are gathered for teacher, student and backward; less where
-                                 they stay gathered between the passes. The head once, from the
+                                 they stay gathered between the passes. A frozen head once, from the
                                  student's pass to its backward: s b h G instead of 3 s b h G (a
                                  tied one twice more, as the embedding), or T G
 """
@@ -36,7 +37,7 @@ def step_bytes(
         item: bytes of an element.
         ranks: W.
         micro_batches: G, of an optimizer step and rank.
-        head: h, part of `total`.
+        head: h, part of `total`; 0: it trains.
         tied: the head is the embedding too.
         tokens: T; None: the head is gathered.
     """

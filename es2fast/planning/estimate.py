@@ -119,7 +119,8 @@ class Estimator:
         sent = {
             stage: step_bytes(
                 stage, total=shape.total, trained=shape.trained, item=self._item, ranks=ranks,
-                micro_batches=micro, head=shape.vocabulary * shape.hidden,
+                micro_batches=micro,
+                head=0 if shape.head_trained else shape.vocabulary * shape.hidden,
                 tied=bool(self._plan.model.get_text_config().tie_word_embeddings),
                 tokens=self._token_bytes(shape, works, ranks) if head.sharded else None,
             )
