@@ -9,7 +9,8 @@ returns logits; called with a `KLTask` it returns the KL divergence instead, and
 beside it (the refusal anchor) both losses of one call, as one tensor, so that ZeRO sees the module
 run once per pass. A teacher with a head
 of its own lends its weight by a nested call (`teacher_head(Borrow(...))`), so that both weights are
-gathered at once without reading a parameter outside its module.
+gathered at once without reading a parameter outside its module. A frozen head may also stay parted:
+`sharded_head`.
 
 Transforms of the logits (soft-cap, scale) are read from the model's config and then *checked*:
 `parity_error` compares them with `model(...).logits`.
@@ -113,6 +114,12 @@ class CETask:
     counted: Tensor
 
 
+def stacked_losses(kl: Tensor, loss: Tensor, hits: Tensor, task: CETask) -> Tensor:
+    """(4,) KL, cross-entropy, hits of either kind, from those of each token, (M,) bool."""
+    kinds = [(hits & (task.counted == kind)).sum().to(loss.dtype) for kind in (1, 2)]
+    return torch.stack([kl, loss, *kinds])
+
+
 @dataclass(frozen=True)
 class Borrow:
     """For a `LendingHead`: runs `use(weight, bias)` inside the lending module's forward."""
@@ -157,8 +164,7 @@ class FusedHead:
             logit_scale=self._transform.logit_scale,
             softcap=self._transform.softcap,
         )
-        kinds = [(hits & (refusal.counted == kind)).sum().to(loss.dtype) for kind in (1, 2)]
-        return torch.stack([kl, loss, *kinds])
+        return stacked_losses(kl, loss, hits, refusal)
 
     def _divergence(self, hidden: Tensor, task: KLTask) -> Tensor:
         """The KL, with the teacher's own head where it has one."""
@@ -323,4 +329,5 @@ __all__ = [
     "lm_head_of",
     "parity_error",
     "read_transform",
+    "stacked_losses",
 ]

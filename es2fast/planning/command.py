@@ -37,7 +37,8 @@ def plan(
     wanted = resolved.model.dtype
     dtype = ("fp32" if known.device == "cpu" else "bf16") if wanted == "auto" else wanted
     checked = make_plan(_without_machine(resolved))
-    free = checked.config.model_copy(update={"deepspeed": resolved.deepspeed})
+    train = checked.config.train.model_copy(update={"zero3_head": resolved.train.zero3_head})
+    free = checked.config.model_copy(update={"deepspeed": resolved.deepspeed, "train": train})
     checked = dataclasses.replace(checked, config=free)
     found = describe(checked, known, dtype, counts, resolved.train.global_batch_size)
     show(found)
@@ -63,7 +64,7 @@ def ranks_of(text: str) -> list[int]:
 
 def _without_machine(config: Config) -> Config:
     """The run as it can be checked here: on a CPU, on one rank, whatever its folder holds."""
-    train = {"device": "cpu", "overwrite": True, "global_batch_size": None}
+    train = {"device": "cpu", "overwrite": True, "global_batch_size": None, "zero3_head": "auto"}
     changed = config.train.model_copy(update=train)
     deepspeed = "zero2" if config.deepspeed == "auto" else config.deepspeed
     return config.model_copy(update={"train": changed, "deepspeed": deepspeed})

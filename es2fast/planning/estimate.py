@@ -15,10 +15,11 @@ from es2fast.modeling.teacher import resolve_teacher
 from es2fast.planning.batches import Rows, largest, rows_of, works_of
 from es2fast.planning.communication import step_bytes
 from es2fast.planning.fit import smallest_change
-from es2fast.planning.flops import Flops, mean_flops
+from es2fast.planning.flops import Flops, Work, mean_flops
 from es2fast.planning.machines import Machine
 from es2fast.planning.timing import step_time, writing_seconds
 from es2fast.training.activations import Tokens
+from es2fast.training.head_exchange import HeadExchange, choose_head, sharded_bytes
 from es2fast.training.memory import Estimate, estimate, model_sizes
 from es2fast.training.plan import Plan
 from es2fast.training.shape import Shape
@@ -114,10 +115,14 @@ class Estimator:
         recomputed = config.train.gradient_checkpointing
         counted = mean_flops(shape, works, checkpointed=recomputed)
         micro = config.train.gradient_accumulation
+        head = self._head(config, ranks)
         sent = {
             stage: step_bytes(
                 stage, total=shape.total, trained=shape.trained, item=self._item, ranks=ranks,
                 micro_batches=micro,
+                head=0 if shape.head_trained else shape.vocabulary * shape.hidden,
+                tied=bool(self._plan.model.get_text_config().tie_word_embeddings),
+                tokens=self._token_bytes(shape, works, ranks) if head.sharded else None,
             )
             for stage in STAGES
         }  # fmt: skip
@@ -144,6 +149,7 @@ class Estimator:
             "global_batch_size_met": self._pairs in (None, batch),
             "padding_share": padding,
             "flop_per_step": _scaled(counted, micro),
+            "zero3_head": "sharded" if head.sharded else "gathered",
             "bytes_sent_per_step": {str(stage): size for stage, size in sent.items()},
             "step_seconds": step.seconds,
             "step_parts_seconds": {
@@ -152,6 +158,26 @@ class Estimator:
             "mfu": step.mfu,
             "stages": self._stages(shape, counted, own.stage, step.seconds, ranks),
         }  # fmt: skip
+
+    def _token_bytes(self, shape: Shape, works: list[tuple[float, Work]], ranks: int) -> float:
+        """What a micro-batch sends for the losses of a sharded head."""
+        return sum(
+            share
+            * sharded_bytes(shape.hidden, self._item, ranks, work.kl_tokens, work.refusal_tokens)
+            for share, work in works
+        )
+
+    def _head(self, config: Config, ranks: int) -> HeadExchange:
+        """What ZeRO-3 would do with the LM head."""
+        preset = "zero3" if config.deepspeed == AUTO else None
+        mapping = build_deepspeed(
+            config, world_size=ranks, dtype=self._dtype, model_config=self._plan.model,
+            preset=preset,
+        )  # fmt: skip
+        return choose_head(
+            config, self._plan.model, mapping.get("zero_optimization", {}), world_size=ranks,
+            device=self._machine.device, dtype=self._dtype, longest=self._plan.longest,
+        )  # fmt: skip
 
     def _stages(
         self, shape: Shape, counted: Flops, stage: int, step: float, ranks: int

@@ -49,6 +49,7 @@ def show(found: dict[str, Any], console: Console | None = None) -> None:
         "GB sent at ZeRO 0 / 1 / 2 / 3",
         lambda c: " / ".join(f"{size / GB:.3g}" for size in c["bytes_sent_per_step"].values()),
     )
+    row("LM head at ZeRO 3", lambda c: c["zero3_head"])
     row("seconds", lambda c: f"{c['step_seconds']:.3g}")
     row("MFU", lambda c: f"{c['mfu']:.0%}")
     row("padding", lambda c: f"{c['padding_share']:.0%}")

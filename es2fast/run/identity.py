@@ -19,8 +19,13 @@ IRRELEVANT = (
 )
 
 CONVERTED = {AUTO, *PRESETS} - {"zero3_offload"}  # of `deepspeed`: one may follow another
-# compared with what a checkpoint was written with, see `training.same_run`
-SHARING = ("train.micro_batch_size", "train.gradient_accumulation", "train.global_batch_size")
+# how ranks share the work; a checkpoint says how it was, see `training.same_run`
+SHARING = (
+    "train.micro_batch_size",
+    "train.gradient_accumulation",
+    "train.global_batch_size",
+    "train.zero3_head",
+)
 
 
 def differences(old: Config, new: Config) -> Iterator[str]:

@@ -71,6 +71,7 @@ def build_engine(plan: Plan, prepared: Prepared, runtime: Runtime) -> Any:
         whitening=prepared.whitening,
         config=config,
         teacher_head=head,
+        sharded=plan.head.sharded,
     )
     parameters = [p for p in objective.parameters() if p.requires_grad]
     warmup = math.ceil(train.warmup_ratio * train.steps)

@@ -29,6 +29,7 @@ from es2fast.config import Config
 from es2fast.data.packing import Packed
 from es2fast.errors import UserError
 from es2fast.modeling import head as heads
+from es2fast.modeling.sharded_head import ShardedHead
 from es2fast.modeling.sublayers import attention_of, mlp_of
 from es2fast.modeling.taps import (
     Intervention,
@@ -62,6 +63,8 @@ class ES2Objective(nn.Module):
         config: separation and KL settings.
         teacher_head: the base model's LM head where the student's is trained; the twin's own, or
             without a twin a frozen copy.
+        sharded: the losses are computed from a head that stays parted under ZeRO-3, see
+            `modeling.sharded_head`.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class ES2Objective(nn.Module):
         scale: dict[int, float] | None = None,
         whitening: dict[int, Whitening] | None = None,
         teacher_head: nn.Linear | None = None,
+        sharded: bool = False,
     ):
         super().__init__()
         self.student = student
@@ -105,6 +109,7 @@ class ES2Objective(nn.Module):
         )
         self.lm_head, self.transform = heads.install(student, teacher_head)
         self.teacher_head = teacher_head if teacher is None else None
+        self._sharded = ShardedHead(heads.lm_head_of(student), self.transform) if sharded else None
 
     def train(self, mode: bool = True) -> ES2Objective:
         super().train(mode)
@@ -186,12 +191,12 @@ class ES2Objective(nn.Module):
         harmless = final.narrow(dim, behind, size - count).flatten(0, 1)
         hidden = harmless[kl_index]
         if refusal is None:
-            kl_sum = self.lm_head(hidden, kl_task)
+            kl_sum = self._losses(hidden, kl_task)
         else:
             harmful = final.narrow(dim, 0, count).flatten(0, 1)
             watched = harmless[refusal.watch].detach()
             hidden = torch.cat([hidden, harmful[refusal.index], watched])
-            kl_sum, ce_sum, hits, wrong = self.lm_head(hidden, kl_task, refusal.task).unbind()
+            kl_sum, ce_sum, hits, wrong = self._losses(hidden, kl_task, refusal.task).unbind()
         weight = self.config.separation.weight
         part = sep if weight == 1.0 else weight * sep if weight else 0.0
         loss = self.world * (part + kl_weight * accumulation / kl_tokens * kl_sum)
@@ -208,6 +213,11 @@ class ES2Objective(nn.Module):
             loss = loss + band  # a mean over equally many rows of each rank: DeepSpeed's average
             metrics |= outside | {"norm_band": band.detach()}
         return loss, metrics | {"sep": sep.detach(), "kl_sum": kl_sum.detach()}
+
+    def _losses(self, hidden: Tensor, *tasks: Any) -> Tensor:
+        """What the LM head makes of the tokens, see `FusedHead`."""
+        head: Any = self._sharded or self.lm_head
+        return head(hidden, *tasks)
 
     def _norm_band(self, states: dict[int, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The penalty on states whose norm left the band, and their share per layer."""

@@ -7,6 +7,7 @@ read once per process and nothing is trained on that was not checked.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from es2fast.modeling.teacher import resolve_teacher
 from es2fast.run.claim import check_claim
 from es2fast.run.folder import RunFolder
 from es2fast.run.metrics import check_trackers
+from es2fast.training.head_exchange import HeadExchange, check_head, choose_head
 from es2fast.training.refusals import anchor_line, check_refusals
 from es2fast.training.stage import choose_stage
 
@@ -54,6 +56,25 @@ class Plan:
     @property
     def zero_stage(self) -> int:
         return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+    @property
+    def longest(self) -> int:
+        """Tokens that no row has more of."""
+        data = self.config.data
+        return min(data.max_length, max(self.lengths) + data.max_response_tokens)
+
+    @functools.cached_property
+    def head(self) -> HeadExchange:
+        """Whether the LM head stays sharded under ZeRO-3."""
+        return choose_head(
+            self.config,
+            self.model,
+            self.deepspeed.get("zero_optimization", {}),
+            world_size=self.world_size,
+            device=self.device,
+            dtype=self.dtype,
+            longest=self.longest,
+        )
 
     def sampler(
         self,
@@ -115,7 +136,7 @@ class Plan:
             f"ZeRO stage {self.zero_stage}; {train.micro_batch_size} pairs x "
             f"{train.gradient_accumulation} micro-batches x {self.world_size} ranks = "
             f"{self.deepspeed['train_batch_size']} pairs per step",
-            *([self.why_stage] if self.why_stage else []),
+            *(line for line in (self.why_stage, self.head.line) if line),
             f"steps: {train.steps} = {epochs['harmful']:.1f} passes over the harmful and "
             f"{epochs['harmless']:.1f} over the harmless prompts{rare}",
         ]
@@ -177,18 +198,19 @@ def make_plan(config: Config, *, world_size: int = 1) -> Plan:
         lengths=prompt_lengths(groups, formatter, model.get_text_config().vocab_size),
     )
     plan.sampler(0)  # raises where a group or a size is too small
-    return _with_stage(plan) if auto else plan
+    plan = _with_stage(plan) if auto else plan
+    check_head(config, plan.deepspeed.get("zero_optimization", {}), world_size)
+    return plan
 
 
 def _with_stage(plan: Plan) -> Plan:
     """The plan with the ZeRO stage that fits."""
-    data = plan.config.data
     choice = choose_stage(
         plan.config,
         plan.model,
         world_size=plan.world_size,
         device=plan.device,
         dtype=plan.dtype,
-        longest=min(data.max_length, max(plan.lengths) + data.max_response_tokens),
+        longest=plan.longest,
     )
     return dataclasses.replace(plan, deepspeed=choice.deepspeed, why_stage=choice.line)

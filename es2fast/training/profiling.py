@@ -91,9 +91,7 @@ class StepProfiler:
     def _mark(self, engine: Any) -> None:
         objective = engine.module
         student = objective.student
-        for name, module in (("embedding", student.get_input_embeddings()),
-                             ("head", objective.lm_head)):  # fmt: skip
-            self._hooked(module, name)
+        self._hooked(student.get_input_embeddings(), "embedding")
         for block in blocks(student):
             for name, child in block.named_children():
                 kind = "attention" if "attn" in name or "attention" in name else None
@@ -104,6 +102,7 @@ class StepProfiler:
             self._hooked(backbone(objective.teacher), "teacher")
         self._hooked(backbone(student), "student")
         self._wrapped(objective, "_separation", "separation")
+        self._wrapped(objective, "_losses", "head")
         self._wrapped(engine, "backward", "backward")
         self._wrapped(engine, "step", "optimizer")
 

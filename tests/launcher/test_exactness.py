@@ -35,7 +35,7 @@ Bank = dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]]
 
 
 def case(model: Path, data: dict[str, str], **train: Any) -> dict[str, Any]:
-    stage = train.pop("stage", 3)
+    zero = {"stage": train.pop("stage", 3)} | train.pop("zero", {})
     settings = {"micro_batch_size": 1, "lr": 3e-3, "warmup_ratio": 0.0, "schedule": "constant"}
     return {
         "config": {
@@ -46,7 +46,7 @@ def case(model: Path, data: dict[str, str], **train: Any) -> dict[str, Any]:
             "refusal": train.pop("refusal", {}),
             "kl": {"weight": 3.0, "direction": train.pop("direction", "forward")},
             "train": settings | {"device": "cpu", "max_grad_norm": 1e9} | train,
-            "deepspeed": {"zero_optimization": {"stage": stage}},
+            "deepspeed": {"zero_optimization": zero},
         }
     }
 
@@ -146,6 +146,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "moments": case(untied, kept, teacher="moments"),
         "moments_zero2": case(untied, kept, teacher="moments", stage=2, gradient_accumulation=2),
     }
+    parted = {"zero": {"stage3_param_persistence_threshold": 0}}  # tiny weights too
+    lora = {"trainable": "lora", "lora": {"r": 4}}
+    sharded = parted | {"zero3_head": "sharded"}
+    two |= {
+        "parted_head": case(untied, data, **lora, **parted),
+        "sharded_head": case(untied, data, **lora, **sharded),
+        "sharded_head_twin": case(
+            capped, data, refusal=DEEP, gradient_accumulation=2, gradient_checkpointing=True,
+            **sharded,
+        ),
+        "sharded_head_tied": case(tied, data, direction="reverse", **lora, **sharded),
+        "sharded_head_cache": case(
+            biased, kept, teacher="cache", refusal=DEEP, **lora, **sharded
+        ),
+    }  # fmt: skip
     one = {
         "attacks": case(untied, data, micro_batch_size=2, **every),
         "anchor": case(untied, data, micro_batch_size=2, refusal=ANCHOR),
@@ -161,6 +176,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
+SHARDED = ["sharded_head", "sharded_head_twin", "sharded_head_tied", "sharded_head_cache"]
 CACHED = ["cache", "cache_all_tied", "cache_anchor_lora", "moments", "moments_zero2"]
 CASES = ["twin", "twin_padded", "twin_checkpointed", "lora", "lora_padded", "lora_checkpointed",
          "all", "all_tied", "all_biased",
@@ -169,7 +185,7 @@ CASES = ["twin", "twin_padded", "twin_checkpointed", "lora", "lora_padded", "lor
          "bank", "bank_accumulated", *UNBOUNDED, "softplus", "cosine",
          "centroid_bank", "moves", "moves_bank", "anchor", "anchor_lora",
          "anchor_every_block", "anchor_all_accumulated",
-         "anchor_alone", *CACHED]  # fmt: skip
+         "anchor_alone", *CACHED, "parted_head", *SHARDED]  # fmt: skip
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -353,6 +369,21 @@ def test_one_rank_of_two_rows_equals_two_ranks_of_one(runs: dict[str, Any], name
     assert one["kl"][1:] == pytest.approx(two["kl"][1:], rel=1e-4)
     for key, grad in one["grads"].items():
         assert relative(two["grads"][key], grad.double()) <= 1e-4, key
+
+
+@pytest.mark.parametrize("name", ["parted_head", *SHARDED])
+def test_nothing_is_left_gathered(runs: dict[str, Any], name: str) -> None:
+    assert runs["two"][name]["whole"] == []
+
+
+def test_a_sharded_head_is_never_gathered(runs: dict[str, Any]) -> None:
+    """Gathered, it is once per step: half of its V x 32 float32 come from the other rank."""
+    gathered, sharded = (
+        [step["parameters"] for step in runs["two"][name]["wire"]]
+        for name in ("parted_head", "sharded_head")
+    )
+    head = len(tokenizer()) * 32 * 4 // 2
+    assert [a - b for a, b in zip(gathered, sharded, strict=True)][1:] == [head] * (STEPS - 1)
 
 
 def test_checkpointing_changes_nothing(runs: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Every option of the separation, with a refusal anchor, under the launcher on two ranks."""
+"""Every option of the separation, a refusal anchor and a sharded head, launched on two ranks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def test_all_options_together(tmp_path: Path) -> None:
             "bank": 8, "robust": {"probability": 0.5, "attack": "scav", "refit_every": 1},
         },
         "refusal": {"weight": 2.0, "prefill": {"probability": 0.5}},
-        "train": {"steps": 8, "micro_batch_size": 2, "lr": 1e-2, "device": "cpu"},
+        "train": {
+            "steps": 8, "micro_batch_size": 2, "lr": 1e-2, "device": "cpu", "zero3_head": "sharded",
+        },
         "deepspeed": "zero3",
         "output_dir": str(tmp_path / "run"),
     }  # fmt: skip

@@ -7,11 +7,14 @@ For each case the file holds the losses, and the state and gradients before the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from es2fast.config import parse_config
 from es2fast.distributed import runtime as runtimes
@@ -45,6 +48,48 @@ def trace_complete(engine: Any) -> bool | None:
     return None if offload is None else offload.get_param_coordinator().is_complete_trace()
 
 
+@contextlib.contextmanager
+def wire() -> Iterator[dict[str, int]]:
+    """Bytes that this rank receives: `parameters` by DeepSpeed's gathers, `tokens` by the package's
+    all-gathers and reduce-scatters."""
+    from deepspeed.comm import comm
+
+    found = {"parameters": 0, "tokens": 0}
+    backend: Any = comm.cdb
+    gather, scatter, parameters = (
+        dist.all_gather, dist.reduce_scatter_tensor, backend.all_gather_into_tensor
+    )  # fmt: skip
+
+    def all_gather(parts: list[torch.Tensor], mine: torch.Tensor, group: Any = None) -> None:
+        found["tokens"] += mine.nbytes * (len(parts) - 1)
+        gather(parts, mine, group=group)
+
+    def reduce_scatter(out: torch.Tensor, x: torch.Tensor, group: Any = None) -> None:
+        found["tokens"] += x.nbytes - out.nbytes
+        scatter(out, x, group=group)
+
+    def all_gather_parameters(output_tensor: Any, input_tensor: Any, **options: Any) -> Any:
+        found["parameters"] += output_tensor.nbytes - input_tensor.nbytes
+        return parameters(output_tensor, input_tensor, **options)
+
+    dist.all_gather, dist.reduce_scatter_tensor = all_gather, reduce_scatter  # type: ignore[assignment]
+    backend.all_gather_into_tensor = all_gather_parameters
+    try:
+        yield found
+    finally:
+        dist.all_gather, dist.reduce_scatter_tensor = gather, scatter
+        del backend.all_gather_into_tensor
+
+
+def still_gathered(engine: Any) -> list[str]:
+    """Parameters that ZeRO-3 has left whole, those aside that it keeps so on purpose."""
+    return [
+        name
+        for name, p in engine.module.named_parameters()
+        if hasattr(p, "ds_id") and p.ds_status.name != "NOT_AVAILABLE" and not p.ds_persist
+    ]
+
+
 def some_whitening() -> Whitening:
     """Of random states with unequal variances, width 32."""
     states = torch.randn(2, 24, 32, generator=torch.Generator().manual_seed(0))
@@ -71,7 +116,7 @@ def run_case(case: dict[str, Any], runtime: runtimes.Runtime) -> dict[str, Any]:
     feed = Feed(plan, plan.groups.harmless, runtime.rank, texts, teacher)
     engine = build_engine(plan, prepared, runtime)
     found: dict[str, Any] = {"losses": [], "kl": [], "trace": [], "states": []}
-    found["attacked"], found["refusal"], found["norms"] = [], [], []
+    found["attacked"], found["refusal"], found["norms"], found["wire"] = [], [], [], []
     simulated = SimulatedAttack(config, layers, runtime, depth=len(blocks(engine.module.student)))
     take_step = engine.step
 
@@ -86,7 +131,12 @@ def run_case(case: dict[str, Any], runtime: runtimes.Runtime) -> dict[str, Any]:
     for index in range(STEPS):
         found["states"].append(full_state_dict(engine.module.student, main=True))
         attack = simulated.for_step(index + 1)
-        sums = train_step(engine, feed(index), config.kl.weight, runtime, attack, simulated.observe)
+        with wire() as received:
+            sums = train_step(
+                engine, feed(index), config.kl.weight, runtime, attack, simulated.observe
+            )
+        found["wire"].append(received)
+        found["whole"] = still_gathered(engine)
         found["attacked"].append(None if attack is None else attack.name)
         found["losses"].append(sums["sep"])
         found["norms"].append(sums["grad_norm"])

@@ -64,6 +64,11 @@ def test_bytes_sent() -> None:
 
     assert [sent(stage) for stage in (0, 1, 2, 3)] == [30, 30, 30, 1.5 * (10 + 300)]
     assert [sent(stage, micro_batches=3) for stage in (0, 1, 2)] == [30, 30, 60]
+    rest = {"total": 100, "trained": 10, "item": 2, "ranks": 4, "micro_batches": 2, "head": 40}
+    assert step_bytes(3, **rest) == 2 * 1.5 * (10 + 180 + 40)
+    assert step_bytes(3, **rest, tied=True) == 2 * 1.5 * (10 + 180 + 120)
+    assert step_bytes(3, **rest, tokens=7.0) == 2 * (1.5 * (10 + 180) + 7)
+    assert step_bytes(2, **rest, tokens=7.0) == step_bytes(2, **rest)
     assert [sent(stage, ranks=1) for stage in (0, 1, 2, 3)] == [0, 0, 0, 0]
 
 

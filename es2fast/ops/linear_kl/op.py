@@ -275,7 +275,7 @@ def _padded(gradient: Tensor | None, like: Tensor | None) -> Tensor:
     return full
 
 
-def _few_decide(weights: Tensor, given: Tensor | None, max_valid: int | None) -> bool:
+def decided_by_few(weights: Tensor, given: Tensor | None, max_valid: int | None) -> bool:
     """``few_decide`` where looking at the weights costs no synchronization of its own."""
     if given is None or (given.is_cuda and max_valid is not None):
         return weights.shape[0] < FEW_TOKENS
@@ -316,7 +316,7 @@ def _run(
     if low_memory is None and not need_grad and chunk_tokens is None:
         low_memory = is_short_of_memory(8 * min(chunk, weights.shape[0]) * vocab, hidden.device)
     if exact is None:
-        exact = need_grad and _few_decide(weights, token_weights, max_valid_tokens)
+        exact = need_grad and decided_by_few(weights, token_weights, max_valid_tokens)
     problem = KLProblem(
         hidden=hidden,
         weight=weight[:vocab],

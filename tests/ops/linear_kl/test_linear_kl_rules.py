@@ -93,11 +93,11 @@ def test_who_decides():
 
 
 def test_where_the_rule_looks():
-    assert op._few_decide(torch.ones(63), None, None)
-    assert not op._few_decide(torch.ones(64), None, None)
+    assert op.decided_by_few(torch.ones(63), None, None)
+    assert not op.decided_by_few(torch.ones(64), None, None)
     weights = torch.full((1000,), 1e-5)
     weights[0] = 1.0
-    assert op._few_decide(weights, weights, None) and op._few_decide(weights, weights, 1000)
+    assert op.decided_by_few(weights, weights, None) and op.decided_by_few(weights, weights, 1000)
 
 
 @pytest.mark.parametrize("direction", ("forward", "reverse", "jsd"))

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from es2fast.ops.linear_kl import zero3
+from es2fast.ops import zero3
 from tests.ops.linear_kl import zero3_ranks as ranks
 from tests.ops.linear_kl.matrix import (
     BF16,
@@ -17,6 +17,7 @@ from tests.ops.linear_kl.matrix import (
     oracle,
     relative,
 )
+from tests.ops.test_linear_ce import oracle as entropy_oracle
 
 pytest.importorskip("deepspeed", reason="the heads are parted by DeepSpeed")
 CASES = ranks.cases()
@@ -41,6 +42,22 @@ def test_equal_to_float64_of_the_own_tokens(found, name):
         assert relative(got["loss"], want.loss) <= VALUE_BOUND
         assert got["dx"].dtype == problem.hidden.dtype
         assert relative(got["dx"], want.dx) <= gradient_bound(problem.hidden.dtype, kl)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ranks.entropies())
+def test_cross_entropy_equals_float64_on_the_whole_head(found, name):
+    leaves, targets, weights, form, count = ranks.entropies()[name]
+    scale, cap = form.get("logit_scale", 1.0), form.get("softcap")
+    bound = 2e-6 if leaves[0].dtype == torch.float32 else 8e-3
+    for rank, own in enumerate((slice(0, count), slice(count, None))):
+        got = found[rank][f"entropy {name}"]
+        mine = [leaves[0][own], *leaves[1:]]
+        loss, top, gradients = entropy_oracle(mine, targets[own], weights[own], scale, cap)
+        assert relative(got["loss"], loss) <= 1e-6
+        assert torch.equal(got["hits"], top == targets[own])
+        assert got["dx"].dtype == leaves[0].dtype
+        assert relative(got["dx"], gradients[0]) <= bound
 
 
 @pytest.mark.slow
@@ -73,13 +90,11 @@ def test_slices_cover_every_row_once(ranks_, vocab, width):
 
 def test_heads_that_cannot_be_shared_are_refused():
     x = torch.randn(4, 8)
-    for vocab, ranks_, size, message in (
-        (20, 2, 40, r"flat_weight has shape \(40,\): expected \(80,\)"),
-        (9, 7, 11, "vocab_size=9: too few rows for 7 ranks"),
+    for flat, bias, vocab, ranks_, message in (
+        (torch.randn(40), None, 20, 2, r"flat_weight has shape \(40,\): expected \(80,\)"),
+        (torch.randn(80), torch.randn(9), 20, 2, r"flat_bias has shape \(9,\): expected \(10,\)"),
+        (torch.randn(11), None, 9, 7, "vocab_size=9: too few rows for 7 ranks"),
+        (torch.randn(80).half(), None, 20, 2, "cast hidden"),
     ):
         with pytest.raises(ValueError, match=message):
-            zero3._check_shard(x, torch.randn(size), vocab, x, ranks_)
-    with pytest.raises(ValueError, match="a shared head needs both alike"):
-        zero3._check_shard(x, torch.randn(80), 20, x[:3], 2)
-    with pytest.raises(ValueError, match="cast hidden"):
-        zero3._check_shard(x, torch.randn(80).half(), 20, x, 2)
+            zero3.check_slices(x, flat, bias, vocab, ranks_)
