@@ -112,10 +112,11 @@ class TrainConfig(Section):
         "twice the size of bf16 states and a third less work in the head",
     )
     zero3_head: Literal["auto", "gathered", "sharded"] = Field(
-        "auto",
+        "gathered",
         description="a frozen LM head under ZeRO-3: gathered by every rank for the losses; or "
-        "sharded, each rank makes the logits of its rows for the tokens of all ranks; auto: "
-        "sharded on a GPU where the longest micro-batch exchanges less than half of the bytes",
+        "sharded, each rank makes the logits of its rows for the tokens of all ranks (not yet "
+        "tried with NCCL); auto: sharded on a GPU where the longest micro-batch exchanges less "
+        "than half of the bytes",
     )
     gradient_checkpointing: bool = False
     update_scale: float = Field(

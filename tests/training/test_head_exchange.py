@@ -23,6 +23,7 @@ def chosen(
     zero: dict[str, Any] = ZERO3, ranks: int = 8, device: str = "cuda", longest: int = 480,
     shape: dict[str, Any] = LLAMA, raw: dict[str, Any] | None = None, **train: Any,
 ) -> bool:  # fmt: skip
+    train = {"zero3_head": "auto"} | train
     config = parse_config({"model": {"name": "m"}, "train": train} | (raw or {}))
     model = AutoConfig.for_model("llama", **shape)
     return choose_head(
