@@ -66,11 +66,13 @@ SWITCHES: dict[str, tuple[dict[str, Any], str]] = {
     "no fused KL": ({}, "fused_kl"),
     "length_window 8": ({"length_window": 8}, ""),
     "checkpointing": ({"gradient_checkpointing": True}, ""),
+    "compile": ({"compile": True}, ""),
 }
 ENTRIES = [
     *(Entry(kind, trainable) for trainable in _TEACHERS for kind in ("plain", "liger")),
     *(Entry("es2fast", trainable, t) for trainable, ts in _TEACHERS.items() for t in ts),
     *(Entry("es2fast", "lora", "cache", switch) for switch in SWITCHES),
+    Entry("es2fast", "blocks", "twin", "compile"),
 ]
 
 
@@ -169,12 +171,13 @@ def work(arguments: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
         inputs: list[Any] = list(range(arguments.steps))
     else:
         contestant, inputs = _plain(arguments, entry, d0)
-    seconds, busy, losses = [], [], []
+    seconds, busy, losses, graphs = [], [], [], []
     for given in inputs:
         started, used = time.perf_counter(), time.process_time()
         losses.append(contestant.step(given))  # reads the losses, so a GPU has finished
         seconds.append(time.perf_counter() - started)
         busy.append(time.process_time() - used)
+        graphs.append(compiled_graphs())
     timed = sorted(seconds[arguments.warmup :])
     middle = statistics.median(timed)
     extra = _extra_mb(arguments.device, before, contestant.weights_bytes)
@@ -186,11 +189,19 @@ def work(arguments: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
     return dict(
         s_per_step=middle, fastest=timed[0], slowest=timed[-1],
         cpu_s_per_step=statistics.median(busy[arguments.warmup :]),
+        first_step_s=seconds[0], cpu_first_step_s=busy[0],
+        graphs=graphs[-1], graphs_while_timed=graphs[-1] - graphs[max(arguments.warmup, 1) - 1],
         samples_per_s=2 * arguments.rows / middle,
         extra_mb=extra,
         weights_mb=contestant.weights_bytes / 1e6, stage=getattr(contestant, "stage", None),
         losses=losses, **floor,
     )  # fmt: skip
+
+
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made in this process so far."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # takes memory where nobody compiles
+    return 0 if dynamo is None else dynamo.counters["stats"]["unique_graphs"]
 
 
 def gemm_rate(arguments: argparse.Namespace) -> float:

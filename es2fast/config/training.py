@@ -112,6 +112,11 @@ class TrainConfig(Section):
         "twice the size of bf16 states and a third less work in the head",
     )
     gradient_checkpointing: bool = False
+    compile: bool = Field(
+        False,
+        description="torch.compile of the decoder blocks while they train, one after the other; "
+        "minutes at the start, nothing under ZeRO stage 3; needs a C++ compiler",
+    )
     update_scale: float = Field(
         1.0,
         gt=0,
