@@ -114,8 +114,8 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = False
     compile: bool = Field(
         False,
-        description="torch.compile of the decoder blocks while they train, one after the other; "
-        "minutes at the start, nothing under ZeRO stage 3; needs a C++ compiler",
+        description="torch.compile of each decoder block while it trains; costs a minute or more "
+        "of the first steps, needs a C++ compiler, not with ZeRO stage 3",
     )
     update_scale: float = Field(
         1.0,

@@ -21,7 +21,7 @@ from es2fast.errors import UserError
 from es2fast.modeling.taps import blocks
 
 VARIANTS = 64  # of a block: trained or frozen, with or without gradient, padded or packed
-_OPTIONS = {"emulate_precision_casts": True}
+_OPTIONS: dict[str, Any] = {"emulate_precision_casts": True}
 
 
 class CompiledForward:
@@ -63,22 +63,18 @@ def is_compiled(block: nn.Module) -> bool:
     return isinstance(block.forward, CompiledForward)
 
 
-def check_compile(zero_stage: int, device: str) -> None:
-    """Tries whether blocks can be compiled here.
-
-    Args:
-        zero_stage: of the run.
-        device: "cpu" or "cuda".
-
-    Raises:
-        UserError: ZeRO stage 3; no compiler that works.
-    """
+def check_stage(zero_stage: int) -> None:
+    """UserError under ZeRO stage 3."""
     if zero_stage == 3:
         raise UserError(
             "train.compile: true, but under ZeRO stage 3 every layer's weights come and go by "
             "hooks, which would cut a compiled block to pieces; use deepspeed=zero2 or "
             "train.compile=false"
         )
+
+
+def check_compiler(device: torch.device) -> None:
+    """UserError where something small cannot be compiled for `device`."""
     try:
         torch.compile(_probe)(torch.ones(8, device=device))
     except Exception as error:
