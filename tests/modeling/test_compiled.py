@@ -34,7 +34,7 @@ def loss_and_gradient(
     final = backbone(model)(**inputs, use_cache=False).last_hidden_state
     assert len(final) == len(ids) - HARMFUL
     loss = final[mask[HARMFUL:].bool()].square().mean() + taps.states[0].square().mean()
-    trained = list(backbone(model).parameters())
+    trained = [p for p in model.parameters() if p.requires_grad]
     return loss.detach(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)])
 
 
@@ -44,8 +44,9 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.slow
 def test_taps_cuts_and_attacks_are_those_of_plain_blocks() -> None:
-    model = tiny_model("llama", num_hidden_layers=2).train()
-    first, names = blocks(model)[0], list(model.state_dict())
+    model = tiny_model("llama", num_hidden_layers=2).train().requires_grad_(False)
+    first = blocks(model)[0].requires_grad_(True)
+    names = list(model.state_dict())
     taps = SeparationTaps(
         model, [0], attacked=[0, 1], parts=[(0, attention_of(first)), (0, mlp_of(first))]
     )
@@ -60,7 +61,7 @@ def test_taps_cuts_and_attacks_are_those_of_plain_blocks() -> None:
         graphs.append(counters["stats"]["unique_graphs"])
         torch.testing.assert_close(found[0], loss, rtol=1e-5, atol=0)
         assert relative(found[1], gradient) <= 1e-5
-    assert graphs == [1] * len(steps)  # of both blocks, whatever the length and the attack
+    assert graphs == [2] * len(steps)  # one of each block, whatever the length and the attack
     assert not counters["graph_break"]
 
 
