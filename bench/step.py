@@ -185,7 +185,7 @@ def work(arguments: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
     if entry.kind == "es2fast" and not entry.switch:
         gemms = 3 - (entry.teacher == "moments") + (entry.trainable == "all")
         flop = contestant.flop(arguments.steps - 1, gemms)
-        floor = {"flop": flop, "gemm_flops": gemm_rate(arguments)}
+        floor = {"flop": flop, "gemm_rate": gemm_rate(arguments)}
     return dict(
         s_per_step=middle, fastest=timed[0], slowest=timed[-1],
         cpu_s_per_step=statistics.median(busy[arguments.warmup :]),
@@ -206,7 +206,7 @@ def compiled_graphs() -> int:
 
 def gemm_rate(arguments: argparse.Namespace) -> float:
     """flop/s of torch's product of 512 tokens with the first weight of the model's MLP: the best
-    of many, so that other work on the machine does not flatter a step."""
+    of many, in CPU seconds on a CPU, so that other work on the machine does not flatter a step."""
     import torch
     from transformers import AutoConfig
 
@@ -216,11 +216,12 @@ def gemm_rate(arguments: argparse.Namespace) -> float:
     options: Any = {"dtype": DTYPES[arguments.dtype], "device": arguments.device}
     a = torch.randn(512, config.hidden_size, **options)
     b = torch.randn(config.intermediate_size, config.hidden_size, **options)
+    clock = time.process_time if arguments.device == "cpu" else time.perf_counter
     times = []
     for _ in range(50):
-        started = time.perf_counter()
+        started = clock()
         (a @ b.T)[0, 0].item()
-        times.append(time.perf_counter() - started)
+        times.append(clock() - started)
     return 2 * a.numel() * b.shape[0] / min(times)
 
 
@@ -323,7 +324,7 @@ def table(path: Path) -> str:
             if row["extra_mb"] and plain["extra_mb"]:
                 memory = f"{row['extra_mb'] / plain['extra_mb']:.0%}"
         seconds = row["cpu_s_per_step"] if device == "cpu" else row["s_per_step"]
-        floor = f"{seconds * row['gemm_flops'] / row['flop']:.2f}×" if "flop" in row else "–"
+        floor = f"{seconds * row['gemm_rate'] / row['flop']:.2f}×" if "gemm_rate" in row else "–"
         extra = "–" if row["extra_mb"] is None else f"{row['extra_mb'] / 1e3:.2f}"
         lines.append(
             f"| {model}, {dtype}, {rows} | {trained} | {shown} | {seconds:.2f} | {speed} | "
