@@ -66,11 +66,13 @@ SWITCHES: dict[str, tuple[dict[str, Any], str]] = {
     "no fused KL": ({}, "fused_kl"),
     "length_window 8": ({"length_window": 8}, ""),
     "checkpointing": ({"gradient_checkpointing": True}, ""),
+    "compile": ({"compile": True}, ""),
 }
 ENTRIES = [
     *(Entry(kind, trainable) for trainable in _TEACHERS for kind in ("plain", "liger")),
     *(Entry("es2fast", trainable, t) for trainable, ts in _TEACHERS.items() for t in ts),
     *(Entry("es2fast", "lora", "cache", switch) for switch in SWITCHES),
+    Entry("es2fast", "blocks", "twin", "compile"),
 ]
 
 
@@ -169,12 +171,13 @@ def work(arguments: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
         inputs: list[Any] = list(range(arguments.steps))
     else:
         contestant, inputs = _plain(arguments, entry, d0)
-    seconds, busy, losses = [], [], []
+    seconds, busy, losses, graphs = [], [], [], []
     for given in inputs:
         started, used = time.perf_counter(), time.process_time()
         losses.append(contestant.step(given))  # reads the losses, so a GPU has finished
         seconds.append(time.perf_counter() - started)
         busy.append(time.process_time() - used)
+        graphs.append(compiled_graphs())
     timed = sorted(seconds[arguments.warmup :])
     middle = statistics.median(timed)
     extra = _extra_mb(arguments.device, before, contestant.weights_bytes)
@@ -182,10 +185,12 @@ def work(arguments: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
     if entry.kind == "es2fast" and not entry.switch:
         gemms = 3 - (entry.teacher == "moments") + (entry.trainable == "all")
         flop = contestant.flop(arguments.steps - 1, gemms)
-        floor = {"flop": flop, "gemm_flops": gemm_rate(arguments)}
+        floor = {"flop": flop, "gemm_rate": gemm_rate(arguments)}
     return dict(
         s_per_step=middle, fastest=timed[0], slowest=timed[-1],
         cpu_s_per_step=statistics.median(busy[arguments.warmup :]),
+        first_step_s=seconds[0], cpu_first_step_s=busy[0],
+        graphs=graphs[-1], graphs_while_timed=graphs[-1] - graphs[max(arguments.warmup, 1) - 1],
         samples_per_s=2 * arguments.rows / middle,
         extra_mb=extra,
         weights_mb=contestant.weights_bytes / 1e6, stage=getattr(contestant, "stage", None),
@@ -193,9 +198,15 @@ def work(arguments: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made in this process so far."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # takes memory where nobody compiles
+    return 0 if dynamo is None else dynamo.counters["stats"]["unique_graphs"]
+
+
 def gemm_rate(arguments: argparse.Namespace) -> float:
     """flop/s of torch's product of 512 tokens with the first weight of the model's MLP: the best
-    of many, so that other work on the machine does not flatter a step."""
+    of many, in CPU seconds on a CPU, so that other work on the machine does not flatter a step."""
     import torch
     from transformers import AutoConfig
 
@@ -205,11 +216,12 @@ def gemm_rate(arguments: argparse.Namespace) -> float:
     options: Any = {"dtype": DTYPES[arguments.dtype], "device": arguments.device}
     a = torch.randn(512, config.hidden_size, **options)
     b = torch.randn(config.intermediate_size, config.hidden_size, **options)
+    clock = time.process_time if arguments.device == "cpu" else time.perf_counter
     times = []
     for _ in range(50):
-        started = time.perf_counter()
+        started = clock()
         (a @ b.T)[0, 0].item()
-        times.append(time.perf_counter() - started)
+        times.append(clock() - started)
     return 2 * a.numel() * b.shape[0] / min(times)
 
 
@@ -312,7 +324,7 @@ def table(path: Path) -> str:
             if row["extra_mb"] and plain["extra_mb"]:
                 memory = f"{row['extra_mb'] / plain['extra_mb']:.0%}"
         seconds = row["cpu_s_per_step"] if device == "cpu" else row["s_per_step"]
-        floor = f"{seconds * row['gemm_flops'] / row['flop']:.2f}×" if "flop" in row else "–"
+        floor = f"{seconds * row['gemm_rate'] / row['flop']:.2f}×" if "gemm_rate" in row else "–"
         extra = "–" if row["extra_mb"] is None else f"{row['extra_mb'] / 1e3:.2f}"
         lines.append(
             f"| {model}, {dtype}, {rows} | {trained} | {shown} | {seconds:.2f} | {speed} | "

@@ -119,6 +119,11 @@ class TrainConfig(Section):
         "than half of the bytes",
     )
     gradient_checkpointing: bool = False
+    compile: bool = Field(
+        False,
+        description="torch.compile of each decoder block while it trains; costs a minute or more "
+        "of the first steps, needs a C++ compiler, not with ZeRO stage 3",
+    )
     update_scale: float = Field(
         1.0,
         gt=0,

@@ -267,6 +267,8 @@ class SeparationTaps:
     ):
         self.states: dict[int, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
+        self.acts_inside = False  # an attack does, in this pass
+        self.hooked_inside = [] if space == "residual" else [i + 1 for i in layers]
         self._intervention: Intervention | None = None
         self._positions: Tensor | None = None
         self._select: Callable[[Tensor], Tensor] | None = None
@@ -319,6 +321,7 @@ class SeparationTaps:
             raise ValueError("a packed sequence cannot be attacked; pass padded rows")
         self.states = {}
         self.outputs = {}
+        self.acts_inside = attack is not None and attack.inside
         self._intervention = attack
         self._positions = positions
         self._select = at_positions(positions) if packed is None else in_sequence(positions)
@@ -330,6 +333,7 @@ class SeparationTaps:
     def disarm(self) -> None:
         """Before any other pass through the same blocks."""
         self._select = None
+        self.acts_inside = False
 
     def remove(self) -> None:
         """Takes the hooks out of the model."""
@@ -350,6 +354,8 @@ class SeparationTaps:
 
     def _attack_inside(self, layer: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            if not self.acts_inside:  # all that a compiled block sees of this hook
+                return None
             hidden = hidden_of(output)
             attack = self._acting_inside(hidden)
             if attack is None or layer not in attack.layers:

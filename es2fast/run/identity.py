@@ -19,7 +19,9 @@ IRRELEVANT = (
 )
 
 CONVERTED = {AUTO, *PRESETS} - {"zero3_offload"}  # of `deepspeed`: one may follow another
-# how ranks share the work; a checkpoint says how it was, see `training.same_run`
+ROUNDING = ("train.compile",)  # the same weights to rounding
+# how ranks share the work; compared with what a checkpoint was written with, see
+# `training.same_run`
 SHARING = (
     "train.micro_batch_size",
     "train.gradient_accumulation",
@@ -51,7 +53,7 @@ def other_run(old: Config, new: Config, *, same_sharing: bool = True) -> str:
         same_sharing: also how ranks share a step's rows and, with a preset in `deepspeed`, the
             optimizer's states.
     """
-    ignored = IRRELEVANT if same_sharing else (*IRRELEVANT, *SHARING)
+    ignored = IRRELEVANT if same_sharing else (*IRRELEVANT, *SHARING, *ROUNDING)
     if not same_sharing and {str(old.deepspeed), str(new.deepspeed)} <= CONVERTED:
         ignored = (*ignored, "deepspeed")
     names = [name for name in differences(old, new) if not name.startswith(ignored)]

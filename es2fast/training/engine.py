@@ -17,6 +17,7 @@ from torch import nn
 from es2fast.config import Config
 from es2fast.distributed.runtime import Runtime
 from es2fast.distributed.zero import zero3_loading
+from es2fast.modeling.compiled import compile_blocks
 from es2fast.modeling.head import lm_head_of
 from es2fast.modeling.load import load_causal_lm
 from es2fast.modeling.teacher import (
@@ -90,7 +91,22 @@ def build_engine(plan: Plan, prepared: Prepared, runtime: Runtime) -> Any:
     if plan.zero_stage == 0 and runtime.world_size == 1:
         engine.enable_backward_allreduce = False  # it would flatten all gradients for nobody
     engine.train()
+    if train.compile:
+        _compile(objective)
     return engine
+
+
+def _compile(objective: ES2Objective) -> None:
+    """Compiles the blocks of student and twin. What is measured without training is measured as an
+    evaluation would, and what acts or listens inside of a block does so in plain code."""
+    taps = objective.taps
+
+    def eager() -> bool:
+        return taps.acts_inside or not objective.training
+
+    compile_blocks(objective.student, eager, taps.hooked_inside)
+    if objective.teacher is not None:
+        compile_blocks(objective.teacher, eager, taps.hooked_inside)
 
 
 def _keep_norm(engine: Any, largest: float) -> None:

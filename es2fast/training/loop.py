@@ -342,6 +342,7 @@ def _loop(
         kl = measure_kl(engine, batches, runtime)
         trouble = monitor.final(kl)
         if trouble is None and config.train.update_filter:
+            engine.eval()
             engine.module.taps.disarm()
             feed.filter(engine.module.student, runtime)
             kl = measure_kl(engine, batches, runtime)

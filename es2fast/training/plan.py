@@ -19,6 +19,7 @@ from es2fast.distributed.deepspeed_config import AUTO, build_deepspeed
 from es2fast.distributed.runtime import resolve_device, resolve_dtype
 from es2fast.errors import UserError
 from es2fast.judges.registry import make_judges
+from es2fast.modeling.compiled import check_stage
 from es2fast.modeling.head import read_transform
 from es2fast.modeling.load import check_weights, load_model_config, load_tokenizer
 from es2fast.modeling.skeleton import check_lora_targets, check_weight_files, make_skeleton
@@ -200,6 +201,8 @@ def make_plan(config: Config, *, world_size: int = 1) -> Plan:
     plan.sampler(0)  # raises where a group or a size is too small
     plan = _with_stage(plan) if auto else plan
     check_head(config, plan.deepspeed.get("zero_optimization", {}), world_size)
+    if config.train.compile:
+        check_stage(plan.zero_stage)
     return plan
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
+from es2fast.modeling.compiled import is_compiled
 from es2fast.modeling.taps import backbone, blocks
 from es2fast.run.files import write_text
 from es2fast.run.folder import RunFolder
@@ -93,6 +94,8 @@ class StepProfiler:
         student = objective.student
         self._hooked(student.get_input_embeddings(), "embedding")
         for block in blocks(student):
+            if is_compiled(block):  # its parts are one
+                continue
             for name, child in block.named_children():
                 kind = "attention" if "attn" in name or "attention" in name else None
                 kind = "mlp" if "mlp" in name or "feed_forward" in name else kind

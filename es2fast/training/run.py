@@ -9,6 +9,7 @@ from es2fast.config import Config, save_config
 from es2fast.distributed import runtime as runtimes
 from es2fast.distributed.interrupt import StopWish
 from es2fast.distributed.runtime import Runtime
+from es2fast.modeling.compiled import check_compiler
 from es2fast.run.claim import Lock, check_claim
 from es2fast.run.files import write_text
 from es2fast.run.metrics import cut_metrics
@@ -45,6 +46,8 @@ def run_on(
     """`run` on ranks that have been started, and stay; call on every rank."""
     plan = make_plan(config, world_size=runtime.world_size)
     check_agreement(plan, runtime)
+    if config.train.compile:
+        check_compiler(runtime.device)
     runtime.barrier()  # every rank has looked at the folder before one writes into it
     with ExitStack() as stack:
         resumed = _enter(plan, runtime, stack)

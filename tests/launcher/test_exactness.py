@@ -30,7 +30,8 @@ ANCHOR = {"weight": 2.0, "source": "list", "texts": ["here is some text .", "ple
 DEEP = ANCHOR | {
     "prefill": {"probability": 0.6, "tokens": 3, "texts": ["sure here is the road", "the house"]}
 }
-UNPARTITIONED = ("zero0", "zero1", "zero2", "anchor_alone", "moments_zero2")
+COMPILED = ["compiled", "compiled_lora"] if "ES2FAST_LONG" in os.environ else []  # minutes
+UNPARTITIONED = ("zero0", "zero1", "zero2", "anchor_alone", "moments_zero2", *COMPILED)
 Bank = dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]]
 
 
@@ -161,6 +162,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             biased, kept, teacher="cache", refusal=DEEP, **lora, **sharded
         ),
     }  # fmt: skip
+    if COMPILED:
+        fast = {"stage": 2, "compile": True}
+        two |= {
+            "compiled": case(untied, data, **fast),
+            "compiled_lora": case(
+                untied, data, trainable="lora", lora={"r": 4}, gradient_checkpointing=True,
+                refusal=DEEP, **fast,
+            ),
+            "attacks_compiled": case(untied, data, **fast, **every),
+        }  # fmt: skip
     one = {
         "attacks": case(untied, data, micro_batch_size=2, **every),
         "anchor": case(untied, data, micro_batch_size=2, refusal=ANCHOR),
@@ -185,7 +196,7 @@ CASES = ["twin", "twin_padded", "twin_checkpointed", "lora", "lora_padded", "lor
          "bank", "bank_accumulated", *UNBOUNDED, "softplus", "cosine",
          "centroid_bank", "moves", "moves_bank", "anchor", "anchor_lora",
          "anchor_every_block", "anchor_all_accumulated",
-         "anchor_alone", *CACHED, "parted_head", *SHARDED]  # fmt: skip
+         "anchor_alone", *CACHED, "parted_head", *SHARDED, *COMPILED]  # fmt: skip
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -340,7 +351,8 @@ def test_a_simulated_attack_is_the_same_on_one_rank_two_ranks_and_recomputed(
     assert any(two["attacked"][:-1]) and not all(two["attacked"])
     if name == "attacks":
         assert {"replacement", "ablation"} <= set(two["attacked"])
-    for other in (one, again):
+    compiled = [runs["two"][f"{name}_compiled"]] if COMPILED and name == "attacks" else []
+    for other in (one, again, *compiled):
         assert other["attacked"] == two["attacked"]
         assert other["losses"] == pytest.approx(two["losses"], rel=1e-5)
         assert other["kl"][1:] == pytest.approx(two["kl"][1:], rel=1e-4)
