@@ -14,6 +14,9 @@ neither group has inputs, and D at strength 0. x are the inputs of the tuned mod
 of harmful prompts with their refusals (after an opening or without), and of harmless prompts with
 their responses.
 
+What an attack makes of the harmful inputs is not among them, and there the filtered update does
+less: docs/real_models.md has a model that gives way under ablation only when filtered.
+
 Every layer is filtered for itself, on the inputs that the unfiltered model gives it. Layers whose
 inputs are wider than the residual stream (an MLP's down projection) are left as they are: their
 moments would be the largest part of all.
