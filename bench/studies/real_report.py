@@ -25,7 +25,7 @@ FIGURE = ROWS.with_suffix(".png")
 PRIMARY = "Qwen2.5-Coder-0.5B-Instruct"
 
 OTHERS = (BASE, "paper", "default", CIRCUIT_BREAKER)  # models of docs/evaluation.md
-FIGURED = (BASE, "anchor_robust", "both_robust", "wide", "long", "longer")  # more are not told apart
+FIGURED = (BASE, "anchor_robust", "both_robust", "wide", "long", "longer")  # more look alike
 PARTS = (BASE, *(name for name in ARMS if name not in OTHERS), CIRCUIT_BREAKER)
 
 Row = dict[str, Any]
