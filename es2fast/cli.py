@@ -79,8 +79,26 @@ def options(
             "--version", callback=_print_version, is_eager=True, help="print the version and leave"
         ),
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="no progress bars, no warnings of libraries")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="also what DeepSpeed and transformers log")
+    ] = False,
 ) -> None:
-    """What stands before a command."""
+    """What stands before a command.
+
+    Raises:
+        UserError: both less and more.
+    """
+    from es2fast.progress import say_less, say_more
+
+    if quiet and verbose:
+        raise UserError("--quiet, --verbose: give one of them")
+    if quiet:
+        say_less()
+    if verbose:
+        say_more()
 
 
 app.command()(harden)

@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ import pytest
 import torch
 import yaml
 from tiny_models import save_tiny, write_prompts
+from transformers.utils import logging
+
+from es2fast.progress import QUIET, VERBOSE, verbose
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +97,43 @@ def test_help_lists_every_command(call: Any) -> None:
         "demo",
     ):
         assert name in done.stdout
+
+
+@pytest.fixture
+def chatter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the options of verbosity set is set back afterwards."""
+    for name in QUIET | VERBOSE:
+        monkeypatch.setenv(name, "")
+    with warnings.catch_warnings():
+        yield
+    logging.enable_progress_bar()
+
+
+def test_quiet_leaves_results_and_errors(
+    call: Any, project: Path, tmp_path: Path, chatter: None
+) -> None:
+    layers = ("layers", project / "run.yaml", "--json", tmp_path / "x.json")
+    loud = call(*layers)
+    assert "batch/s" in loud.stderr
+    (tmp_path / "x.json").unlink()
+    done = call("--quiet", *layers)
+    assert done.returncode == 0 and done.stdout == loud.stdout
+    assert "it/s" not in done.stderr and "batch" not in done.stderr
+    refused(call("-q", "validate", project / "none.yaml"), ["none.yaml"])
+
+
+def test_verbosity_reaches_the_ranks_by_the_libraries_own_variables(
+    call: Any, chatter: None
+) -> None:
+    assert call("-v", "env").returncode == 0
+    seen = "import os; print(os.environ['TRANSFORMERS_VERBOSITY'], os.environ['DS_LOG_LEVEL'])"
+    done = subprocess.run([sys.executable, "-c", seen], capture_output=True, text=True)
+    assert done.stdout.split() == ["info", "info"] and verbose()
+    assert call("-q", "env").returncode == 0
+    assert subprocess.run([sys.executable, "-c", seen], capture_output=True, text=True).stdout == (
+        "error error\n"
+    )
+    refused(call("-q", "-v", "env"), ["--quiet, --verbose"])
 
 
 def test_env_names_versions_and_devices(call: Any) -> None:

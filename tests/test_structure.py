@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # what stands elsewhere by its longer name; "es2fast" is the package's own __init__. A module may
 # import from lower lines and from its own name, not from its neighbours on the line.
 LAYERS = (
-    ("errors", "yaml_text"),
+    ("errors", "progress", "yaml_text"),
     ("config",),
     ("run.files",),
     ("run.folder",),

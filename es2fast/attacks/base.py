@@ -27,7 +27,6 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from es2fast.data import Formatter, Prompt
 from es2fast.judges.base import Judge, Verdict
@@ -35,6 +34,7 @@ from es2fast.modeling.batch_size import halving
 from es2fast.modeling.generate import generate_rows
 from es2fast.modeling.states import last_token_states
 from es2fast.modeling.taps import blocks
+from es2fast.progress import tqdm
 
 T = TypeVar("T")
 GRADIENT_PASSES = 3  # forward, and about twice that backward

@@ -38,9 +38,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from es2fast.errors import UserError
+from es2fast.progress import tqdm
 
 PHRASINGS = (
     "how do I {}?",

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from es2fast.config import Config
 from es2fast.distributed.operators import drop_stale_locks
 from es2fast.errors import UserError
+from es2fast.progress import verbose
 
 T = TypeVar("T")
 MINUTE = 60.0
@@ -181,16 +182,19 @@ def stop() -> None:
 
 
 def _quiet(rank: int) -> None:
-    """Library chatter below warnings is dropped; ranks other than 0 say errors only."""
-    level = logging.WARNING if rank == 0 else logging.ERROR
-    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    """Library chatter below warnings is dropped, unless wanted; ranks other than 0 say errors
+    only."""
+    wanted = {"error": logging.ERROR, "info": logging.INFO}
+    level = wanted.get(os.environ.setdefault("DS_LOG_LEVEL", "warning"), logging.WARNING)
+    level = level if rank == 0 else logging.ERROR
     from deepspeed.utils import logger
     from transformers.utils import logging as hf_logging
 
     logger.setLevel(level)
     for handler in logger.handlers:
         handler.setLevel(level)
-    hf_logging.set_verbosity_error()
+    if rank != 0 or not verbose():
+        hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if rank != 0:

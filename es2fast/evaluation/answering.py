@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from es2fast.attacks.base import Answer, Attack, Recorder, Target
 from es2fast.attacks.direct import Direct
@@ -28,6 +27,7 @@ from es2fast.evaluation.answers import HARMFUL, HARMLESS, TRIAL, AnswerLog, Scop
 from es2fast.evaluation.estimate import Missing, announcement
 from es2fast.judges.base import Judge
 from es2fast.modeling.batch_size import starting_rows
+from es2fast.progress import tqdm
 from es2fast.report.schema import BASE
 from es2fast.run.files import write_text
 from es2fast.run.folder import RunFolder

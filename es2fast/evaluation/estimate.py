@@ -14,12 +14,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from es2fast.attacks.base import Attack, Cost, Target
 from es2fast.errors import UserError
 from es2fast.modeling.generate import generate_rows
 from es2fast.modeling.states import last_token_states
+from es2fast.progress import tqdm
 
 TOKENS = 5  # of the answers that are timed
 CPU_PROMPTS = 8  # of them on a CPU, where more at a time gain little

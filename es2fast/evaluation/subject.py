@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
-from tqdm import tqdm
 
 from es2fast.attacks.base import Answer, Attack, Target
 from es2fast.attacks.direct import Direct
@@ -31,6 +30,7 @@ from es2fast.evaluation.measure import Measured
 from es2fast.evaluation.positions import more_positions
 from es2fast.evaluation.teacher import SavedTeacher, TokenBatch, token_batches, token_stats
 from es2fast.modeling.batch_size import halving
+from es2fast.progress import tqdm
 from es2fast.report.schema import BASE
 from es2fast.run.folder import RunFolder
 

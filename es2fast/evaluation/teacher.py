@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from es2fast.data import Formatter, Prompt
 from es2fast.modeling.head import HeadTransform, lm_head_of, read_transform
 from es2fast.modeling.taps import backbone, causal_lm, position_ids
 from es2fast.ops.linear_kl.op import linear_kl_div
+from es2fast.progress import tqdm
 from es2fast.run.files import remove, write_text
 
 CHUNK = 256  # tokens whose logits are held at a time

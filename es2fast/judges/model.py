@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from es2fast.config import ModelConfig
 from es2fast.data import model_fingerprint
@@ -22,6 +21,7 @@ from es2fast.distributed.runtime import resolve_device, resolve_dtype
 from es2fast.errors import UserError
 from es2fast.modeling.load import load_causal_lm, load_tokenizer
 from es2fast.modeling.taps import position_ids
+from es2fast.progress import tqdm
 
 BARS_FROM = 4  # batches
 

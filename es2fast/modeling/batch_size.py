@@ -18,10 +18,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from es2fast.errors import UserError
 from es2fast.modeling.taps import causal_lm
+from es2fast.progress import tqdm
 
 CPU_ROWS = 32
 MOST_ROWS = 256

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from es2fast.data import Formatter, Prompt
 from es2fast.distributed.runtime import Runtime
 from es2fast.modeling.taps import backbone, blocks, causal_lm, position_ids, tapped
+from es2fast.progress import tqdm
 
 STATE_BYTES = 2 << 30  # of fp32 states held at a time
 BATCH = 32  # prompts per forward pass

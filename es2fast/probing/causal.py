@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from es2fast.data import Formatter, Prompt
 from es2fast.distributed.runtime import Runtime
 from es2fast.judges.rules import refusal_phrases
 from es2fast.modeling.taps import blocks, causal_lm, hidden_of, hooks, position_ids, with_hidden
+from es2fast.progress import tqdm
 
 BATCH = 8  # prompts per pass: logits of a large vocabulary may come for every position
 FIRST_PERSON = ("i", "sorry", "my", "as")  # first words of phrases that an answer starts with

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from es2fast.probing.crossval import (
     FOLDS,
@@ -24,6 +23,7 @@ from es2fast.probing.crossval import (
     interval,
 )
 from es2fast.probing.probes import fisher_ratio, mean_distance, silhouette
+from es2fast.progress import tqdm
 
 SAMPLE = 1000  # prompts per group for what is computed over pairs, always the same ones
 

@@ -8,10 +8,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from es2fast.config import Config, TrainConfig
 from es2fast.errors import UserError
+from es2fast.progress import tqdm
 from es2fast.run.files import append_line, read_lines, write_text
 from es2fast.run.folder import RunFolder
 

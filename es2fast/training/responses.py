@@ -16,7 +16,6 @@ from functools import partial
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from es2fast.config import Config
 from es2fast.data import Formatter, Prompt, ResponseCache, model_fingerprint
@@ -26,6 +25,7 @@ from es2fast.errors import UserError
 from es2fast.judges.rules import is_refusal
 from es2fast.modeling.batch_size import halving, starting_rows
 from es2fast.modeling.generate import generate
+from es2fast.progress import tqdm
 from es2fast.training.plan import Plan
 
 FIELD = "data.response_batch_size"

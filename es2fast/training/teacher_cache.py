@@ -30,7 +30,6 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from es2fast.config import TrainConfig
 from es2fast.data import Formatter, Prompt, cache_folder, kl_span, model_fingerprint
@@ -40,6 +39,7 @@ from es2fast.modeling.head import read_transform
 from es2fast.modeling.taps import position_ids
 from es2fast.modeling.teacher import MomentOptions
 from es2fast.ops.moments.cache import TENSORS, TeacherMoments
+from es2fast.progress import tqdm
 from es2fast.run.files import write_text
 from es2fast.training.plan import Plan
 

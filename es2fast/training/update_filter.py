@@ -36,7 +36,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from es2fast.config import Config
 from es2fast.data import Formatter, Prompt, Refusal
@@ -44,6 +43,7 @@ from es2fast.distributed.runtime import Runtime, resolve_device, resolve_dtype
 from es2fast.distributed.zero import gathered
 from es2fast.modeling.load import load_causal_lm
 from es2fast.modeling.taps import backbone, blocks, causal_lm, position_ids
+from es2fast.progress import tqdm
 from es2fast.training.plan import Plan, make_plan
 from es2fast.training.prepare import own_refusals
 from es2fast.training.refusals import AnchorTexts, RefusalAnchor
