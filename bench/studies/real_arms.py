@@ -144,9 +144,6 @@ ARMS: dict[str, Arm] = {
         "as long, with 600 steps; trained in bfloat16, the base model's states kept on disk",
         merged(LONG, {"model": {"dtype": "bf16"}, "train": {"steps": 600, "teacher": "cache"}}),
     ),
-    "long_filtered": Arm(
-        "long, its update filtered (`train.update_filter` 1)", of="long", filter=1.0
-    ),
     "longer_filtered": Arm(
         "longer, its update filtered (`train.update_filter` 1)", of="longer", filter=1.0
     ),

@@ -135,8 +135,9 @@ class TrainConfig(Section):
         0.0,
         ge=0,
         le=1e6,
-        description="LoRA: after the last step, takes out of each layer's update what acts on its "
-        "inputs from harmless rows; their weight against that of harmful ones. 0: off",
+        description="LoRA: after the last step, takes out of the update of each layer (but those "
+        "with inputs wider than the residual stream) what acts on its inputs from harmless rows; "
+        "their weight against that of harmful ones. 0: off",
     )
     early_stop: bool = Field(
         False, description="stop when a bounded loss has reached its target on every layer"

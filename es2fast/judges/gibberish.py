@@ -41,10 +41,8 @@ FEWEST_PERIODS = 3
 FEWEST_LETTERS = 0.3  # letters and digits among the characters
 SAID = 40  # different 3-grams of words without digits: a loop that counts says nothing new
 READ = 8000  # characters that are searched for a loop
-FEW_WORDS, FEW_BYTES = (
-    3,
-    24,
-)  # fewer of both answer no request; eight Chinese characters are 24 bytes
+FEW_WORDS = 3  # an answer with fewer, in fewer than `FEW_BYTES`, answers no request
+FEW_BYTES = 24  # eight Chinese characters
 
 
 def looks_like_gibberish(answer: str) -> bool:

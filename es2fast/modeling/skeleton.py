@@ -58,7 +58,8 @@ def _check_kind(name: str, config: Any, causal: Any, masked: Any) -> None:
 
 
 def check_lora_targets(skeleton: nn.Module, train: TrainConfig) -> None:
-    """UserError when `train.lora.targets` matches no module of the model."""
+    """UserError when `train.lora.targets` matches no module of the model, or where the update is to
+    be filtered none that reads states of the residual stream's width."""
     targets = train.lora.targets
     if train.trainable != "lora" or targets == "all-linear":
         return
@@ -66,8 +67,16 @@ def check_lora_targets(skeleton: nn.Module, train: TrainConfig) -> None:
     from peft.tuners.tuners_utils import check_target_module_exists
 
     config = LoraConfig(target_modules=targets)
-    linear = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
-    if not any(check_target_module_exists(config, name) for name in linear):
+    linear = {name: m for name, m in skeleton.named_modules() if isinstance(m, nn.Linear)}
+    matched = [m for name, m in linear.items() if check_target_module_exists(config, name)]
+    width = skeleton.config.get_text_config().hidden_size  # type: ignore[union-attr,operator]
+    if matched and train.update_filter and all(m.in_features > width for m in matched):
+        raise UserError(
+            f"train.update_filter: {train.update_filter:g}, but train.lora.targets {targets!r} "
+            "matches only layers with wider inputs than the residual stream, which are not "
+            "filtered; add other targets or set update_filter=0"
+        )
+    if not matched:
         known = sorted({name.rpartition(".")[2] for name in linear})
         raise UserError(
             f"train.lora.targets: {targets!r} matches no linear layer; there are {', '.join(known)}"

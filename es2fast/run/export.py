@@ -77,6 +77,7 @@ def _name_rope_as_before(path: Path) -> None:
     path.write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+MOST_STRENGTH = 1e6  # of a filter, as `train.update_filter`
 _BESIDE = ("README.md", "es2fast.yaml")  # the model card, and what the model was made with
 
 
@@ -139,7 +140,7 @@ def export_run(
     if source.resolve() in out.resolve().parents:
         raise UserError(f"export: {str(out)!r} lies inside the model itself; choose another --out")
     with TemporaryDirectory() as scratch:
-        if scale != 1 or strength:
+        if scale != 1 or strength != 0:
             source = _changed(source, Path(scratch) / "model", scale, strength, filter_adapter)
         if merge:
             export_merged(str(source), out, dtype="bf16" if _is_bf16(source) else "fp32")
@@ -164,6 +165,8 @@ def _changed(
     """A copy of an adapter with what is left of its update, and that written beside it."""
     if not 0 < scale <= 1:
         raise UserError(f"--scale: {scale:g} is no share; give one above 0 and at most 1")
+    if not 0 <= strength <= MOST_STRENGTH:
+        raise UserError(f"--filter: {strength:g} is no strength; give one from 0 to 1e6")
     option = "filter" if strength else "scale"
     if not is_adapter(source):
         raise UserError(

@@ -340,13 +340,14 @@ def _loop(
     if trouble is None:
         batches = [feed(step + i) for i in range(min(steps, MEASURED))]
         kl = measure_kl(engine, batches, runtime)
-        trouble = monitor.final(kl)
-        if trouble is None and config.train.update_filter:
+        if config.train.update_filter:
             engine.eval()
             engine.module.taps.disarm()
             feed.filter(engine.module.student, runtime)
-            kl = measure_kl(engine, batches, runtime)
-            trouble = monitor.final(kl)
+            learned, kl = kl, measure_kl(engine, batches, runtime)
+            if runtime.is_main:
+                print(f"update filter: KL {learned:.3g} -> {kl:.3g} nats per token", flush=True)
+        trouble = monitor.final(kl)
         if trouble is None and scaled:
             scale, kl = scale_update(
                 weights,

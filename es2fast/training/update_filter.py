@@ -52,7 +52,7 @@ from es2fast.training.responses import fill_responses, trained_rows
 RIDGE = 1e-3  # of a channel's own energy
 ROWS = 256  # of each group at most
 BATCH = 16  # rows per forward pass
-MOMENT_BYTES = 4 << 30  # of moments held at a time: 2 groups x 4 bytes x H^2 per distinct input
+MOMENT_BYTES = 4 << 30  # of moments held at a time: at most 2 groups x 4 bytes x H^2 per layer
 ADAPTER = "default"  # peft's name of the one adapter
 
 Row = list[int]
@@ -92,7 +92,8 @@ def filter_update(
     strength: float,
     runtime: Runtime,
 ) -> None:
-    """Filters the update of every LoRA layer, in place; call on every rank.
+    """Filters the update of every LoRA layer that reads the tokens of the stream, in place; call on
+    every rank.
 
     Args:
         student: a model wrapped by peft, on its device, whole or partitioned by ZeRO-3.
@@ -103,6 +104,9 @@ def filter_update(
     """
     training = student.training
     student.eval()
+    filtered: list[
+        tuple[nn.Parameter, Tensor]
+    ] = []  # written last: all moments are the learned D's
     for layers in _groups(student):
         title = f"update filter, {len(layers)} layers"
         moments = InputMoments(layers)
@@ -110,9 +114,17 @@ def filter_update(
             for group, rows in (("harmful", harmful), ("harmless", harmless)):
                 _forward(student, formatter, rows, group, moments, runtime, title)
         tokens = {"harmful": sum(map(len, harmful)), "harmless": sum(map(len, harmless))}
-        for name, layer in layers.items():
-            harm, rest = [runtime.sum(moments.sum(name, group)) / tokens[group] for group in tokens]
-            _write_a(layer, harm, rest, strength)
+        for first, names in moments.shared().items():
+            c, d = (runtime.sum(moments.sums.pop((first, g))) / tokens[g] for g in tokens)
+            parts = [_factor(layers[name]) for name in names]
+            with gathered(parts):
+                made = wiener(torch.cat([a.detach() for a in parts]), c, d, strength)
+                ranks = [a.shape[0] for a in parts]
+            filtered += zip(parts, made.float().cpu().split(ranks))
+    for a, values in filtered:
+        with gathered([a], written=True):
+            if a.numel():
+                a.copy_(values)
     student.train(training)
 
 
@@ -139,6 +151,9 @@ class InputMoments:
     """Sums of x x^T over the tokens that layers read, per group of rows; layers that read the same
     tensor share one. Hooks, while it is entered.
 
+    A layer whose input is not (B, T, H), as that of a mixture's experts, is left out: on every rank
+    alike.
+
     Args:
         layers: by name.
     """
@@ -146,11 +161,11 @@ class InputMoments:
     def __init__(self, layers: dict[str, nn.Module]):
         self._layers = layers
         self._same: dict[str, str] = {}  # layer -> the first that read the same tensor
-        self._sums: dict[tuple[str, str], Tensor] = {}
+        self.sums: dict[tuple[str, str], Tensor] = {}  # (that one, group) -> (H, H) fp32
         self._last: tuple[str, Tensor] | None = None
         self._handles: list[Any] = []
         self.group = ""
-        self.mask: Tensor | None = None  # (B, T) bool: tokens of this pass; None: none count
+        self.mask = torch.zeros(0, 0, dtype=torch.bool)  # (B, T): tokens of this pass that count
 
     def __enter__(self) -> InputMoments:
         for name, layer in self._layers.items():
@@ -165,21 +180,26 @@ class InputMoments:
     def _hook(self, name: str) -> Any:
         def read(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0]
+            if x.shape[:-1] != self.mask.shape:
+                return
             if self._last is not None and self._last[1] is x:
                 self._same[name] = self._last[0]
                 return
             self._same[name] = name
             self._last = (name, x)
-            rows = x[self.mask].float() if self.mask is not None else x.flatten(0, -2)[:0].float()
+            rows = x[self.mask].float()
             total = rows.T @ rows
             key = (name, self.group)
-            self._sums[key] = self._sums[key].add_(total) if key in self._sums else total
+            self.sums[key] = self.sums[key].add_(total) if key in self.sums else total
 
         return read
 
-    def sum(self, name: str, group: str) -> Tensor:
-        """(H, H) fp32, over this rank's tokens of a group; the caller's own."""
-        return self._sums[self._same[name], group].clone()
+    def shared(self) -> dict[str, list[str]]:
+        """The layers of each distinct input, by the first of them."""
+        found: dict[str, list[str]] = {}
+        for name, first in self._same.items():
+            found.setdefault(first, []).append(name)
+        return found
 
 
 def _forward(
@@ -200,7 +220,7 @@ def _forward(
         number = i * runtime.world_size + runtime.rank
         padded = formatter.pad(batches[number % len(batches)])
         mask = padded["attention_mask"].to(runtime.device)
-        moments.mask = mask.bool() if number < len(batches) else None
+        moments.mask = mask.bool() & (number < len(batches))  # a repeated batch does not count
         backbone(student)(
             input_ids=padded["input_ids"].to(runtime.device),
             attention_mask=mask,
@@ -227,21 +247,23 @@ def _groups(student: nn.Module) -> Iterator[dict[str, nn.Module]]:
         yield part
 
 
-def _write_a(layer: Any, harmful: Tensor, harmless: Tensor, strength: float) -> None:
-    """Filters one layer's A; the moments are the same on every rank."""
-    weight = layer.lora_A[ADAPTER].weight
-    with gathered([weight], written=True):
-        if weight.numel():
-            weight.copy_(wiener(weight, harmful, harmless, strength))
+def _factor(layer: Any) -> nn.Parameter:
+    """A of a LoRA layer, (r, H)."""
+    found: nn.Parameter = layer.lora_A[ADAPTER].weight
+    return found
 
 
 def filter_adapter(config: Config, folder: Path, strength: float) -> None:
     """Filters the update of a LoRA adapter on disk, in place, on one process.
 
     Args:
-        config: the run that trained it; its base model writes what is not cached of the responses.
+        config: the run that trained it: its prompts are read again, and its base model writes what
+            is not cached of the responses.
         folder: of the adapter.
         strength: see `filter_update`.
+
+    Raises:
+        UserError: the run's prompts or base model are gone; no layer of it is filtered.
     """
     from peft import PeftModel
 
@@ -249,7 +271,7 @@ def filter_adapter(config: Config, folder: Path, strength: float) -> None:
     dtype = resolve_dtype(config.model.dtype, device.type)
     runtime = Runtime(rank=0, world_size=1, device=device, dtype=dtype)
     with TemporaryDirectory() as elsewhere:  # the run's own folder is taken
-        plan = make_plan(config.model_copy(update={"output_dir": elsewhere}))
+        plan = make_plan(_alone(config, elsewhere))
     base: Any = load_causal_lm(config.model, dtype).to(device).eval()
     harmless, texts = fill_responses(plan, base, runtime), own_refusals(plan, base, runtime)
     student = PeftModel.from_pretrained(base, str(folder))
@@ -257,6 +279,17 @@ def filter_adapter(config: Config, folder: Path, strength: float) -> None:
     path = folder / "adapter_model.safetensors"
     tensors, now = load_file(path), dict(student.named_parameters())
     for name, tensor in tensors.items():
-        found = now[name.replace(".weight", f".{ADAPTER}.weight")]
-        tensors[name] = found.detach().to("cpu", tensor.dtype).contiguous()
+        if "lora_A" in name:
+            found = now[f"{name.removesuffix('.weight')}.{ADAPTER}.weight"]
+            tensors[name] = found.detach().to("cpu", tensor.dtype).contiguous()
     save_file(tensors, path)
+
+
+def _alone(config: Config, folder: str) -> Config:
+    """A run as one process can plan it, whatever it was trained on."""
+    changes = {"zero3_head": "gathered", "compile": False, "global_batch_size": None,
+               "report_to": [], "update_filter": 1.0}  # fmt: skip
+    train = config.train.model_copy(update=changes)
+    return config.model_copy(
+        update={"train": train, "deepspeed": "zero0", "output_dir": folder}, deep=True
+    )

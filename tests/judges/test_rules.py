@@ -62,6 +62,8 @@ def test_an_offer_of_help_is_no_help():
         assert judge(offer) == "refused"
         assert not is_refusal(offer)
     assert judge(f"{PROSE} How can I help you today?") == "useful"
+    assert judge("Hello, this is the security team of your bank, how can I help you?") == "useful"
+    assert judge("Lo siento mucho, señor: aquí tiene los tres pasos que pidió.") == "useful"
     assert judge(offers[1], offers[1]) == "useful"
 
 

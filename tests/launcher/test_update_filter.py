@@ -4,6 +4,7 @@ unfiltered adapter afterwards on one."""
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -57,5 +58,8 @@ def test_a_run_filters_its_update(tmp_path: Path) -> None:
     kl = [json.loads((folder / "train.json").read_text())["kl"] for folder in (filtered, plain)]
     assert 0 < kl[0] < kl[1]
 
+    for strength in (math.nan, math.inf, -1.0):
+        with pytest.raises(UserError, match=r"--filter: .* is no strength"):
+            export_run(plain, tmp_path / "x", merge=False, strength=strength)
     with pytest.raises(UserError, match=r"--filter: .*update_filter=2; export it without"):
         export_run(filtered, tmp_path / "x", merge=False, strength=1.0)

@@ -16,6 +16,7 @@ from es2fast.distributed.runtime import Runtime
 from es2fast.errors import UserError
 from es2fast.modeling.teacher import set_trainable
 from es2fast.training import update_filter
+from es2fast.training.plan import make_plan
 from es2fast.training.update_filter import RIDGE, InputMoments, filter_update, wiener
 
 RUNTIME = Runtime(rank=0, world_size=1, device=torch.device("cpu"), dtype="fp32")
@@ -68,9 +69,8 @@ def test_strength_0_is_no_filter() -> None:
     torch.testing.assert_close(wiener(a, x.T @ x, x.T @ x, 0.0), a.double())
 
 
-def test_moments_are_those_of_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Padding does not count, layers with one input share it, and wide inputs are left out; in
-    parts of one block as in one go."""
+def test_moments_are_those_of_the_inputs() -> None:
+    """Padding does not count, layers with one input share it, and wide inputs are left out."""
     model = student().eval()
     formatter = Formatter(tokenizer(), DataConfig())
     layer = model.get_base_model().model.layers[2].self_attn.q_proj
@@ -82,17 +82,48 @@ def test_moments_are_those_of_the_inputs(monkeypatch: pytest.MonkeyPatch) -> Non
     handle.remove()
     expected = torch.cat(seen).double()
 
-    parts = list(update_filter._groups(model))
-    assert len(parts) == 1 and not any("down_proj" in name for name in parts[0])
-    monkeypatch.setattr(update_filter, "MOMENT_BYTES", 1)
-    assert [len(part) for part in update_filter._groups(model)] == [6, 6, 6, 6]
-    moments = InputMoments(parts[0])
+    (layers,) = update_filter._groups(model)
+    assert not any("down_proj" in name for name in layers)
+    moments = InputMoments(layers)
     with moments, torch.no_grad():
         update_filter._forward(model, formatter, rows(HARMFUL), "harmful", moments, RUNTIME, "")
-    for name in ("2.self_attn.q_proj", "2.self_attn.k_proj", "2.self_attn.v_proj"):
-        found = moments.sum(name, "harmful").double()
-        torch.testing.assert_close(found, expected.T @ expected, rtol=1e-4, atol=1e-4)
-    assert not moments.sum("2.mlp.up_proj", "harmful").equal(moments.sum(name, "harmful"))
+    q, k, v = (f"2.self_attn.{name}_proj" for name in "qkv")
+    assert moments.shared()[q] == [q, k, v] and len(moments.shared()) == 4 * 3
+    found = moments.sums[q, "harmful"].double()
+    torch.testing.assert_close(found, expected.T @ expected, rtol=1e-4, atol=1e-4)
+
+
+def factors(model: Any) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters() if "lora_A" in name}
+
+
+def test_a_block_at_a_time_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No block is filtered on what filtered ones below it give."""
+    formatter = Formatter(tokenizer(), DataConfig())
+    found = []
+    for most in (update_filter.MOMENT_BYTES, 1):
+        monkeypatch.setattr(update_filter, "MOMENT_BYTES", most)
+        model = student()
+        assert len(list(update_filter._groups(model))) == (1 if most > 1 else 4)
+        filter_update(model, formatter, rows(HARMFUL), rows(HARMLESS), STRENGTH, RUNTIME)
+        found.append(factors(model))
+    for name, whole in found[0].items():
+        torch.testing.assert_close(found[1][name], whole)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gemma2", "gpt_neox"])
+def test_of_other_families_what_reads_the_stream_is_filtered(family: str) -> None:
+    """Experts and routers, which read tokens in another shape, are left as they are."""
+    train = TrainConfig(trainable="lora", trainable_blocks="all")
+    model: Any = set_trainable(tiny_model(family), train, 3)
+    before = {name: a.clone() for name, a in factors(model).items()}
+    filter_update(
+        model, Formatter(tokenizer(), DataConfig()), rows(HARMFUL), rows(HARMLESS), 1.0, RUNTIME
+    )
+    changed = {name for name, a in factors(model).items() if not a.equal(before[name])}
+    assert any("attn" in name or "attention" in name for name in changed)
+    assert not any("expert" in name or "down_proj" in name for name in changed)
+    assert all(a.isfinite().all() for a in factors(model).values())
 
 
 def energies(model: Any, prompts: list[Prompt]) -> dict[str, float]:
@@ -134,8 +165,12 @@ def test_layers_act_less_on_harmless_inputs_and_hardly_less_on_harmful_ones() ->
     assert wide.equal(kept) and not model.training
 
 
-def test_whole_blocks_are_no_lora_update(tmp_path: Path) -> None:
+def test_what_cannot_be_filtered_is_refused(tmp_path: Path) -> None:
     raw = {"model": {"name": str(save_tiny(tmp_path / "tiny"))},
-           "data": write_prompts(tmp_path / "data"), "train": {"update_filter": 1.0}}  # fmt: skip
+           "data": write_prompts(tmp_path / "data"), "layers": [1, 2],
+           "train": {"update_filter": 1.0}, "output_dir": str(tmp_path / "run")}  # fmt: skip
     with pytest.raises(UserError, match=r"train\.update_filter: 1 .*train\.trainable=lora"):
         parse_config(raw)
+    wide = {"trainable": "lora", "update_filter": 1.0, "lora": {"targets": ["down_proj"]}}
+    with pytest.raises(UserError, match=r"train\.update_filter: 1, but train\.lora\.targets"):
+        make_plan(parse_config(raw | {"train": wide}))
