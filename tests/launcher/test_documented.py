@@ -30,7 +30,7 @@ def write_column(path: Path, prompts: Sequence[str]) -> None:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder in which the documents' names mean something."""
-    place = tmp_path_factory.mktemp("documented")
+    place = tmp_path_factory.mktemp("documented") / "with a space, ünïcode"  # as people have them
     save_refusing(place / "meta-llama" / "Llama-3.1-8B-Instruct")
     files = {
         "advbench.csv": HARMFUL[:10],
