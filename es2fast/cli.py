@@ -365,8 +365,8 @@ def export(
         float,
         typer.Option(
             "--filter",
-            min=0,
-            help="strength at which what acts on harmless rows is taken out",
+            help="0: off; else reads the run's prompts again and takes what acts on the harmless "
+            "ones out of a LoRA update, at this strength",
         ),
     ] = 0.0,
     push_to_hub: PushToHub = None,

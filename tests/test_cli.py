@@ -112,10 +112,10 @@ def chatter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_quiet_leaves_results_and_errors(
     call: Any, project: Path, tmp_path: Path, chatter: None
 ) -> None:
-    layers = ("layers", project / "run.yaml", "--json", tmp_path / "x.json")
+    layers = ("layers", project / "run.yaml", "--plot", tmp_path / "blocks.svg")
     loud = call(*layers)
     assert "batch/s" in loud.stderr
-    (tmp_path / "x.json").unlink()
+    (tmp_path / "blocks.svg").unlink()
     done = call("--quiet", *layers)
     assert done.returncode == 0 and done.stdout == loud.stdout
     assert "it/s" not in done.stderr and "batch" not in done.stderr

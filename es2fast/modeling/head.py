@@ -114,6 +114,20 @@ class CETask:
     counted: Tensor
 
 
+def kl_options(task: KLTask, transform: HeadTransform) -> dict[str, Any]:
+    """What the fused KL is told of a task, wherever the head lies."""
+    return {
+        "direction": task.direction,
+        "beta": task.beta,
+        "temperature": task.temperature,
+        "logit_scale": transform.logit_scale,
+        "softcap": transform.softcap,
+        "token_weights": task.token_weights,
+        "max_valid_tokens": task.token_weights.shape[0],  # none to drop, so none to count: no sync
+        "reduction": "sum",
+    }
+
+
 def stacked_losses(kl: Tensor, loss: Tensor, hits: Tensor, task: CETask) -> Tensor:
     """(4,) KL, cross-entropy, hits of either kind, from those of each token, (M,) bool."""
     kinds = [(hits & (task.counted == kind)).sum().to(loss.dtype) for kind in (1, 2)]
@@ -208,14 +222,7 @@ class FusedHead:
             weight,
             bias=getattr(self._module, "bias", None),
             teacher_bias=bias,
-            direction=task.direction,
-            beta=task.beta,
-            temperature=task.temperature,
-            logit_scale=self._transform.logit_scale,
-            softcap=self._transform.softcap,
-            token_weights=task.token_weights,
-            max_valid_tokens=task.token_weights.shape[0],  # none to drop, so none to count: no sync
-            reduction="sum",
+            **kl_options(task, self._transform),
         )
 
 
@@ -326,6 +333,7 @@ __all__ = [
     "KLTask",
     "check_parity",
     "install",
+    "kl_options",
     "lm_head_of",
     "parity_error",
     "read_transform",

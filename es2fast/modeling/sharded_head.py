@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from es2fast.modeling.head import CETask, HeadTransform, KLTask, stacked_losses
+from es2fast.modeling.head import CETask, HeadTransform, KLTask, kl_options, stacked_losses
 from es2fast.ops.linear_kl.zero3 import zero3_linear_kl_div
 from es2fast.ops.zero3_linear_ce import zero3_linear_cross_entropy
 
@@ -56,14 +56,7 @@ class ShardedHead:
             self._weight.ds_shape[0],
             task.teacher,
             **self._shares,
-            direction=task.direction,
-            beta=task.beta,
-            temperature=task.temperature,
-            logit_scale=self._transform.logit_scale,
-            softcap=self._transform.softcap,
-            token_weights=task.token_weights,
-            max_valid_tokens=task.token_weights.shape[0],  # none to drop
-            reduction="sum",
+            **kl_options(task, self._transform),
         )
 
     @property

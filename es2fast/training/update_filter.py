@@ -104,9 +104,7 @@ def filter_update(
     """
     training = student.training
     student.eval()
-    filtered: list[
-        tuple[nn.Parameter, Tensor]
-    ] = []  # written last: all moments are the learned D's
+    filtered: list[tuple[nn.Parameter, Tensor]] = []
     for layers in _groups(student):
         title = f"update filter, {len(layers)} layers"
         moments = InputMoments(layers)
@@ -121,7 +119,7 @@ def filter_update(
                 made = wiener(torch.cat([a.detach() for a in parts]), c, d, strength)
                 ranks = [a.shape[0] for a in parts]
             filtered += zip(parts, made.float().cpu().split(ranks))
-    for a, values in filtered:
+    for a, values in filtered:  # last: the moments of every layer are those of the learned update
         with gathered([a], written=True):
             if a.numel():
                 a.copy_(values)

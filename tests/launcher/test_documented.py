@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from tiny_models import OBJECTS, save_refusing
 
+from es2fast.config import load_config
+
 pytestmark = [pytest.mark.launcher, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
 HARMFUL = [f"{verb} the {thing}" for thing in OBJECTS for verb in ("break", "steal")]
@@ -108,3 +110,4 @@ def test_quickstart(place: Path) -> None:
     assert "1 rank" in printed
     assert (place / out / "report.html").is_file()
     assert (place / "llama-8b-hardened" / "model.safetensors").is_file()
+    assert load_config(place / "llama-8b-closer" / "es2fast.yaml").train.update_filter == 1
