@@ -178,8 +178,8 @@ ATTACKS: list[tuple[dict[str, Any], int]] = [
     ({"name": "template"}, 50),
     ({"name": "roleplay"}, 50),
     ({"name": "repe", "trial_prompts": 4}, 50),
-    ({"name": "latent_pgd"}, 50),
-    ({"name": "finetune", "steps": [4, 16]}, 50),
     ({"name": "splice"}, 50),
-    ({"name": "soft_prompt", "steps": 100}, 50),
+    ({"name": "finetune", "steps": [4, 16]}, 50),
+    ({"name": "latent_pgd", "layer": 6, "epsilons": [0.1, 0.3], "steps": 16}, 50),
+    ({"name": "soft_prompt", "steps": 60}, 50),
 ]

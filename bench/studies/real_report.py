@@ -19,6 +19,7 @@ from es2fast.run.files import read_lines
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = ROOT / "bench" / "results" / "real_models.jsonl"
 KL_ROWS = ROWS.with_name("real_models_kl.jsonl")
+CODE_ROWS = ROWS.with_name("real_models_code.jsonl")
 EVALUATION = ROOT / "docs" / "evaluation.md"
 REAL_MODELS = ROOT / "docs" / "real_models.md"
 FIGURE = ROWS.with_suffix(".png")
@@ -76,10 +77,10 @@ def harmless_table(rows: Sequence[Row], models: Sequence[str]) -> str:
             "KL, response tokens", "top-1 as the base", "perplexity")  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|:--|" + "--:|" * (len(head) - 1)]
     for name in models:
-        found = next((r for r in rows if r["model"] == name and r["attack"] == "direct"), None)
-        if found is None:
+        direct = [r["harmless"] for r in rows if r["model"] == name and r["attack"] == "direct"]
+        if not direct:
             continue
-        row = found["harmless"]
+        row = direct[-1]
         kinds = [row["refusal_by_type"].get(kind) for kind in ("ordinary", "borderline")]
         cells = [
             name,
@@ -119,6 +120,34 @@ def kl_table(rows: Sequence[Row], models: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+TASKS = {"humaneval": "HumanEval", "mbpp": "MBPP, sanitized"}
+
+
+def code_table(rows: Sequence[Row], models: Sequence[str]) -> str:
+    """Tasks solved: one line per model, one column per set of tasks, in Markdown."""
+    found = {(row["model"], row["tasks"]): row for row in rows}
+    known = [name for name in TASKS if any(row["tasks"] == name for row in rows)]
+    if not known:
+        return "Nothing measured yet.\n"
+    lines = [
+        "| solved (lost, won beside the base; McNemar) | "
+        + " | ".join(TASKS[name] for name in known)
+        + " |",
+        "|:--|" + "--:|" * len(known),
+    ]
+    for model in models:
+        own = [found[model, name] for name in known if (model, name) in found]
+        if len(own) == len(known):
+            cells = [
+                _rate(row["passed"] / row["n"], row["n"])
+                + f", n = {row['n']}"
+                + (f" (−{row['lost']}, +{row['won']}; p = {row['p']:.2f})" * (model != BASE))
+                for row in own
+            ]
+            lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def legend(rows: Sequence[Row], models: Sequence[str]) -> str:
     """What each model is."""
     measured = [name for name in models if name in ARMS and any(r["model"] == name for r in rows)]
@@ -139,20 +168,27 @@ def documents(rows: Sequence[Row]) -> dict[Path, str]:
     for path, models in ((EVALUATION, OTHERS), (REAL_MODELS, PARTS)):
         parts = {}
         for base in sorted({row["base"] for row in rows}):
-            some = [row for row in rows if row["base"] == base and not row["seed"]]
+            some = _shown(rows, base)
             prefix = "" if base == PRIMARY else f"{base} "
             parts[f"{prefix}attacks"] = table(some, models)
             parts[f"{prefix}harmless"] = harmless_table(some, models)
             parts[f"{prefix}legend"] = legend(some, models)
         split = [row for row in read_lines(KL_ROWS) if row["base"] == PRIMARY]
         parts["split"] = kl_table(split, models)
+        code = [row for row in read_lines(CODE_ROWS) if row["base"] == PRIMARY]
+        parts["code"] = code_table(code, models)
         found[path] = fill(path.read_text(), parts)
     return found
+
+
+def _shown(rows: Sequence[Row], base: str) -> list[Row]:
+    """Of the first seed; of a cell measured twice the one of more prompts is last and counts."""
+    found = [row for row in rows if row["base"] == base and not row["seed"]]
+    return sorted(found, key=lambda row: row.get("n", 0))
 
 
 def write_documents(rows: Sequence[Row]) -> None:
     """Both, in place, and the figure of the primary model's first seed."""
     for path, text in documents(rows).items():
         path.write_text(text)
-    primary = [row for row in rows if row["base"] == PRIMARY and not row["seed"]]
-    figure(primary, FIGURED).savefig(FIGURE, dpi=90)
+    figure(_shown(rows, PRIMARY), FIGURED).savefig(FIGURE, dpi=90)
