@@ -59,8 +59,8 @@ def _trained(
     plan: Plan, runtime: Runtime, resumed: Resumed | None, wish: StopWish | None
 ) -> TrainResult:
     if runtime.is_main:
-        lines = [*plan.groups.report.lines(), *([plan.why_stage] if plan.why_stage else [])]
-        print("\n".join(lines), flush=True)
+        chosen = [line for line in (plan.dtype_line, plan.why_stage) if line]
+        print("\n".join([*plan.groups.report.lines(), *chosen]), flush=True)
     runtime.barrier()
     result = train(plan, runtime, resumed, wish)
     if runtime.is_main:

@@ -14,6 +14,7 @@ import yaml
 from tiny_models import save_tiny, write_prompts
 
 from es2fast.config import load_config
+from es2fast.training import plan as plans
 from es2fast.training.plan import make_plan
 
 COUNT_READS = """
@@ -63,6 +64,18 @@ def test_auto_says_which_stage_it_took_and_a_named_one_stays(config: Path) -> No
     assert auto.lines() == [*whole.lines()[:-1], auto.why_stage, named.lines()[-1]]
     third = make_plan(load_config(config, ["deepspeed=zero3"]), world_size=2)
     assert third.zero_stage == 3 and third.why_stage == ""
+
+
+def test_says_where_bfloat16_would_be_faster(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "GEMM_BF16", "AMX")
+    auto = load_config(config, ["model.dtype=auto"])
+    assert make_plan(auto).dtype_line == ""  # the model is small
+    monkeypatch.setattr(plans, "BF16_PAYS", 1)
+    line = make_plan(auto).dtype_line
+    assert line in make_plan(auto).lines() and "(AMX)" in line and "model.dtype=bf16" in line
+    assert make_plan(load_config(config)).dtype_line == ""  # fp32 was asked for
+    monkeypatch.setattr(plans, "GEMM_BF16", "")
+    assert make_plan(auto).dtype_line == ""
 
 
 @pytest.mark.slow
