@@ -26,6 +26,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ from bench._harness import Rows, conditions
 from bench.studies.real_arms import BASE
 from bench.studies.real_report import CODE_ROWS
 from es2fast.config import DataConfig, ModelConfig
-from es2fast.data import Formatter, Prompt
+from es2fast.data import Formatter, Prompt, model_fingerprint
 from es2fast.modeling.generate import generate
 from es2fast.modeling.load import load_merged, load_tokenizer
 from es2fast.progress import tqdm
@@ -43,6 +44,7 @@ from es2fast.report.stats import mcnemar
 from es2fast.run.files import read_lines
 
 TOKENS = 256  # of an answer
+PASSED = 77  # exit code behind the last test: a program that ends itself before has not passed
 SECONDS = 10  # of a program
 BYTES = 2 << 30  # of its memory
 
@@ -85,21 +87,22 @@ def mbpp(path: Path) -> list[Task]:
 
 def code_of(answer: str) -> str:
     """The first code block, closed or cut, or all of it."""
-    found = re.search(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", answer, re.DOTALL)
+    found = re.search(r"```[ \t]*[\w+-]*[ \t]*\n(.*?)(?:```|\Z)", answer, re.DOTALL)
     return found[1] if found else answer
 
 
 def passes(task: Task, answer: str) -> bool:
-    program = f"{task.before}\n{code_of(answer)}\n{task.after}\n"
+    program = f"{task.before}\n{code_of(answer)}\n{task.after}\nimport os\nos._exit({PASSED})\n"
     with tempfile.TemporaryDirectory() as place:
         try:
             done = subprocess.run(
                 [sys.executable, "-I", "-c", program], cwd=place, env={}, timeout=2 * SECONDS,
-                capture_output=True, stdin=subprocess.DEVNULL, preexec_fn=_limits,
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                preexec_fn=_limits,
             )  # fmt: skip
         except (subprocess.TimeoutExpired, ValueError):  # ValueError: a NUL in the program
             return False
-    return done.returncode == 0
+    return done.returncode == PASSED
 
 
 def _limits() -> None:
@@ -113,20 +116,28 @@ def _limits() -> None:
 
 def answers(
     folder: Path,
+    head: dict[str, Any],
     tasks: Sequence[Task],
     kept: Path,
     formatter: Formatter,
     arguments: argparse.Namespace,
-) -> list[str]:
-    """Of every task, in their order; made and kept now where they are not there."""
-    if kept.is_file():
-        return [row["answer"] for row in read_lines(kept)]
+) -> tuple[list[str], float | None]:
+    """Of every task, in their order, and the seconds; kept ones where they are those of this model
+    to these questions, None seconds then."""
+    rows = list(read_lines(kept)) if kept.is_file() else []
+    if (
+        rows
+        and rows[0] == head
+        and [r["question"] for r in rows[1:]] == [t.question for t in tasks]
+    ):
+        return [row["answer"] for row in rows[1:]], None
+    start = time.perf_counter()
     model = load_merged(ModelConfig(name=str(folder)), arguments.dtype).eval()
     prompts = [Prompt.of(task.question) for task in tasks]
     order = sorted(range(len(prompts)), key=lambda i: len(formatter.prompt_ids(prompts[i])))
     found = [""] * len(prompts)
-    for start in tqdm(range(0, len(order), arguments.batch), f"{kept.stem}", unit="batch"):
-        batch = order[start : start + arguments.batch]
+    for first in tqdm(range(0, len(order), arguments.batch), f"{kept.stem}", unit="batch"):
+        batch = order[first : first + arguments.batch]
         made = generate(
             model, formatter, [prompts[i] for i in batch], max_new_tokens=TOKENS,
             device=torch.device("cpu"),
@@ -134,9 +145,9 @@ def answers(
         for i, text in zip(batch, made, strict=True):
             found[i] = text
     kept.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps({"question": t.question, "answer": a}) for t, a in zip(tasks, found))
-    kept.write_text("".join(f"{line}\n" for line in lines))
-    return found
+    lines = [head, *({"question": t.question, "answer": a} for t, a in zip(tasks, found))]
+    kept.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return found, time.perf_counter() - start
 
 
 def main() -> None:
@@ -159,17 +170,19 @@ def main() -> None:
         passed: dict[str, list[bool]] = {}
         for arm in (BASE, *arguments.arms.split(",")) if tasks else ():
             folder = arguments.model if arm == BASE else arguments.work / arm / "model"
-            start = time.perf_counter()
-            texts = answers(
-                folder, tasks, arguments.work / "code" / f"{arm}-{name}.jsonl", formatter, arguments
-            )
-            seconds = time.perf_counter() - start
+            head = {
+                "weights": model_fingerprint(str(folder)),
+                "dtype": arguments.dtype,
+                "tokens": TOKENS,
+            }
+            kept = arguments.work / "code" / f"{arm}-{name}.jsonl"
+            texts, seconds = answers(folder, head, tasks, kept, formatter, arguments)
             passed[arm] = [passes(*pair) for pair in zip(tasks, texts, strict=True)]
             pairs = list(zip(passed[BASE], passed[arm], strict=True))
             lost, won = pairs.count((True, False)), pairs.count((False, True))
             out.add(
                 base=arguments.label, model=arm, tasks=name, n=len(tasks), passed=sum(passed[arm]),
-                lost=lost, won=won, p=mcnemar(lost, won), tokens=TOKENS, seconds=seconds,
+                lost=lost, won=won, p=mcnemar(lost, won), seconds=seconds, **head,
             )  # fmt: skip
 
 

@@ -136,16 +136,18 @@ def code_table(rows: Sequence[Row], models: Sequence[str]) -> str:
         "|:--|" + "--:|" * len(known),
     ]
     for model in models:
-        own = [found[model, name] for name in known if (model, name) in found]
-        if len(own) == len(known):
-            cells = [
-                _rate(row["passed"] / row["n"], row["n"])
-                + f", n = {row['n']}"
-                + (f" (−{row['lost']}, +{row['won']}; p = {row['p']:.2f})" * (model != BASE))
-                for row in own
-            ]
-            lines.append(f"| {model} | " + " | ".join(cells) + " |")
+        own = [found.get((model, name)) for name in known]
+        if any(own):
+            lines.append(f"| {model} | " + " | ".join(map(_solved, own)) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _solved(row: Row | None) -> str:
+    if row is None:
+        return "not measured"
+    words = f"{_rate(row['passed'] / row['n'], row['n'])}, n = {row['n']}"
+    beside = f" (−{row['lost']}, +{row['won']}; p = {row['p']:.2f})"
+    return words + ("" if row["model"] == BASE else beside)
 
 
 def legend(rows: Sequence[Row], models: Sequence[str]) -> str:
@@ -182,8 +184,11 @@ def documents(rows: Sequence[Row]) -> dict[Path, str]:
 
 
 def _shown(rows: Sequence[Row], base: str) -> list[Row]:
-    """Of the first seed; of a cell measured twice the one of more prompts is last and counts."""
+    """Of the first seed and the newest configuration of an arm; of a cell measured twice the one of
+    more prompts is last and counts."""
     found = [row for row in rows if row["base"] == base and not row["seed"]]
+    newest = {row["model"]: row["config"] for row in found}
+    found = [row for row in found if row["config"] == newest[row["model"]]]
     return sorted(found, key=lambda row: row.get("n", 0))
 
 

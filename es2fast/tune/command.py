@@ -38,7 +38,12 @@ def tune(
         int, typer.Option("--trials", min=1, help="in all, over all workers and earlier calls")
     ] = 40,
     steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="optimizer steps of a trial")
+        int | None,
+        typer.Option(
+            "--steps",
+            min=1,
+            help="optimizer steps of a trial; default: the run's, of a model those of --quick",
+        ),
     ] = None,
     limit: Annotated[
         int | None, typer.Option("--limit", min=2, help="held-out prompts per group")

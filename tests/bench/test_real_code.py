@@ -10,7 +10,8 @@ import pytest
 from tiny_models import save_tiny
 
 from bench.studies import real_code
-from bench.studies.real_code import Task, code_of, main, passes
+from bench.studies.real_code import Task, code_of, humaneval, main, passes
+from es2fast.data import model_fingerprint
 
 TASK = Task("", "def twice(n):\n    '''2 n'''\n", "assert twice(4) == 8\n")
 RIGHT = "Sure:\n```python\ndef twice(n):\n    return 2 * n\n```\nIt doubles."
@@ -19,6 +20,8 @@ RIGHT = "Sure:\n```python\ndef twice(n):\n    return 2 * n\n```\nIt doubles."
 def test_first_block_closed_or_cut() -> None:
     assert code_of(RIGHT) == "def twice(n):\n    return 2 * n\n"
     assert code_of("```\na = 1") == "a = 1"
+    for name in ("python3", "Python", " py", ""):
+        assert code_of(f"```{name}\na = 1\n```\nThat is 1.") == "a = 1\n"
     assert code_of("a = 1") == "a = 1"
 
 
@@ -29,12 +32,23 @@ def test_first_block_closed_or_cut() -> None:
         ("def twice(n):\n    return n * 2", True),
         (RIGHT.replace("2 *", "3 *"), False),
         ("I cannot help with that.", False),
+        (RIGHT.replace("2 *", "3 *").replace("```\nIt", "import sys\nsys.exit()\n```\nIt"), False),
         ("print(1, file=open('a', 'w'), flush=True)\ndef twice(n): return 2 * n", False),
         ("```python\nx = bytearray(1 << 33)\ndef twice(n): return 2 * n\n```", False),
         ("```python\nwhile True: pass\n```", False),
         ("a\0b", False),
     ],
-    ids=["right", "no block", "wrong", "refused", "a file", "8 GiB", "no end", "NUL"],
+    ids=[
+        "right",
+        "no block",
+        "wrong",
+        "refused",
+        "ends itself",
+        "a file",
+        "8 GiB",
+        "no end",
+        "NUL",
+    ],
 )
 def test_passes(answer: str, solved: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(real_code, "SECONDS", 1)
@@ -51,9 +65,13 @@ def test_task_by_task_beside_the_base(tmp_path: Path, monkeypatch: pytest.Monkey
     with gzip.open(tmp_path / "tasks.gz", "wt") as file:
         file.writelines(f"{json.dumps(one)}\n" for _ in range(4))
     kept = {"base": [RIGHT, RIGHT, RIGHT, ""], "arm": [RIGHT, "", "", RIGHT]}
+    folders = {"base": base, "arm": save_tiny(tmp_path / "arm/model", seed=1)}
+    question = humaneval(tmp_path / "tasks.gz")[0].question
     (tmp_path / "code").mkdir()
     for name, answers in kept.items():
-        lines = "".join(f"{json.dumps({'answer': a})}\n" for a in answers)
+        head = {"weights": model_fingerprint(str(folders[name])), "dtype": "fp32", "tokens": 4}
+        rows = [head, *({"question": question, "answer": a} for a in answers)]
+        lines = "".join(f"{json.dumps(row)}\n" for row in rows)
         (tmp_path / f"code/{name}-humaneval.jsonl").write_text(lines)
     command = ["real_code.py", "--model", base, "--work", tmp_path, "--arms", "arm,tiny",
                "--humaneval", tmp_path / "tasks.gz", "--out", tmp_path / "rows"]  # fmt: skip
@@ -66,3 +84,9 @@ def test_task_by_task_beside_the_base(tmp_path: Path, monkeypatch: pytest.Monkey
         ("base", 3, 0, 0), ("arm", 2, 2, 1), ("tiny", 0, 3, 0)
     ]  # fmt: skip
     assert rows[1]["p"] == 1.0 and rows[2]["p"] == 0.25
+    assert [r["seconds"] is None for r in rows] == [True, True, False]
+    save_tiny(tmp_path / "arm/model", seed=2)  # another model: its answers are made anew
+    main()
+    again = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()][3:]
+    assert [r["seconds"] is None for r in again] == [True, False, True]
+    assert [r["passed"] for r in again] == [3, 0, 0]
