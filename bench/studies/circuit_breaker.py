@@ -4,6 +4,10 @@
       + c_r mean_{l, t} |h_base - h_tuned|_2        over harmless prompts and their answers
     c_s = alpha (1 - s / 2S),  c_r = alpha s / 2S   at step s of S
 
+t: tokens behind what every row begins with (template, system prompt). There harmful and harmless
+rows have the same states, which cannot be turned and kept at once; and among them is the first
+token, whose norm of thousands would rule the retention.
+
 Where the two models agree neither loss has a gradient: the cosine is at its largest, the distance
 at its smallest. LoRA's B therefore starts at small random values and not at 0.
 
@@ -58,6 +62,7 @@ def circuit_breaker(config: Config, folder: Path, *, answer_tokens: int = 48) ->
         dataclasses.replace(prompt, response=answer)
         for prompt, answer in zip(plan.groups.harmful, answers)
     ]
+    shared = common_prefix(plan.formatter, [*harmful, *harmless])
     depth = len(blocks(model))
     targets = [round(depth * 10 / 32), round(depth * 20 / 32)]
     torch.manual_seed(config.train.seed)
@@ -73,8 +78,10 @@ def circuit_breaker(config: Config, folder: Path, *, answer_tokens: int = 48) ->
         progress = step / (2 * steps)
         for a, b in sampler.indices(step):
             loss = ALPHA * (1 - progress) * rerouting(
-                student, plan.formatter, [harmful[i] for i in a], targets
-            ) + ALPHA * progress * retention(student, plan.formatter, [harmless[i] for i in b])
+                student, plan.formatter, [harmful[i] for i in a], targets, shared
+            ) + ALPHA * progress * retention(
+                student, plan.formatter, [harmless[i] for i in b], shared
+            )
             (loss / config.train.gradient_accumulation).backward()
         torch.nn.utils.clip_grad_norm_(trained, config.train.max_grad_norm)
         optimizer.step()
@@ -82,10 +89,17 @@ def circuit_breaker(config: Config, folder: Path, *, answer_tokens: int = 48) ->
     save_model(student, plan.formatter.tokenizer, folder, main=True)
 
 
+def common_prefix(formatter: Formatter, prompts: list[Prompt]) -> int:
+    """Tokens that all rows begin with."""
+    rows = [formatter.prompt_ids(prompt) for prompt in prompts]
+    differ = (i for i, column in enumerate(zip(*rows)) if len(set(column)) > 1)
+    return next(differ, min(map(len, rows)))
+
+
 def states(
-    student: nn.Module, formatter: Formatter, prompts: list[Prompt], layers: list[int]
+    student: nn.Module, formatter: Formatter, prompts: list[Prompt], layers: list[int], shared: int
 ) -> tuple[Tensor, Tensor]:
-    """Base and tuned block outputs of all tokens, each (L, tokens, H)."""
+    """Base and tuned block outputs of all tokens but the first `shared`, each (L, tokens, H)."""
     rows = [
         [i for part in formatter.conversation_ids(p, p.response or "") for i in part]
         for p in prompts
@@ -94,8 +108,9 @@ def states(
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask)}
+    counted = mask.bool() & (torch.arange(width) >= shared)
     found = []
-    with tapped(student, layers, lambda hidden: hidden[mask.bool()].float()) as kept:
+    with tapped(student, layers, lambda hidden: hidden[counted].float()) as kept:
         with torch.no_grad(), student.disable_adapter():  # type: ignore[operator]
             backbone(student)(**inputs, use_cache=False)
         found.append(torch.stack([kept[layer] for layer in layers]))
@@ -105,14 +120,16 @@ def states(
 
 
 def rerouting(
-    student: nn.Module, formatter: Formatter, prompts: list[Prompt], layers: list[int]
+    student: nn.Module, formatter: Formatter, prompts: list[Prompt], layers: list[int], shared: int
 ) -> Tensor:
     """Mean ReLU of the cosine between base and tuned states."""
-    base, tuned = states(student, formatter, prompts, layers)
+    base, tuned = states(student, formatter, prompts, layers, shared)
     return torch.cosine_similarity(base, tuned, dim=-1).relu().mean()
 
 
-def retention(student: nn.Module, formatter: Formatter, prompts: list[Prompt]) -> Tensor:
+def retention(
+    student: nn.Module, formatter: Formatter, prompts: list[Prompt], shared: int
+) -> Tensor:
     """Mean distance between base and tuned states, over every block."""
-    base, tuned = states(student, formatter, prompts, list(range(len(blocks(student)))))
+    base, tuned = states(student, formatter, prompts, list(range(len(blocks(student)))), shared)
     return (base - tuned).norm(dim=-1).mean()

@@ -12,7 +12,7 @@ import torch
 from tiny_models import save_tiny, tokenizer, write_prompts
 from torch import Tensor
 
-from bench.studies.circuit_breaker import circuit_breaker, rerouting, retention
+from bench.studies.circuit_breaker import circuit_breaker, common_prefix, rerouting, retention
 from es2fast.config import DataConfig, ModelConfig, TrainConfig, parse_config
 from es2fast.data import Formatter, Prompt
 from es2fast.modeling.load import load_merged
@@ -23,6 +23,7 @@ PROMPTS = [
     Prompt.of("please draw a tree .", "sure here is some text ."),
 ]
 DEPTH = 4
+SHARED = 2  # tokens that do not count
 
 
 def student(folder: Path) -> Any:
@@ -48,7 +49,7 @@ def plain_states(model: Any, formatter: Formatter, prompt: Prompt) -> tuple[Tens
         with model.disable_adapter():
             base = model(input_ids=ids, output_hidden_states=True).hidden_states[1:-1]
         tuned = model(input_ids=ids, output_hidden_states=True).hidden_states[1:-1]
-    return torch.stack(base)[:, 0], torch.stack(tuned)[:, 0]
+    return torch.stack(base)[:, 0, SHARED:], torch.stack(tuned)[:, 0, SHARED:]
 
 
 def test_losses_equal_plain_fp64(tmp_path: Path) -> None:
@@ -65,10 +66,10 @@ def test_losses_equal_plain_fp64(tmp_path: Path) -> None:
     ]
     expected = sum(max(float(c), 0.0) for c in cosines) / len(cosines)
     assert expected < 0.999  # the adapters do move the states
-    found = rerouting(model, formatter, PROMPTS, layers)
+    found = rerouting(model, formatter, PROMPTS, layers, SHARED)
     assert found.item() == pytest.approx(expected, rel=1e-5)
     # every block's distance: the last one's is what the others leave of the mean over all
-    kept = retention(model, formatter, PROMPTS).item() * DEPTH
+    kept = retention(model, formatter, PROMPTS, SHARED).item() * DEPTH
     below = [(b - t).norm(dim=-1) for b, t in pairs]
     means = torch.cat(below, dim=1).mean(1)
     assert kept > means.sum().item() * (1 - 1e-5)
@@ -81,7 +82,9 @@ def last_distance(model: Any, formatter: Formatter) -> float:
     seen: list[Tensor] = []
     block = model.get_base_model().model.layers[-1]
     handle = block.register_forward_hook(
-        lambda module, args, out: seen.append((out if isinstance(out, Tensor) else out[0])[0])
+        lambda module, args, out: seen.append(
+            (out if isinstance(out, Tensor) else out[0])[0, SHARED:]
+        )
     )
     for prompt in PROMPTS:
         plain_states(model, formatter, prompt)
@@ -108,7 +111,16 @@ def test_training_turns_harmful_states_and_leaves_a_loadable_adapter(tmp_path: P
 
     base: Any = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     trained: Any = PeftModel.from_pretrained(base, str(folder)).eval()
-    cosine = rerouting(trained, Formatter(tokenizer(), DataConfig()), PROMPTS[:1], [1, 2]).item()
+    formatter = Formatter(tokenizer(), DataConfig())
+    cosine = rerouting(trained, formatter, PROMPTS[:1], [1, 2], SHARED).item()
     assert math.isfinite(cosine) and cosine < 0.9  # it starts at 1
     merged = load_merged(ModelConfig(name=str(folder)), "fp32")
     assert not any("lora" in name for name, _ in merged.named_parameters())
+
+
+def test_what_all_rows_begin_with() -> None:
+    formatter = Formatter(tokenizer(), DataConfig(system_prompt="sure here is"))
+    rows = [formatter.prompt_ids(prompt) for prompt in PROMPTS]
+    shared = common_prefix(formatter, PROMPTS)
+    assert 3 < shared < min(map(len, rows))
+    assert rows[0][:shared] == rows[1][:shared] and rows[0][shared] != rows[1][shared]
