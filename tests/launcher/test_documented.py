@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 from tiny_models import OBJECTS, save_refusing
 
 from es2fast.config import load_config
@@ -58,9 +59,15 @@ def block_with(page: str, words: str) -> str:
 
 
 def write_run(place: Path, page: str) -> str:
-    """The page's run file with two steps; its folder for the results."""
+    """The page's run file with two steps, short answers and, where it names none, two attacks; its
+    folder for the results."""
     text, changed = re.subn(r"steps: \d+", "steps: 2", block_with(page, "# run.yaml\n"))
     assert changed == 1
+    raw = yaml.safe_load(text)
+    raw["evaluate"] = {"attacks": ["direct", "prefill"]} | raw.get("evaluate", {})
+    raw["evaluate"]["max_new_tokens"] = 16
+    raw["data"]["max_response_tokens"] = 16
+    text = yaml.safe_dump(raw)
     (place / "run.yaml").write_text(text)
     return re.search(r"output_dir: (\S+)", text)[1]  # type: ignore[index]
 
