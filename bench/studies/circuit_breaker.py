@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from es2fast.config import Config
 from es2fast.data import Formatter, Prompt
+from es2fast.data.packing import common_prefix
 from es2fast.distributed.runtime import Runtime, resolve_dtype
 from es2fast.modeling.load import load_causal_lm
 from es2fast.modeling.taps import backbone, blocks, position_ids, tapped
@@ -62,7 +63,7 @@ def circuit_breaker(config: Config, folder: Path, *, answer_tokens: int = 48) ->
         dataclasses.replace(prompt, response=answer)
         for prompt, answer in zip(plan.groups.harmful, answers)
     ]
-    shared = common_prefix(plan.formatter, [*harmful, *harmless])
+    shared = common_prefix([plan.formatter.prompt_ids(one) for one in [*harmful, *harmless]])
     depth = len(blocks(model))
     targets = [round(depth * 10 / 32), round(depth * 20 / 32)]
     torch.manual_seed(config.train.seed)
@@ -87,13 +88,6 @@ def circuit_breaker(config: Config, folder: Path, *, answer_tokens: int = 48) ->
         optimizer.step()
         optimizer.zero_grad()
     save_model(student, plan.formatter.tokenizer, folder, main=True)
-
-
-def common_prefix(formatter: Formatter, prompts: list[Prompt]) -> int:
-    """Tokens that all rows begin with."""
-    rows = [formatter.prompt_ids(prompt) for prompt in prompts]
-    differ = (i for i, column in enumerate(zip(*rows)) if len(set(column)) > 1)
-    return next(differ, min(map(len, rows)))
 
 
 def states(

@@ -186,10 +186,11 @@ def config_hash(config: Config) -> str:
 
 
 def figures(result: AttackResult) -> dict[str, Any]:
-    """Of one attack, as a row holds it."""
+    """Of one attack, as a row holds it, with the rates of its variants where it has some."""
     kept = ("n", "useful", "refused", "partial", "gibberish", "answers_per_prompt", "seconds",
             "relative_push", "minimal_push", "repetitive")  # fmt: skip
-    return {key: getattr(result, key) for key in kept}
+    found = {key: getattr(result, key) for key in kept}
+    return found | ({"variants": result.variants} if result.variants else {})
 
 
 def harmless_figures(model: ModelResult) -> dict[str, Any]:

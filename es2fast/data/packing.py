@@ -13,7 +13,9 @@ Attention is dense over S x S, so one long sequence can cost more than padded ro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -91,6 +93,12 @@ def pack(batch: MicroBatch) -> Packed:
         harmful=harmful,
         place=place,
     )
+
+
+def common_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """Tokens that all rows begin with."""
+    columns = zip(*rows)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def _prefix(ids: Tensor, start: Tensor, most: int) -> int:

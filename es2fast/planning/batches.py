@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
-from es2fast.data.packing import pays
+from es2fast.data.packing import common_prefix, pays
 from es2fast.modeling.packing import takes_packed
 from es2fast.modeling.skeleton import make_skeleton
 from es2fast.modeling.teacher import resolve_teacher
@@ -63,8 +62,7 @@ def _shared(plan: Plan) -> int:
     """Of the first rows of each group, the tokens that all begin with, the last of a prompt not
     counted: what `data.packing` keeps once."""
     prompts = [*plan.groups.harmful[:LOOKED_AT], *plan.groups.harmless[:LOOKED_AT]]
-    columns = zip(*(plan.formatter.prompt_ids(prompt)[:-1] for prompt in prompts))
-    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    return common_prefix([plan.formatter.prompt_ids(prompt)[:-1] for prompt in prompts])
 
 
 def largest(plan: Plan, rows: Rows) -> Tokens:

@@ -12,7 +12,7 @@ import torch
 from tiny_models import save_tiny, tokenizer, write_prompts
 from torch import Tensor
 
-from bench.studies.circuit_breaker import circuit_breaker, common_prefix, rerouting, retention
+from bench.studies.circuit_breaker import circuit_breaker, rerouting, retention
 from es2fast.config import DataConfig, ModelConfig, TrainConfig, parse_config
 from es2fast.data import Formatter, Prompt
 from es2fast.modeling.load import load_merged
@@ -116,11 +116,3 @@ def test_training_turns_harmful_states_and_leaves_a_loadable_adapter(tmp_path: P
     assert math.isfinite(cosine) and cosine < 0.9  # it starts at 1
     merged = load_merged(ModelConfig(name=str(folder)), "fp32")
     assert not any("lora" in name for name, _ in merged.named_parameters())
-
-
-def test_what_all_rows_begin_with() -> None:
-    formatter = Formatter(tokenizer(), DataConfig(system_prompt="sure here is"))
-    rows = [formatter.prompt_ids(prompt) for prompt in PROMPTS]
-    shared = common_prefix(formatter, PROMPTS)
-    assert 3 < shared < min(map(len, rows))
-    assert rows[0][:shared] == rows[1][:shared] and rows[0][shared] != rows[1][shared]

@@ -7,7 +7,7 @@ import torch
 from tiny_models import FAMILIES, HEAD_FAMILIES, MORE_FAMILIES, tiny_model
 
 from es2fast.data import MicroBatch
-from es2fast.data.packing import Packed, pack, pays
+from es2fast.data.packing import Packed, common_prefix, pack, pays
 from es2fast.modeling.packing import FAMILIES as PACKED
 from es2fast.modeling.packing import takes_packed
 from es2fast.modeling.taps import backbone
@@ -32,6 +32,11 @@ def run(model: torch.nn.Module, packed: Packed) -> torch.Tensor:
         use_cache=False,
     )
     return out.last_hidden_state[0]
+
+
+def test_what_rows_begin_with() -> None:
+    assert common_prefix(ROWS) == 3 and common_prefix(ROWS[:1]) == len(ROWS[0])
+    assert common_prefix([*ROWS, [2, 4, 8]]) == 0 and common_prefix([*ROWS, [1, 4]]) == 2
 
 
 def test_the_common_beginning_is_there_once_and_harmful_suffixes_come_first() -> None:

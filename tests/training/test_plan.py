@@ -70,11 +70,11 @@ def test_says_where_bfloat16_would_be_faster(config: Path, monkeypatch: pytest.M
     monkeypatch.setattr(plans, "GEMM_BF16", "AMX")
     auto = load_config(config, ["model.dtype=auto"])
     assert make_plan(auto).dtype_line == ""  # the model is small
-    monkeypatch.setattr(plans, "BF16_PAYS", 1)
+    monkeypatch.setattr(plans, "BF16_WIDTH", 1)
     line = make_plan(auto).dtype_line
     assert line in make_plan(auto).lines() and "(AMX)" in line and "model.dtype=bf16" in line
     assert make_plan(load_config(config)).dtype_line == ""  # fp32 was asked for
-    monkeypatch.setattr(plans, "GEMM_BF16", "")
+    monkeypatch.setattr(plans, "GEMM_BF16", "BFMMLA")  # never measured
     assert make_plan(auto).dtype_line == ""
 
 
