@@ -148,8 +148,8 @@ ARMS: dict[str, Arm] = {
         "longer, its update filtered (`train.update_filter` 1)", of="longer", filter=1.0
     ),
     CIRCUIT_BREAKER: Arm(
-        "circuit breaker, from its formula; all 390 harmless prompts, 120 steps in bfloat16",
-        {"model": {"dtype": "bf16"}, "data": MORE, "train": {"steps": 120}},
+        "circuit breaker, from its formula; all 390 harmless prompts, 120 steps",
+        {"data": MORE, "train": {"steps": 120}},
     ),
     "default": Arm(
         "es2fast's defaults: hinge, whole blocks, lr 5e-5",

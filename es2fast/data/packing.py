@@ -8,7 +8,8 @@ attends to itself and to the prefix, and gradients of all rows add up there, whi
 over rows is. The harmful suffixes come first, so that they can be cut off after the deepest
 separated block. Positions are those of the rows, so rotary and learned position embeddings are too.
 
-Attention is dense over S x S, so one long sequence can cost more than padded rows: see `pays`.
+Attention goes by rows (`attention_rows`) where the model takes that. Otherwise it is dense over
+S x S, and one long sequence can cost more than padded rows: see `pays`.
 """
 
 from __future__ import annotations
@@ -24,12 +25,38 @@ from es2fast.data.batches import MicroBatch
 
 
 @dataclass(frozen=True)
+class AttentionRows:
+    """Where the rows of a packed sequence are.
+
+    index: per group (R, W) int64, the places of each row's tokens, prefix first; behind a short
+    row the place of its last token again. home: (S,) int64, where in the groups' flattened rows,
+    one group after the other, a place is computed: of the prefix in the last group's first row.
+    prefix: (P,) int64, the prefix's places.
+    """
+
+    index: tuple[Tensor, ...]
+    home: Tensor
+    prefix: Tensor
+
+    def without_first(self, count: int) -> AttentionRows:
+        """The last group alone, of a sequence without its first `count` tokens."""
+        skipped = sum(index.numel() for index in self.index[:-1])
+        last = self.index[-1] - count
+        return AttentionRows((last,), self.home[count:] - skipped, self.prefix - count)
+
+    def to(self, device: torch.device | str) -> AttentionRows:
+        """The same on `device`."""
+        index = tuple(one.to(device) for one in self.index)
+        return AttentionRows(index, self.home.to(device), self.prefix.to(device))
+
+
+@dataclass(frozen=True)
 class Packed:
     """A micro-batch's tokens, packed; of a row's prefix all rows have the same places.
 
     input_ids, position_ids: (1, S) int64. segment_ids: (1, S) int64, 0 in the prefix, row + 1 in a
     suffix. harmful: tokens of the harmful suffixes. place: (n + m, T) int64, where a token of the
-    padded batch is now; padding: undefined.
+    padded batch is now; padding: undefined. rows: the harmful and the harmless ones, for attention.
     """
 
     input_ids: Tensor
@@ -37,6 +64,7 @@ class Packed:
     segment_ids: Tensor
     harmful: int
     place: Tensor
+    rows: AttentionRows
 
     @property
     def tokens(self) -> int:
@@ -58,6 +86,7 @@ class Packed:
             input_ids=self.input_ids.to(device),
             position_ids=self.position_ids.to(device),
             segment_ids=self.segment_ids.to(device),
+            rows=self.rows.to(device),
         )
 
 
@@ -92,7 +121,25 @@ def pack(batch: MicroBatch) -> Packed:
         segment_ids=joined(rows + 1, torch.zeros_like(prefix)),
         harmful=harmful,
         place=place,
+        rows=_attention_rows(place, lengths + shared, shared, n),
     )
+
+
+def _attention_rows(place: Tensor, lengths: Tensor, shared: int, n: int) -> AttentionRows:
+    """Of rows padded on the left: place (R, T), lengths (R,), P, and the number of harmful rows."""
+    width = place.shape[1]
+    index, home, before = [], torch.zeros(int(place.max()) + 1, dtype=torch.int64), 0
+    for rows, length in ((place[:n], lengths[:n]), (place[n:], lengths[n:])):
+        column = torch.arange(int(length.max()))
+        own = column < length[:, None]
+        one = rows.gather(1, (width - length[:, None] + column).clamp_max(width - 1))
+        suffix = own & (column >= shared)
+        home[one[suffix]] = before + suffix.flatten().nonzero().squeeze(1)
+        prefix = one[0, :shared]
+        home[prefix] = before + torch.arange(shared)
+        index.append(one)
+        before += one.numel()
+    return AttentionRows(tuple(index), home, prefix)
 
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> int:
@@ -112,8 +159,9 @@ def _prefix(ids: Tensor, start: Tensor, most: int) -> int:
 
 
 def pays(rows: int, width: int, tokens: int, hidden: int) -> bool:
-    """One sequence of `tokens` costs a block less than `rows` of `width`: 24 H^2 flop per token for
-    the products, 4 H per pair of tokens for attention, with H = `hidden`."""
+    """One sequence of `tokens` under dense attention costs a block less than `rows` of `width`:
+    24 H^2 flop per token for the products, 4 H per pair of tokens for attention, with H = `hidden`.
+    """
 
     def work(sequences: int, length: int) -> int:
         return sequences * length * (6 * hidden + length)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from es2fast.data.packing import AttentionRows
 from es2fast.errors import UserError
 
 
@@ -404,6 +405,9 @@ class SeparationTaps:
         return self._harmless(args), self._harmless(kwargs)
 
     def _harmless(self, value: Any) -> Any:
+        if isinstance(value, AttentionRows):
+            assert self._packed is not None
+            return value.without_first(self._packed[1])
         if isinstance(value, Tensor):
             if self._packed is not None:
                 return cut_tokens(value, *self._packed)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from es2fast.data.packing import common_prefix, pays
-from es2fast.modeling.packing import takes_packed
+from es2fast.modeling.packing import attends_by_rows, takes_packed
 from es2fast.modeling.skeleton import make_skeleton
 from es2fast.modeling.teacher import resolve_teacher
 from es2fast.planning.flops import Work
@@ -90,16 +90,13 @@ def _micro_batches(
             whole = [rows.prompts[i] + rows.responses[i] for i in harmless]
             width = max(*short, *whole)
             padded = Tokens.padded(len(short), len(whole), width)
-            packed = Tokens.packed(
-                sum(n - rows.shared for n in short),
-                rows.shared,
-                sum(n - rows.shared for n in whole),
-            )
+            by_rows = attends_by_rows(model)
+            packed = Tokens.packed(short, whole, rows.shared, by_rows)
             forms = [(1.0, padded)]
             if (
                 config.train.packing
                 and takes_packed(model, width)
-                and pays(len(short) + len(whole), width, packed.lower, hidden)
+                and (by_rows or pays(len(short) + len(whole), width, packed.lower, hidden))
             ):
                 forms = [(1 - attacked, packed), (attacked, padded)]
             yield harmful, harmless, [(share, tokens) for share, tokens in forms if share]
@@ -122,7 +119,7 @@ def works_of(plan: Plan, rows: Rows, ranks: int) -> tuple[list[tuple[float, Work
         real = sum(rows.harmful[i] for i in harmful)
         real += sum(rows.prompts[i] + rows.responses[i] for i in harmless)
         for share, tokens in forms:
-            once = tokens.mask and config.kl.positions == "all"
+            once = tokens.is_packed and config.kl.positions == "all"
             work = Work(
                 tokens=tokens,
                 harmful=len(harmful),
@@ -135,7 +132,7 @@ def works_of(plan: Plan, rows: Rows, ranks: int) -> tuple[list[tuple[float, Work
                 layers=2 if config.layers == "auto" else len(config.layers),
             )
             found.append((share, work))
-            padding += 0.0 if tokens.mask else share * (tokens.lower - real)
+            padding += 0.0 if tokens.is_packed else share * (tokens.lower - real)
             computed += share * tokens.lower
     count = sum(share for share, _ in found)
     return [(share / count, work) for share, work in found], padding / computed

@@ -1,8 +1,9 @@
 """Floating-point operations of one micro-batch on one rank, by part.
 
-Legend: H width, V vocabulary, N tokens of the KL, T columns of a padded row, S tokens of a packed
-sequence. A product of N rows with an (out, in) weight takes 2 N in out; attention takes 4 T A or
-4 S A per token (all columns; a fused kernel's second pass over the scores is not counted).
+Legend: H width, V vocabulary, N tokens of the KL, T columns of a row that is attended, padding
+included, S tokens of a packed sequence. A product of N rows with an (out, in) weight takes
+2 N in out; attention takes 4 T A per token of a row, under a dense mask 4 S A (all columns; a fused
+kernel's second pass over the scores is not counted).
 
     teacher    the harmless rows through all blocks; nothing where its states or moments are kept
     student    all rows through the blocks that harmful rows reach, harmless ones through the rest

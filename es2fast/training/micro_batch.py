@@ -10,7 +10,7 @@ from torch import Tensor
 
 from es2fast.data import MicroBatch
 from es2fast.data.packing import Packed, pack, pays
-from es2fast.modeling.packing import takes_packed
+from es2fast.modeling.packing import attends_by_rows, takes_packed
 from es2fast.training.refusals import RefusalTokens
 
 
@@ -27,7 +27,8 @@ def packed_form(batch: MicroBatch, model: Any, wanted: bool) -> Packed | None:
         return None
     packed = pack(batch)
     hidden = model.get_text_config().hidden_size
-    return packed if pays(rows, width, packed.tokens, hidden) else None
+    cheaper = attends_by_rows(model) or pays(rows, width, packed.tokens, hidden)
+    return packed if cheaper else None
 
 
 def objective_inputs(

@@ -26,9 +26,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from es2fast.config import Config
-from es2fast.data.packing import Packed
+from es2fast.data.packing import AttentionRows, Packed
 from es2fast.errors import UserError
 from es2fast.modeling import head as heads
+from es2fast.modeling import packed_attention
+from es2fast.modeling.packing import attends_by_rows
 from es2fast.modeling.sharded_head import ShardedHead
 from es2fast.modeling.sublayers import attention_of, mlp_of
 from es2fast.modeling.taps import (
@@ -36,6 +38,7 @@ from es2fast.modeling.taps import (
     SeparationTaps,
     backbone,
     blocks,
+    causal_lm,
     cut_tokens,
     position_ids,
 )
@@ -97,6 +100,9 @@ class ES2Objective(nn.Module):
         self.bank = EmbeddingBank(bank, self.world) if bank else None
         self.alphas = layer_weights(config, self.layers)
         self._dtype = next(student.parameters()).dtype
+        for model in (student, teacher):
+            if model is not None:
+                packed_attention.install(causal_lm(model))
         hit = attacked_blocks(config, self.layers, len(blocks(student)))
         robust = config.separation.robust
         ablated = hit if robust.probability and "ablation" in robust.attacks else []
@@ -168,7 +174,7 @@ class ES2Objective(nn.Module):
             inputs = _backbone_inputs(input_ids, attention_mask, position_ids(attention_mask))
             count, size, dim = num_harmful, input_ids.shape[0], 0
         else:
-            inputs = _backbone_inputs(input_ids, packed.mask(self._dtype), packed.position_ids)
+            inputs = _packed_inputs(input_ids, packed, self.student, self._dtype)
             count, size, dim = packed.harmful, input_ids.shape[1], 1
         self.taps.disarm()
         if target is None:
@@ -333,14 +339,27 @@ def _backbone_inputs(input_ids: Tensor, mask: Tensor, positions: Tensor) -> dict
     }
 
 
+def _packed_inputs(
+    input_ids: Tensor, packed: Packed, student: nn.Module, dtype: torch.dtype
+) -> dict[str, Any]:
+    """By rows where the student's attention can; an empty mask, which no other attention takes,
+    keeps transformers from making one."""
+    if not attends_by_rows(causal_lm(student).config):
+        return _backbone_inputs(input_ids, packed.mask(dtype), packed.position_ids)
+    mask = torch.empty(1, 1, 0, 0, device=input_ids.device)
+    inputs = _backbone_inputs(input_ids, mask, packed.position_ids)
+    return inputs | {"attention_rows": packed.rows}
+
+
 def _behind(inputs: dict[str, Any], size: int, count: int, dim: int) -> dict[str, Any]:
     """Inputs of the harmless part: without the first `count` of `size` rows (dim 0) or tokens of
     the one sequence (dim 1)."""
-    return {
-        key: value
-        if not isinstance(value, Tensor)
-        else value[count:]
-        if dim == 0
-        else cut_tokens(value, size, count)
-        for key, value in inputs.items()
-    }
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, AttentionRows):
+            return value.without_first(count)
+        if not isinstance(value, Tensor):
+            return value
+        return value[count:] if dim == 0 else cut_tokens(value, size, count)
+
+    return {key: cut(value) for key, value in inputs.items()}

@@ -48,10 +48,12 @@ class Product:
 
 @dataclass(frozen=True)
 class Block:
-    """attention: A; norms: of width H; norms_trained: how many of them train; parameters: all."""
+    """attention: A, of all heads' queries; keys: of all heads' keys, or values; norms: of width H;
+    norms_trained: how many of them train; parameters: all."""
 
     products: tuple[Product, ...]
     attention: int
+    keys: int
     heads: int
     norms: int
     norms_trained: int
@@ -122,6 +124,7 @@ def _block(block: nn.Module, text: Any) -> Block:
     return Block(
         products=tuple(products),
         attention=heads * width,
+        keys=(getattr(text, "num_key_value_heads", None) or heads) * width,
         heads=heads,
         norms=len(norms),
         norms_trained=sum(weight.requires_grad for weight in norms),

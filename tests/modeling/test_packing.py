@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_models import FAMILIES, HEAD_FAMILIES, MORE_FAMILIES, tiny_model
 
 from es2fast.data import MicroBatch
 from es2fast.data.packing import Packed, common_prefix, pack, pays
+from es2fast.modeling import packed_attention
 from es2fast.modeling.packing import FAMILIES as PACKED
-from es2fast.modeling.packing import takes_packed
+from es2fast.modeling.packing import attends_by_rows, takes_packed
 from es2fast.modeling.taps import backbone
 
 ROWS = [[1, 4, 8, 12, 5], [1, 4, 8, 7, 9, 5], [1, 4, 8, 10, 5, 11, 2], [1, 4, 8, 13, 14, 5, 2, 6]]
@@ -24,12 +27,14 @@ def batch(rows: list[list[int]] = ROWS, last: list[int] = LAST) -> MicroBatch:
     return MicroBatch(ids, mask, ends, mask[2:].float(), 2, int(mask.sum()))
 
 
-def run(model: torch.nn.Module, packed: Packed) -> torch.Tensor:
+def run(model: torch.nn.Module, packed: Packed, by_rows: bool) -> torch.Tensor:
+    rows: dict[str, Any] = {"attention_rows": packed.rows} if by_rows else {}
     out = backbone(model)(
         input_ids=packed.input_ids,
-        attention_mask=packed.mask(torch.float32),
+        attention_mask=torch.empty(1, 1, 0, 0) if by_rows else packed.mask(torch.float32),
         position_ids=packed.position_ids,
         use_cache=False,
+        **rows,
     )
     return out.last_hidden_state[0]
 
@@ -58,14 +63,20 @@ def test_the_beginning_ends_before_a_last_prompt_token() -> None:
     assert other.tokens == 2 + 4 + 5 + 5  # nothing in common
 
 
-@pytest.mark.parametrize("family", PACKED)
-def test_states_are_those_of_each_row_alone(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "by_rows"),
+    [(family, False) for family in PACKED] + [(one, True) for one in PACKED if one != "gemma2"],
+)  # gemma2 caps its scores, which sdpa cannot
+def test_states_are_those_of_each_row_alone(family: str, by_rows: bool) -> None:
     model = tiny_model(family)
     assert family in FAMILIES | MORE_FAMILIES | HEAD_FAMILIES
     assert takes_packed(model.config, 8)
+    if by_rows:
+        packed_attention.install(model)
+        assert model.config._attn_implementation == packed_attention.NAME
     packed = pack(batch())
     with torch.no_grad():
-        found = run(model, packed)
+        found = run(model, packed, by_rows)
         for row, place, mask in zip(ROWS, packed.place, batch().attention_mask):
             alone = backbone(model)(input_ids=torch.tensor([row]), use_cache=False)
             torch.testing.assert_close(
@@ -73,12 +84,44 @@ def test_states_are_those_of_each_row_alone(family: str) -> None:
             )
 
 
+def test_gathers_into_rows_and_back_are_differentiated() -> None:
+    packed = pack(batch())
+    x = torch.randn(packed.tokens, 2, 3, dtype=torch.float64, requires_grad=True)
+
+    def there_and_back(x: torch.Tensor) -> torch.Tensor:
+        rows = packed_attention.to_rows(x, packed.rows)
+        mixed = [row.cumsum(1) * torch.arange(1.0, 4.0, dtype=x.dtype) for row in rows]  # causal
+        return packed_attention.from_rows(mixed, packed.rows)
+
+    assert torch.autograd.gradcheck(there_and_back, x)
+    found = there_and_back(x)
+    for row, place, mask in zip(ROWS, packed.place, batch().attention_mask):
+        own = x[place[mask.bool()]].cumsum(0) * torch.arange(1.0, 4.0, dtype=x.dtype)
+        assert len(own) == len(row)
+        torch.testing.assert_close(found[place[mask.bool()]], own)
+
+
+def test_padded_rows_and_16_bit_rows_are_attended_as_by_sdpa() -> None:
+    torch.manual_seed(0)
+    ids, mask = batch().input_ids, batch().attention_mask
+    model = tiny_model("qwen2")
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    plain = backbone(model)(**inputs).last_hidden_state[mask.bool()]
+    packed_attention.install(model)
+    assert model.config._attn_implementation == packed_attention.NAME
+    torch.testing.assert_close(backbone(model)(**inputs).last_hidden_state[mask.bool()], plain)
+    half = backbone(model.to(torch.bfloat16))(**inputs).last_hidden_state[mask.bool()]
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), plain, rtol=0.05, atol=0.05)
+    assert packed_attention.NAME not in model.config.to_json_string()
+
+
 def test_what_is_not_known_to_work_is_padded() -> None:
     config = tiny_model("gemma2").config
     assert takes_packed(config, 16) and not takes_packed(config, 17)  # its window
     llama = tiny_model("llama").config
     llama._attn_implementation = "flash_attention_2"
-    assert not takes_packed(llama, 8)
+    assert not takes_packed(llama, 8) and not attends_by_rows(llama)
     other = tiny_model("llama").config
     other.model_type = "mamba"
     assert not takes_packed(other, 8)

@@ -151,11 +151,15 @@ def test_micro_batches_are_those_that_are_trained(
         assert (packed is not None) == (train == {})
         count, width = batch.input_ids.shape
         if packed is None:
-            tokens = (count * width, count * width // 2, width, 0)
+            half = count * width // 2
+            tokens = (2 * half, half, (2 * half * width, half * width), (0, 0), 0)
             real.append((batch.attention_mask.sum().item(), batch.attention_mask.numel()))
         else:
             size = packed.tokens
-            tokens = (size, size - packed.harmful, size, size**2)
+            sizes = [index.numel() for index in packed.rows.index]
+            pairs = [index.numel() * index.shape[1] for index in packed.rows.index]
+            gathered = (sum(sizes), sizes[1])
+            tokens = (size, size - packed.harmful, (sum(pairs), pairs[1]), gathered, 0)
         given = objective_inputs(batch, packed, torch.tensor(1.0), torch.device("cpu"))
         found.append((tokens, len(given["kl_index"])))
     known = [(dataclasses.astuple(work.tokens), work.kl_tokens) for _, work in works]
@@ -176,7 +180,7 @@ def test_a_part_of_the_steps_is_padded_by_simulated_attacks(tmp_path: Path) -> N
     }
     plan = make_plan(parse_config(raw))
     works, _ = works_of(plan, rows_of(plan), 1)
-    assert sum(share for share, work in works if work.tokens.mask) == pytest.approx(0.75)
+    assert sum(share for share, work in works if work.tokens.is_packed) == pytest.approx(0.75)
     assert sum(share for share, _ in works) == pytest.approx(1)
     shape = model_sizes(plan.config, plan.model)
     counted = mean_flops(shape, works, checkpointed=False)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import tiny_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from es2fast.config import parse_config
-from es2fast.modeling.taps import backbone
+from es2fast.data import MicroBatch
+from es2fast.data.packing import pack
+from es2fast.modeling import packed_attention
+from es2fast.modeling.taps import backbone, causal_lm
 from es2fast.modeling.teacher import set_trainable
 from es2fast.planning.flops import Work, flops
 from es2fast.training.activations import Tokens, student_bytes
@@ -75,10 +80,8 @@ def test_parameters_and_flop_are_those_of_the_real_model(
     assert backward.get_total_flops() == pytest.approx(expected.backward, rel=slack)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("train", TRAINED[:2], ids=lambda train: train["trainable"])
-def test_activations_are_what_autograd_keeps(family: str, train: dict[str, Any]) -> None:
-    shape, student = shape_and_student(family, train, "sdpa")
+def kept_by_autograd(student: Any, forward: Callable[[], torch.Tensor]) -> int:
+    """Bytes that a pass leaves for its backward, the parameters not counted."""
     own = {p.untyped_storage().data_ptr() for p in student.parameters()}
     kept: dict[int, int] = {}
 
@@ -89,11 +92,19 @@ def test_activations_are_what_autograd_keeps(family: str, train: dict[str, Any])
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        final = run(student)
+        final = forward()
     assert final.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("train", TRAINED[:2], ids=lambda train: train["trainable"])
+def test_activations_are_what_autograd_keeps(family: str, train: dict[str, Any]) -> None:
+    shape, student = shape_and_student(family, train, "sdpa")
+    kept = kept_by_autograd(student, lambda: run(student))
     tokens = Tokens.padded(0, ROWS, LENGTH)
     found = student_bytes(shape, tokens, item=4, anchored=False, checkpointed=False)
-    assert found == pytest.approx(sum(kept.values()), rel=0.1)
+    assert found == pytest.approx(kept, rel=0.1)
 
 
 def test_harmful_rows_end_at_the_deepest_block_and_the_anchor_carries_them_on() -> None:
@@ -115,10 +126,10 @@ def test_harmful_rows_end_at_the_deepest_block_and_the_anchor_carries_them_on() 
 
 
 @pytest.mark.parametrize("anchored", [False, True])
-def test_a_packed_sequence_attends_over_all_of_itself(anchored: bool) -> None:
+def test_a_densely_packed_sequence_attends_over_all_of_itself(anchored: bool) -> None:
     """13 harmful tokens, 7 shared ones, 20 harmless ones, through the real blocks."""
     shape, student = shape_and_student("llama", TRAINED[0], "eager")
-    tokens = Tokens.packed(13, 7, 20)
+    tokens = Tokens.packed([14, 13], [17, 17], 7, by_rows=False)
     inner = backbone(student)
 
     def through(states: torch.Tensor, first: int, last: int) -> torch.Tensor:
@@ -138,3 +149,42 @@ def test_a_packed_sequence_attends_over_all_of_itself(anchored: bool) -> None:
         through(states[:, 13:], split, len(shape.blocks))
     expected = flops(shape, Work(tokens, 2, 2, kl_tokens=0, anchored=anchored), checkpointed=False)
     assert forward.get_total_flops() == pytest.approx(expected.student, rel=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("train", TRAINED[:2], ids=lambda train: train["trainable"])
+def test_a_packed_sequence_attends_by_rows(train: dict[str, Any], dtype: torch.dtype) -> None:
+    shape, student = shape_and_student("qwen2", train, "sdpa")
+    packed_attention.install(causal_lm(student))
+    student.to(dtype)
+    lengths, width, shared = [12, 9, 30, 28], 30, 6
+    ids = torch.randint(6, 20, (4, width), generator=torch.Generator().manual_seed(0))
+    real = torch.tensor([[0] * (width - n) + [1] * n for n in lengths])
+    for row, n in enumerate(lengths):  # differ behind the prefix
+        ids[row, width - n : width - n + shared] = 5
+        ids[row, width - n + shared] = 6 + row
+    last = torch.full((4,), width - 1)
+    packed = pack(MicroBatch(ids, real, last, real[2:].float(), 2, int(real.sum())))
+    assert packed.tokens == sum(lengths) - 3 * shared
+
+    def forward() -> torch.Tensor:
+        return backbone(student)(
+            input_ids=packed.input_ids,
+            attention_mask=torch.empty(1, 1, 0, 0),
+            position_ids=packed.position_ids,
+            attention_rows=packed.rows,
+            use_cache=False,
+        ).last_hidden_state
+
+    tokens = Tokens.packed(lengths[:2], lengths[2:], shared, by_rows=True)
+    assert tokens.gathered == (2 * 12 + 2 * 30, 2 * 30)
+    kept = kept_by_autograd(student, forward)
+    found = student_bytes(
+        shape, tokens, item=dtype.itemsize, anchored=True, checkpointed=False, device="cpu"
+    )
+    assert found == pytest.approx(kept, rel=0.1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        forward()
+    work = Work(tokens, 2, 2, kl_tokens=0, anchored=True)
+    expected = flops(shape, work, checkpointed=False).student
+    assert counter.get_total_flops() == pytest.approx(expected, rel=2e-3)

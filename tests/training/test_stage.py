@@ -30,7 +30,7 @@ BLOCK = Block(
         *(Product(100, 300, 1, True, 0, "mlp", False) for _ in range(2)),
         Product(300, 100, 1, True, 0, "mlp", True),
     ),
-    attention=100, heads=4, norms=2, norms_trained=2, parameters=10**8,
+    attention=100, keys=100, heads=4, norms=2, norms_trained=2, parameters=10**8,
 )  # fmt: skip
 SIZES = Shape(total=10**9, trained=10**8, active=1e9, hidden=100, vocabulary=1000,
               blocks=(BLOCK,) * 10, deepest=9, head_trained=False, experts=False)  # fmt: skip

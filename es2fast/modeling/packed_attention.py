@@ -1,0 +1,140 @@
+"""Attention of a packed micro-batch, row by row.
+
+A mask over the one sequence would be S x S, most of it empty: 8 + 8 short rows of 579 tokens take
+nine times the products that the rows themselves take. So queries, keys and values are gathered
+into (R, W) rows, the common prefix in front of each, attention is causal there, needs no mask (and
+so takes the fastest kernel, grouped heads included), and its output goes back to its places:
+
+    (S, heads, D) --index--> (R, W, heads, D) --causal attention--> (R, W, heads, D) --home--> (S, ..)
+
+Rows are padded behind, where a causal row does not look. Both gathers are their own adjoint but for
+the prefix, whose gradients add up; PyTorch's own backward of an index would add row by row.
+
+Models reach it by a name of transformers' attention registry. A call without `attention_rows` is
+transformers' sdpa. On a CPU 16-bit operands are attended in fp32: PyTorch's backward of 16-bit
+attention there is several times slower, and gathering dominates either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from es2fast.data.packing import AttentionRows
+
+NAME = "es2fast_sdpa"
+
+
+def install(model: nn.Module) -> None:
+    """Lets a model that uses sdpa attend packed rows; any other stays as it is."""
+    config: Any = model.config
+    if getattr(config, "_attn_implementation", None) == "sdpa":
+        config._attn_implementation = NAME
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    attention_rows: AttentionRows | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers' registry.
+
+    Args:
+        query, key, value: (B, heads, T, D), keys and values with one head per group; B = 1 and
+            T = S where the sequence is packed.
+        attention_mask: of padded rows; a packed sequence needs none.
+        dropout, scaling: as for sdpa.
+        attention_rows: the rows of a packed sequence.
+
+    Returns:
+        (B, T, heads, D), and no probabilities.
+    """
+    dtype = query.dtype
+    if query.device.type == "cpu" and dtype.itemsize == 2 and _learns(query, attention_rows):
+        query, key, value = query.float(), key.float(), value.float()
+        if attention_mask is not None and attention_mask.is_floating_point():
+            attention_mask = attention_mask.float()
+    if attention_rows is None:
+        found, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **kwargs
+        )
+        return found.to(dtype), None
+    heads, groups = query.shape[1], key.shape[1]
+    joined = torch.cat([part[0].transpose(0, 1) for part in (query, key, value)], 1)
+    outputs = []
+    for row in to_rows(joined, attention_rows):
+        q, k, v = (part.transpose(1, 2) for part in row.split([heads, groups, groups], 2))
+        out = nn.functional.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=heads != groups
+        )
+        outputs.append(out.transpose(1, 2))
+    return from_rows(outputs, attention_rows).to(dtype)[None], None
+
+
+def _learns(query: Tensor, rows: AttentionRows | None) -> bool:
+    """A backward will come; of packed rows base model and student are computed alike."""
+    return rows is not None or query.requires_grad
+
+
+class _ToRows(torch.autograd.Function):
+    """x (S, ..) -> for each index (R, W) its rows (R, W, ..)."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, home: Tensor, prefix: Tensor, *indices: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(home, prefix)
+        return tuple(
+            x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:]) for index in indices
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        home, prefix = ctx.saved_tensors
+        own = torch.cat([grad.flatten(0, 1) for grad in grads]).index_select(0, home)
+        shared = torch.stack([grad[:, : len(prefix)].sum(0) for grad in grads]).sum(0)
+        return (own.index_copy_(0, prefix, shared), None, None, *[None] * len(grads))
+
+
+class _FromRows(torch.autograd.Function):
+    """Rows (R, W, ..) of every group -> (S, ..)."""
+
+    @staticmethod
+    def forward(ctx: Any, home: Tensor, *rows: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(home)
+        ctx.shapes = [row.shape for row in rows]
+        return torch.cat([row.flatten(0, 1) for row in rows]).index_select(0, home)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (home,) = ctx.saved_tensors
+        counts = [shape[0] * shape[1] for shape in ctx.shapes]
+        every = grad.new_zeros(sum(counts), *grad.shape[1:]).index_copy_(0, home, grad)
+        parts = every.split(counts)
+        return (None, *[part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True)])
+
+
+def to_rows(x: Tensor, rows: AttentionRows) -> tuple[Tensor, ...]:
+    """x (S, ..) -> of each group (R, W, ..)."""
+    return _ToRows.apply(x, rows.home, rows.prefix, *rows.index)
+
+
+def from_rows(outputs: Sequence[Tensor], rows: AttentionRows) -> Tensor:
+    """Of each group (R, W, ..) -> (S, ..); the prefix is that of the last group's first row."""
+    return _FromRows.apply(rows.home, *outputs)
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
