@@ -1,9 +1,9 @@
 """Which models compute several rows right when they are one sequence.
 
 A packed sequence needs attention that goes by its rows or takes a mask of its own, positions that
-come from `position_ids`, and nothing else that goes from token to token. That is a matter of the model's
-code, so these are the families with which it was tried (tests/modeling/test_packing.py). GPT-2 is
-none of them: it gives its last states the shape of its ids, whatever was cut off on the way.
+come from `position_ids`, and nothing else that goes from token to token. That is a matter of the
+model's code, so these are the families with which it was tried (tests/modeling/test_packing.py).
+GPT-2 is none of them: it gives its last states the shape of its ids, whatever was cut off.
 """
 
 from __future__ import annotations

@@ -65,6 +65,8 @@ def set_trainable(model: nn.Module, train: TrainConfig, deepest: int) -> nn.Modu
 def _with_lora(model: nn.Module, train: TrainConfig, deepest: int) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
+    from es2fast.modeling.lora import fuse_adapters
+
     everywhere = train.lora.targets == "all-linear"
     lora = LoraConfig(
         r=train.lora.r,
@@ -75,9 +77,11 @@ def _with_lora(model: nn.Module, train: TrainConfig, deepest: int) -> nn.Module:
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, lora)
+        student = get_peft_model(model, lora)
     except ValueError as error:
         raise UserError(f"train.lora.targets: {error}") from None
+    fuse_adapters(student)
+    return student
 
 
 def _linear_modules(model: nn.Module, deepest: int) -> list[str]:
