@@ -5,7 +5,7 @@ nine times the products that the rows themselves take. So queries, keys and valu
 into (R, W) rows, the common prefix in front of each, attention is causal there, needs no mask (and
 so takes the fastest kernel, grouped heads included), and its output goes back to its places:
 
-    (S, heads, D) --index--> (R, W, heads, D) --attention--> (R, W, heads, D) --home--> (S, heads, D)
+    (S, heads, D) --index--> (R, W, heads, D) --attention--> (R, W, heads, D) --home--> (S, ...)
 
 Rows are padded behind, where a causal row does not look. Both gathers are their own adjoint but for
 the prefix, whose gradients add up; PyTorch's own backward of an index would add row by row.

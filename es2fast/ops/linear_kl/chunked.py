@@ -16,13 +16,15 @@ two chunks, each chunk has its GEMM. So what lives at once is bounded by ``chunk
 the budget, never by ``N * V``.
 
 A 16-bit G is rounded, which averages out over tokens. Where few tokens decide the gradient it does
-not, and a bfloat16 G is then the sum of two (``KLProblem.exact``; :func:`few_decide` is the rule).
+not, and their bfloat16 G is then the sum of two (``KLProblem.exact``; :func:`few_decide` is the
+rule, :func:`deciding_first` says which tokens those are). Such tokens come first, so that the second
+GEMM has their rows only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -55,6 +57,7 @@ class KLProblem(PackedTokens):
     need_dw: bool
     need_db: bool
     exact: bool = False  # a bfloat16 G has two parts
+    exact_rows: int | None = None  # of so many leading rows, in dX and db; None: of all
     buffer_bytes: int | None = None  # for G of a head that trains; None: those of a float32 dW
 
     @property
@@ -83,7 +86,7 @@ class RowGradient:
     """G of one chunk. ``unit`` undoes a common factor, ``row_unit`` one per row (float16 only)."""
 
     g: Tensor  # (C, V)
-    low: Tensor | None = None  # (C, V) what rounding to bfloat16 took from G, in bfloat16
+    low: Tensor | None = None  # (C or fewer, V) what rounding to bfloat16 took from G, in bfloat16
     unit: Tensor | None = None  # ()
     row_unit: Tensor | None = None  # (C, 1)
 
@@ -114,6 +117,26 @@ def few_decide(weights: Tensor) -> bool:
     shares = weights.double().square()
     shares = shares / shares.sum().clamp(min=torch.finfo(torch.float64).tiny)
     return bool(shares.square().sum() * FEW_TOKENS > 1)
+
+
+def deciding_first(weights: Tensor) -> tuple[Tensor, int]:
+    """An order of the tokens, and how many of the first ones need a G of two parts.
+
+    Of so many that fewer than ``FEW_TOKENS`` do not decide the others, or that these have at most
+    half of the squared norm: one part then errs by at most 0.42 % / sqrt(2) = 0.3 % of the whole.
+
+    Args:
+        weights: (M,), not all zero. Synchronises when they are on a GPU.
+    """
+    shares, order = weights.double().square().sort(descending=True, stable=True)
+    shares = shares / shares.sum()
+    squares = shares.square()
+
+    def rest(x: Tensor) -> Tensor:  # without the first 0, 1, .. M
+        return torch.cat([x.flip(0).cumsum(0).flip(0), x.new_zeros(1)])
+
+    enough = (rest(shares) <= 0.5) | (rest(squares) * FEW_TOKENS <= rest(shares).square())
+    return order, int(enough.int().argmax())
 
 
 def buffered_rows(p: KLProblem, dtype: torch.dtype, chunk: int) -> int:
@@ -194,6 +217,8 @@ def run_chunked(problem: KLProblem, backend: RowBackend) -> KLResult:
     in_place = kept > 0 and dtype == acc  # the student's logits are made where G will be
     raw_t = logit_rows(chunk, vocab, acc, device)
     raw_s = raw_t if in_place else logit_rows(chunk, vocab, acc, device)
+    two_parts = 0 if not p.exact else p.rows if p.exact_rows is None else p.exact_rows
+    one_part = replace(p, exact=False)
     result = KLResult(torch.empty(p.rows, dtype=acc, device=device))
     if p.need_dx:
         result.dx = p.empty_dx()
@@ -206,8 +231,11 @@ def run_chunked(problem: KLProblem, backend: RowBackend) -> KLResult:
         zt = raw_t[: stop - start]
         zs = place if in_place and place is not None else raw_s[: stop - start]
         _chunk_logits(p, gemms, x, start, stop, zt, zs)
-        result.rows[start:stop], gradient = backend.row_pass(zt, zs, p.scale[start:stop], place, p)
+        own = p if start < two_parts else one_part
+        result.rows[start:stop], gradient = backend.row_pass(zt, zs, p.scale[start:stop], place, own)
         if gradient is not None:
+            if gradient.low is not None:
+                gradient.low = gradient.low[: two_parts - start]
             _chunk_gradients(p, gemms, result, gradient, start, stop)
             if p.need_dw:
                 head.add(gradient, x, start, stop)
@@ -239,7 +267,7 @@ def _chunk_gradients(
     if result.dx is not None:
         dx = gemms.input_gradient(g, p.weight, p.accum_dtype)
         if low is not None:
-            dx.add_(gemms.input_gradient(low, p.weight, p.accum_dtype))
+            dx[: len(low)].add_(gemms.input_gradient(low, p.weight, p.accum_dtype))
         dx = dx if row_unit is None else dx.mul_(row_unit)
         p.put(result.dx, start, stop, dx if unit is None else dx.mul_(unit))
     if result.db is not None:

@@ -34,6 +34,7 @@ from es2fast.ops.linear_kl.chunked import (
     FEW_TOKENS,
     KLProblem,
     KLResult,
+    deciding_first,
     few_decide,
     run_torch,
 )
@@ -48,6 +49,7 @@ from es2fast.ops.tokens import (
     row_scale,
     saved_dtype,
     scale_gradient,
+    to_device,
     without_autocast,
 )
 
@@ -201,7 +203,8 @@ def linear_kl_div(
             chunk's logits would take more than half of the GPU's free memory.
         exact: True: a bfloat16 G is the sum of two, for one more GEMM each in dX and dW. None:
             where fewer than 64 tokens decide the gradient, whose roundings would not average out:
-            (sum w^2)^2 / sum w^4 < 64. Weights on a GPU with ``max_valid_tokens`` are not looked
+            (sum w^2)^2 / sum w^4 < 64; under a frozen head of the largest weights only, as far as
+            they decide. Weights on a GPU with ``max_valid_tokens`` are not looked
             at, which would synchronise: then ``max_valid_tokens`` < 64.
         backend: "triton", "torch", "native", or None for the best one on hidden's device.
 
@@ -310,13 +313,19 @@ def _run(
     """(loss, dX, dW, db); a gradient that is not needed is an empty tensor."""
     accum = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     index, weights = pack(hidden, token_weights, max_valid_tokens, accum)
-    scale = row_scale(weights, reduction)
     need_grad = need_dx or need_dw or need_db
     chunk = chunk_tokens or default_chunk(hidden, need_dw)
     if low_memory is None and not need_grad and chunk_tokens is None:
         low_memory = is_short_of_memory(8 * min(chunk, weights.shape[0]) * vocab, hidden.device)
+    exact_rows = None
     if exact is None:
         exact = need_grad and decided_by_few(weights, token_weights, max_valid_tokens)
+        if exact and token_weights is not None and max_valid_tokens is None and not need_dw:
+            order, exact_rows = deciding_first(token_weights[token_weights != 0])
+            order = to_device(order, hidden.device)
+            index = order if index is None else index[order]
+            weights = weights[order]
+    scale = row_scale(weights, reduction)
     problem = KLProblem(
         hidden=hidden,
         weight=weight[:vocab],
@@ -333,6 +342,7 @@ def _run(
         need_dw=need_dw,
         need_db=need_db,
         exact=exact,
+        exact_rows=exact_rows,
         buffer_bytes=grad_buffer_bytes,
     )
     with without_autocast(hidden.device.type):

@@ -10,10 +10,20 @@ import dataclasses
 import pytest
 import torch
 
-from es2fast.ops import tokens
+from es2fast.ops import native, tokens
+from es2fast.ops.gemms import TORCH_GEMMS
 from es2fast.ops.backends import choose_backend
 from es2fast.ops.linear_kl import op
-from es2fast.ops.linear_kl.chunked import FEW_TOKENS, KLProblem, buffered_rows, few_decide
+from es2fast.ops.linear_kl.chunked import (
+    FEW_TOKENS,
+    KLProblem,
+    RowBackend,
+    RowGradient,
+    buffered_rows,
+    deciding_first,
+    few_decide,
+    run_chunked,
+)
 from es2fast.ops.linear_kl.rows import KLSpec
 from tests.ops.linear_kl.matrix import (
     BF16,
@@ -100,6 +110,71 @@ def test_where_the_rule_looks():
     assert op.decided_by_few(weights, weights, None) and op.decided_by_few(weights, weights, 1000)
 
 
+def test_the_deciding_tokens_come_first():
+    weights = torch.ones(420)
+    weights[100:124] = 8.0  # 79 % of the squared norm, 26 tokens' worth
+    order, count = deciding_first(weights)
+    assert few_decide(weights) and set(order[:count].tolist()) <= set(range(100, 124))
+    assert sorted(order.tolist()) == list(range(420))
+    left = weights[order[count:]].square().sum() / weights.square().sum()
+    assert left <= 0.5 < left + 64 / weights.square().sum()  # one fewer would be more than half
+    order, count = deciding_first(-torch.ones(41))
+    assert count == 21 and order.tolist() == list(range(41))
+    one = torch.full((10_000,), 1e-5)
+    one[7] = 1.0
+    order, count = deciding_first(one)
+    assert order[0] == 7 and count == 1
+    assert deciding_first(torch.ones(FEW_TOKENS))[1] == 0
+    weights[:] = 1.0
+    weights[5] = 3.0  # 2 % of the norm, and yet 62 tokens' worth without 66
+    rest = deciding_first(weights[:80])[1]
+    assert rest == 1 and few_decide(weights[:80])
+
+
+def test_the_second_gemm_has_the_deciding_rows_only():
+    """Chunks of 8 rows, 11 of 20 exact: 8 and 3 rows, and no second part in the last chunk."""
+    rows = []
+
+    def input_gradient(g: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        rows.append(len(g))
+        return g.to(dtype) @ weight.to(dtype)
+
+    def two_parts(zt, zs, scale, place, p):
+        g = torch.ones_like(zs)
+        return zs[:, 0], RowGradient(g, 2 * g if p.exact else None)
+
+    x, w = torch.randn(20, 4), torch.randn(6, 4)
+    problem = KLProblem(
+        x, w, None, x, None, None, None, torch.ones(20), KLSpec(), 8, False, True, False, True
+    )
+    gemms = dataclasses.replace(TORCH_GEMMS, input_gradient=input_gradient)
+    backend = RowBackend(two_parts, lambda p: BF16, gemms)
+    for count, wanted in ((11, [8, 8, 8, 3, 4]), (None, [8, 8, 8, 8, 4, 4]), (0, [8, 8, 4])):
+        rows.clear()
+        result = run_chunked(dataclasses.replace(problem, exact=True, exact_rows=count), backend)
+        exact = 20 if count is None else count
+        parts = torch.tensor([3.0] * exact + [1.0] * (20 - exact))
+        assert rows == wanted and result.dx is not None and result.db is not None
+        torch.testing.assert_close(result.dx, parts[:, None] * w.sum(0))
+        torch.testing.assert_close(result.db, parts.sum().expand(6))
+
+
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_a_common_prefix_decides(backend, reduction):
+    """What a packed micro-batch has: 6 tokens of weight 8 and 60 of weight 1, some of weight 0."""
+    worst = 0.0
+    weights = torch.cat([torch.ones(20), torch.zeros(4), torch.full((6,), 8.0), torch.ones(40)])
+    for seed in range(4 if backend == "native" else 1):
+        problem = make_problem(
+            BF16, n=70, h=64, v=1000, spread=6.0, distance=0.05, separate=True, seed=seed,
+            token_weights=weights, chunk_tokens=32, reduction=reduction,
+        )  # fmt: skip
+        got, expected = run(problem, backend, "x"), oracle(problem)
+        torch.testing.assert_close(got.loss.double(), expected.loss, rtol=0.02, atol=1e-6)
+        worst = max(worst, relative(got.dx, expected.dx))
+    assert worst <= gradient_bound(BF16, 1.0) / 1.25
+
+
 @pytest.mark.parametrize("direction", ("forward", "reverse", "jsd"))
 def test_one_token_of_many_decides(backend, direction):
     """Weights 1 and 1e-5 in bfloat16: 0.44 % with a G of one part, at some of these seeds."""
@@ -118,8 +193,8 @@ def test_one_token_of_many_decides(backend, direction):
 
 def test_two_parts_err_less_than_one(backend):
     """Before dX is rounded to bfloat16 only a float32 sum's error is left."""
-    if backend == "torch":
-        pytest.skip("on a CPU its G is float32")
+    if backend == "torch" or (backend == "native" and not native.HAS_GEMM_BF16):
+        pytest.skip("its G is float32 here")
     problem = make_problem(BF16, n=3, h=64, v=1000, spread=6.0, separate=True, reduction="sum")
     expected = oracle(problem).dx
     errors = {e: relative(run(problem, backend, "x", exact=e).dx, expected) for e in (False, True)}
