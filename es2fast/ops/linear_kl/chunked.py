@@ -17,8 +17,8 @@ the budget, never by ``N * V``.
 
 A 16-bit G is rounded, which averages out over tokens. Where few tokens decide the gradient it does
 not, and their bfloat16 G is then the sum of two (``KLProblem.exact``; :func:`few_decide` is the
-rule, :func:`deciding_first` says which tokens those are). Such tokens come first, so that the second
-GEMM has their rows only.
+rule, :func:`deciding_first` says which tokens those are). They come first, and the second GEMM has
+their rows only.
 """
 
 from __future__ import annotations
@@ -232,7 +232,9 @@ def run_chunked(problem: KLProblem, backend: RowBackend) -> KLResult:
         zs = place if in_place and place is not None else raw_s[: stop - start]
         _chunk_logits(p, gemms, x, start, stop, zt, zs)
         own = p if start < two_parts else one_part
-        result.rows[start:stop], gradient = backend.row_pass(zt, zs, p.scale[start:stop], place, own)
+        result.rows[start:stop], gradient = backend.row_pass(
+            zt, zs, p.scale[start:stop], place, own
+        )
         if gradient is not None:
             if gradient.low is not None:
                 gradient.low = gradient.low[: two_parts - start]

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from es2fast.ops import native, tokens
-from es2fast.ops.gemms import TORCH_GEMMS
 from es2fast.ops.backends import choose_backend
+from es2fast.ops.gemms import TORCH_GEMMS
 from es2fast.ops.linear_kl import op
 from es2fast.ops.linear_kl.chunked import (
     FEW_TOKENS,
