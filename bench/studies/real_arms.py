@@ -38,6 +38,7 @@ MORE = {"harmless": {"limit": 400}}  # all that there are
 LONG = merged(
     HELD, {"data": MORE | {"refused": "even"}, "kl": {"weight": 60.0}, "train": {"steps": 240}}
 )
+LONGER = merged(LONG, {"train": {"steps": 600, "teacher": "cache"}})
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,9 @@ ARMS: dict[str, Arm] = {
     "long_75": Arm("long, of whose update three quarters are kept", of="long", scale=0.75),
     "longer": Arm(
         "as long, with 600 steps; trained in bfloat16, the base model's states kept on disk",
-        merged(LONG, {"model": {"dtype": "bf16"}, "train": {"steps": 600, "teacher": "cache"}}),
+        merged(LONGER, {"model": {"dtype": "bf16"}}),
     ),
+    "longer_fp32": Arm("as longer, trained in float32", LONGER),
     "longer_filtered": Arm(
         "longer, its update filtered (`train.update_filter` 1)", of="longer", filter=1.0
     ),
