@@ -30,33 +30,35 @@ class AttentionRows:
 
     index: per group (R, W) int64, the places of each row's tokens, prefix first; behind a short
     row the place of its last token again. home: (S,) int64, where in the groups' flattened rows,
-    one group after the other, a place is computed: of the prefix in the last group's first row.
-    prefix: (P,) int64, the prefix's places.
+    one group after the other, a place is computed: of a prefix in the first row of the last group
+    that has it. prefix: per group (P,) int64, the places of its prefix.
     """
 
     index: tuple[Tensor, ...]
     home: Tensor
-    prefix: Tensor
+    prefix: tuple[Tensor, ...]
 
     def without_first(self, count: int) -> AttentionRows:
         """The last group alone, of a sequence without its first `count` tokens."""
         skipped = sum(index.numel() for index in self.index[:-1])
         last = self.index[-1] - count
-        return AttentionRows((last,), self.home[count:] - skipped, self.prefix - count)
+        return AttentionRows((last,), self.home[count:] - skipped, (self.prefix[-1] - count,))
 
     def to(self, device: torch.device | str) -> AttentionRows:
         """The same on `device`."""
         index = tuple(one.to(device) for one in self.index)
-        return AttentionRows(index, self.home.to(device), self.prefix.to(device))
+        prefix = tuple(one.to(device) for one in self.prefix)
+        return AttentionRows(index, self.home.to(device), prefix)
 
 
 @dataclass(frozen=True)
 class Packed:
     """A micro-batch's tokens, packed; of a row's prefix all rows have the same places.
 
-    input_ids, position_ids: (1, S) int64. segment_ids: (1, S) int64, 0 in the prefix, row + 1 in a
-    suffix. harmful: tokens of the harmful suffixes. place: (n + m, T) int64, where a token of the
-    padded batch is now; padding: undefined. rows: the harmful and the harmless ones, for attention.
+    input_ids, position_ids: (1, S) int64. segment_ids: (1, S) int64, 0 in the prefix, -1 in one
+    that harmful rows have apart, row + 1 in a suffix. harmful: tokens that belong to harmful rows
+    alone. place: (n + m, T) int64, where a token of the padded batch is now; padding: undefined.
+    rows: the harmful and the harmless ones, for attention.
     """
 
     input_ids: Tensor
@@ -72,7 +74,13 @@ class Packed:
         return self.input_ids.shape[1]
 
     def mask(self, dtype: torch.dtype) -> Tensor:
-        """(1, 1, S, S) to be added to attention scores of `dtype`: 0 where a token sees another."""
+        """(1, 1, S, S) to be added to attention scores of `dtype`: 0 where a token sees another.
+
+        Raises:
+            ValueError: the harmful rows have a prefix apart.
+        """
+        if bool((self.segment_ids < 0).any()):
+            raise ValueError("rows with a prefix apart are attended by rows only")
         segment, position = self.segment_ids[0], self.position_ids[0]
         own = (segment == segment[:, None]) | (segment == 0)
         hidden = ~(own & (position <= position[:, None]))
@@ -90,11 +98,12 @@ class Packed:
         )
 
 
-def pack(batch: MicroBatch) -> Packed:
+def pack(batch: MicroBatch, apart: bool = False) -> Packed:
     """Packs a micro-batch on the CPU. The prefix ends before any row's last prompt token.
 
     Args:
         batch: n harmful and m harmless rows, padded on the left.
+        apart: the harmful rows share no prefix with the harmless ones.
     """
     ids, mask, n = batch.input_ids, batch.attention_mask.bool(), batch.num_harmful
     width = ids.shape[1]
@@ -103,22 +112,29 @@ def pack(batch: MicroBatch) -> Packed:
     column = torch.arange(width)
     suffix = column >= (start + shared)[:, None]
     lengths = suffix.sum(1)
-    harmful = int(lengths[:n].sum())
-    before = lengths.cumsum(0) - lengths  # of each row's suffix, the prefix not counted
+    own = int(lengths[:n].sum())
+    harmful = own + shared * apart
+    before = lengths.cumsum(0) - lengths + shared * apart  # of each row's suffix
     before[n:] += shared
     position = column - start[:, None]
-    place = torch.where(suffix, before[:, None] + position - shared, harmful + position)
+    prefix_place = position + harmful
+    if apart:
+        prefix_place[:n] = position[:n]
+    place = torch.where(suffix, before[:, None] + position - shared, prefix_place)
     rows, columns = suffix.nonzero(as_tuple=True)
     first = int(start[0])
+    common = ids[0, first : first + shared]
 
-    def joined(own: Tensor, common: Tensor) -> Tensor:
-        return torch.cat([own[:harmful], common, own[harmful:]])[None]
+    def joined(suffixes: Tensor, shared_by_all: Tensor, of_harmful: Tensor) -> Tensor:
+        front = of_harmful[: harmful - own]
+        return torch.cat([front, suffixes[:own], shared_by_all, suffixes[own:]])[None]
 
     prefix = torch.arange(shared)
+    zeros = torch.zeros_like(prefix)
     return Packed(
-        input_ids=joined(ids[rows, columns], ids[0, first : first + shared]),
-        position_ids=joined(position[rows, columns], prefix),
-        segment_ids=joined(rows + 1, torch.zeros_like(prefix)),
+        input_ids=joined(ids[rows, columns], common, common),
+        position_ids=joined(position[rows, columns], prefix, prefix),
+        segment_ids=joined(rows + 1, zeros, zeros - 1),
         harmful=harmful,
         place=place,
         rows=_attention_rows(place, lengths + shared, shared, n),
@@ -128,7 +144,8 @@ def pack(batch: MicroBatch) -> Packed:
 def _attention_rows(place: Tensor, lengths: Tensor, shared: int, n: int) -> AttentionRows:
     """Of rows padded on the left: place (R, T), lengths (R,), P, and the number of harmful rows."""
     width = place.shape[1]
-    index, home, before = [], torch.zeros(int(place.max()) + 1, dtype=torch.int64), 0
+    tokens = int(place[:, -1].max()) + 1
+    index, prefixes, home, before = [], [], torch.zeros(tokens, dtype=torch.int64), 0
     for rows, length in ((place[:n], lengths[:n]), (place[n:], lengths[n:])):
         column = torch.arange(int(length.max()))
         own = column < length[:, None]
@@ -138,8 +155,9 @@ def _attention_rows(place: Tensor, lengths: Tensor, shared: int, n: int) -> Atte
         prefix = one[0, :shared]
         home[prefix] = before + torch.arange(shared)
         index.append(one)
+        prefixes.append(prefix)
         before += one.numel()
-    return AttentionRows(tuple(index), home, prefix)
+    return AttentionRows(tuple(index), home, tuple(prefixes))
 
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> int:

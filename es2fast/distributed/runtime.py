@@ -125,21 +125,6 @@ def resolve_dtype(wanted: str, device: str) -> str:
     return "bf16" if device == "cuda" else "fp32"
 
 
-def slow_dtype(dtype: str, device: str) -> str | None:
-    """What to say of 16-bit products that this machine only emulates; None: it has them.
-
-    Args:
-        dtype: "bf16" or "fp32".
-        device: "cpu" or "cuda".
-    """
-    if device != "cpu" or dtype == "fp32" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return None
-    return (
-        "note: model.dtype: bf16, but this CPU has no bf16 instructions and its products are "
-        "several times slower than in fp32; use model.dtype=fp32 where the memory is there"
-    )
-
-
 def start(config: Config) -> Runtime:
     """Joins the process group that the launcher set up (or a group of one) and picks the device."""
     device = resolve_device(config.train.device)
@@ -166,14 +151,11 @@ def start(config: Config) -> Runtime:
     if device == "cpu":
         _unlink_buffer()
     index = int(os.environ["LOCAL_RANK"]) if device == "cuda" else None
-    dtype = resolve_dtype(config.model.dtype, device)
-    if dist.get_rank() == 0 and (note := slow_dtype(dtype, device)):
-        print(note, flush=True)
     return Runtime(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         device=torch.device(device, index) if index is not None else torch.device(device),
-        dtype=dtype,
+        dtype=resolve_dtype(config.model.dtype, device),
     )
 
 

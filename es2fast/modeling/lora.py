@@ -30,7 +30,8 @@ class _LoraLinear(torch.autograd.Function):
         inner = flat @ a.t()
         ctx.save_for_backward(flat, inner, weight, a, b)
         ctx.scaling, ctx.shape = s, x.shape
-        out = nn.functional.linear(flat, weight, bias).addmm_(inner, b.t(), alpha=s)
+        out = nn.functional.linear(flat, weight, bias)
+        torch.addmm(out, inner, b.t(), alpha=s, out=out)
         return out.view(*x.shape[:-1], len(weight))
 
     @staticmethod
@@ -41,7 +42,8 @@ class _LoraLinear(torch.autograd.Function):
         low = (grad @ b).mul_(ctx.scaling)
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = (grad @ weight).addmm_(low, a).view(ctx.shape)
+            to_x = grad @ weight
+            to_x = torch.addmm(to_x, low, a, out=to_x).view(ctx.shape)
         return to_x, None, None, low.t() @ flat, (grad.t() @ inner).mul_(ctx.scaling), None
 
 

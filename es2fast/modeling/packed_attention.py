@@ -8,7 +8,7 @@ so takes the fastest kernel, grouped heads included), and its output goes back t
     (S, heads, D) --index--> (R, W, heads, D) --attention--> (R, W, heads, D) --home--> (S, ...)
 
 Rows are padded behind, where a causal row does not look. Both gathers are their own adjoint but for
-the prefix, whose gradients add up; PyTorch's own backward of an index would add row by row.
+a prefix, whose gradients add up; PyTorch's own backward of an index would add row by row.
 
 Models reach it by a name of transformers' attention registry. A call without `attention_rows` is
 transformers' sdpa. On a CPU 16-bit operands are attended in fp32: PyTorch's backward of 16-bit
@@ -89,23 +89,26 @@ def _learns(query: Tensor, rows: AttentionRows | None) -> bool:
 
 
 class _ToRows(torch.autograd.Function):
-    """x (S, ..) -> for each index (R, W) its rows (R, W, ..)."""
+    """x (S, ..), home (S,), of G groups the prefixes (P,) and the indices (R, W) -> their rows
+    (R, W, ..)."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, home: Tensor, prefix: Tensor, *indices: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(home, prefix)
+    def forward(ctx: Any, x: Tensor, home: Tensor, *places: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        prefixes, indices = places[: len(places) // 2], places[len(places) // 2 :]
+        ctx.save_for_backward(home, *prefixes)
         return tuple(
             x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:]) for index in indices
         )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        home, prefix = ctx.saved_tensors
+        home, *prefixes = ctx.saved_tensors
         own = torch.cat([grad.flatten(0, 1) for grad in grads]).index_select(0, home)
-        shared = torch.stack([grad[:, : len(prefix)].sum(0) for grad in grads]).sum(0)
-        return (own.index_copy_(0, prefix, shared), None, None, *[None] * len(grads))
+        for prefix in prefixes:
+            own.index_fill_(0, prefix, 0.0)
+        for prefix, grad in zip(prefixes, grads, strict=True):
+            own.index_add_(0, prefix, grad[:, : len(prefix)].sum(0))
+        return (own, None, *[None] * (2 * len(grads)))
 
 
 class _FromRows(torch.autograd.Function):
@@ -128,11 +131,11 @@ class _FromRows(torch.autograd.Function):
 
 def to_rows(x: Tensor, rows: AttentionRows) -> tuple[Tensor, ...]:
     """x (S, ..) -> of each group (R, W, ..)."""
-    return _ToRows.apply(x, rows.home, rows.prefix, *rows.index)
+    return _ToRows.apply(x, rows.home, *rows.prefix, *rows.index)
 
 
 def from_rows(outputs: Sequence[Tensor], rows: AttentionRows) -> Tensor:
-    """Of each group (R, W, ..) -> (S, ..); the prefix is that of the last group's first row."""
+    """Of each group (R, W, ..) -> (S, ..); a prefix is that of a first row, see `home`."""
     return _FromRows.apply(rows.home, *outputs)
 
 

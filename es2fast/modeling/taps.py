@@ -276,6 +276,7 @@ class SeparationTaps:
         self._rows = 0
         self._num_harmful = 0
         self._packed: tuple[int, int] | None = None
+        self._attacked: Tensor | None = None
         self._keep_all = False
         every, points = blocks(model), tap_points(model, layers, space)
         hit = layers if attacked is None else attacked
@@ -298,6 +299,7 @@ class SeparationTaps:
         *,
         keep: bool = False,
         packed: tuple[int, int] | None = None,
+        attacked: Tensor | None = None,
     ) -> None:
         """Before the student's pass.
 
@@ -313,13 +315,15 @@ class SeparationTaps:
                 Blocks that the harmful rows do not reach are left alone.
             keep: let the harmful rows run to the end.
             packed: the rows are one sequence of so many tokens, of which so many at the beginning
-                belong to harmful rows alone; it is not attacked.
+                belong to harmful rows alone.
+            attacked: (k,) places of such a sequence that the attack changes, each once; of padded
+                rows the attack says it.
 
         Raises:
-            ValueError: an attack on a packed sequence.
+            ValueError: an attack on a packed sequence without its places.
         """
-        if attack is not None and packed is not None:
-            raise ValueError("a packed sequence cannot be attacked; pass padded rows")
+        if attack is not None and packed is not None and attacked is None:
+            raise ValueError("an attack on a packed sequence needs the places that it changes")
         self.states = {}
         self.outputs = {}
         self.acts_inside = attack is not None and attack.inside
@@ -329,6 +333,7 @@ class SeparationTaps:
         self._rows = positions.shape[0]
         self._num_harmful = num_harmful
         self._packed = packed
+        self._attacked = attacked
         self._keep_all = keep
 
     def disarm(self) -> None:
@@ -387,8 +392,12 @@ class SeparationTaps:
     def _changed(self, attack: Intervention, layer: int, hidden: Tensor) -> Tensor:
         """(B, T, H) with the harmful rows' states as the attack makes them."""
         assert self._positions is not None
-        last = self._positions[: self._num_harmful].to(hidden.device)
-        place = attack.positions(last, hidden.shape[1])
+        if self._attacked is not None:
+            columns = self._attacked.to(hidden.device)
+            place = (torch.zeros_like(columns), columns)
+        else:
+            last = self._positions[: self._num_harmful].to(hidden.device)
+            place = attack.positions(last, hidden.shape[1])
         changed = attack.change(layer, hidden[place].float())
         return hidden.index_put(place, changed.to(hidden.dtype))
 

@@ -80,25 +80,29 @@ def _micro_batches(
     plan: Plan, rows: Rows
 ) -> Iterator[tuple[list[int], list[int], list[tuple[float, Tokens]]]]:
     """Harmful and harmless rows of rank 0's micro-batches of the first steps, and in which forms
-    each is computed how often: packed, or padded as where an attack is simulated."""
+    each is computed how often: padded or packed, and where an attack on every token is simulated
+    packed with a prefix of the harmful rows' own."""
     config = plan.config
     model: Any = make_skeleton(config.model, plan.model).config  # knows its attention
-    hidden, attacked = model.get_text_config().hidden_size, config.separation.robust.probability
+    hidden, robust = model.get_text_config().hidden_size, config.separation.robust
+    everywhere = robust.probability * robust.attacks.count("ablation") / len(robust.attacks)
+    by_rows = attends_by_rows(model)
     for step in range(min(STEPS, config.train.steps)):
         for harmful, harmless in plan.sampler(0).indices(step):
             short = [rows.harmful[i] for i in harmful]
             whole = [rows.prompts[i] + rows.responses[i] for i in harmless]
-            width = max(*short, *whole)
+            count, width = len(short) + len(whole), max(*short, *whole)
             padded = Tokens.padded(len(short), len(whole), width)
-            by_rows = attends_by_rows(model)
             packed = Tokens.packed(short, whole, rows.shared, by_rows)
             forms = [(1.0, padded)]
             if (
                 config.train.packing
                 and takes_packed(model, width)
-                and (by_rows or pays(len(short) + len(whole), width, packed.lower, hidden))
+                and (by_rows or pays(count, width, packed.lower, hidden))
             ):
-                forms = [(1 - attacked, packed), (attacked, padded)]
+                apart = Tokens.packed(short, whole, rows.shared, by_rows, apart=True)
+                other = apart if by_rows else padded
+                forms = [(1 - everywhere, packed), (everywhere, other)]
             yield harmful, harmless, [(share, tokens) for share, tokens in forms if share]
 
 

@@ -46,7 +46,12 @@ class Tokens:
 
     @classmethod
     def packed(
-        cls, harmful: Sequence[int], harmless: Sequence[int], shared: int, by_rows: bool
+        cls,
+        harmful: Sequence[int],
+        harmless: Sequence[int],
+        shared: int,
+        by_rows: bool,
+        apart: bool = False,
     ) -> Tokens:
         """One sequence of harmful suffixes, a common prefix and harmless suffixes.
 
@@ -54,9 +59,10 @@ class Tokens:
             harmful, harmless: tokens of each row, the prefix included.
             shared: tokens of the prefix.
             by_rows: each is attended for itself; otherwise densely, under a mask.
+            apart: harmful and harmless rows have a prefix each.
         """
         upper = sum(harmless) - shared * (len(harmless) - 1)
-        lower = sum(harmful) - shared * len(harmful) + upper
+        lower = sum(harmful) - shared * (len(harmful) - apart) + upper
         if not by_rows:
             return cls(lower, upper, (lower**2, upper**2), mask=lower**2)
         groups = [(len(rows) * max(rows), max(rows)) for rows in (harmful, harmless)]

@@ -11,24 +11,31 @@ from torch import Tensor
 from es2fast.data import MicroBatch
 from es2fast.data.packing import Packed, pack, pays
 from es2fast.modeling.packing import attends_by_rows, takes_packed
+from es2fast.modeling.taps import Intervention
 from es2fast.training.refusals import RefusalTokens
 
 
-def packed_form(batch: MicroBatch, model: Any, wanted: bool) -> Packed | None:
+def packed_form(
+    batch: MicroBatch, model: Any, wanted: bool, attack: Intervention | None = None
+) -> Packed | None:
     """A micro-batch packed, where that is wanted, computed right, and cheaper.
 
     Args:
         batch: on the CPU.
         model: transformers' config.
-        wanted: `train.packing`, and nothing acts on padded rows.
+        wanted: `train.packing`.
+        attack: on the harmful rows. One that changes every token changes their prefix, which is
+            then apart.
     """
     rows, width = batch.input_ids.shape
     if not wanted or not takes_packed(model, width):
         return None
-    packed = pack(batch)
+    apart, by_rows = attack is not None and attack.where == "all", attends_by_rows(model)
+    if apart and not by_rows:
+        return None
+    packed = pack(batch, apart)
     hidden = model.get_text_config().hidden_size
-    cheaper = attends_by_rows(model) or pays(rows, width, packed.tokens, hidden)
-    return packed if cheaper else None
+    return packed if by_rows or pays(rows, width, packed.tokens, hidden) else None
 
 
 def objective_inputs(
@@ -37,6 +44,7 @@ def objective_inputs(
     refusal_total: Tensor,
     device: torch.device,
     anchored: bool = True,
+    attack: Intervention | None = None,
 ) -> dict[str, Any]:
     """Arguments of `ES2Objective.forward` that a micro-batch decides.
 
@@ -46,14 +54,18 @@ def objective_inputs(
         refusal_total: sum of the refusal tokens' weights in the optimizer step.
         device: where the tensors go.
         anchored: with the refusals that the batch holds.
+        attack: on the harmful rows.
     """
     index = batch.kl_weights.flatten().nonzero().squeeze(1)
     weights = batch.kl_weights.flatten()[index]
     target, last = batch.teacher, batch.prompt_last
     refusal = RefusalTokens.of(batch, refusal_total, device) if anchored else None
+    attacked = None
     if packed is not None:
         index, weights, first = _once(_harmless_places(batch, packed)[index], weights)
         target = None if target is None else target[first]
+        if attack is not None:
+            attacked = _attacked_places(batch, packed, attack).to(device)
         last = packed.place[range(len(last)), last]
         if refusal is not None:
             refusal = _replaced(refusal, batch, packed, device)
@@ -67,7 +79,17 @@ def objective_inputs(
         "refusal": refusal,
         "target": None if target is None else target.to(device),
         "packed": None if packed is None else packed.to(device),
+        "attack": attack,
+        "attacked": attacked,
     }
+
+
+def _attacked_places(batch: MicroBatch, packed: Packed, attack: Intervention) -> Tensor:
+    """(k,) places of the states that an attack changes, each once."""
+    n, width = batch.num_harmful, batch.input_ids.shape[1]
+    rows, columns = attack.positions(batch.prompt_last[:n], width)
+    real = batch.attention_mask[rows, columns].bool()
+    return packed.place[rows, columns][real].unique()
 
 
 def _harmless_places(batch: MicroBatch, packed: Packed) -> Tensor:

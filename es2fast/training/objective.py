@@ -140,6 +140,7 @@ class ES2Objective(nn.Module):
         refusal: RefusalTokens | None = None,
         target: Tensor | TeacherMoments | None = None,
         packed: Packed | None = None,
+        attacked: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One micro-batch.
 
@@ -160,6 +161,7 @@ class ES2Objective(nn.Module):
             target: what a cache holds of the base model at the tokens of kl_index; default: it
                 runs here.
             packed: the rows are one sequence.
+            attacked: (k,) places of it that the attack changes.
 
         Returns:
             the loss to call backward on (scaled so that DeepSpeed's averages come out right), and
@@ -186,6 +188,7 @@ class ES2Objective(nn.Module):
             attack,
             keep=refusal is not None,
             packed=None if packed is None else (size, count),
+            attacked=attacked,
         )
         final = backbone(self.student)(**inputs).last_hidden_state
         margin = self.config.separation.margin if margin is None else margin

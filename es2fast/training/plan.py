@@ -11,6 +11,8 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from es2fast.attacks.registry import make_attacks
 from es2fast.config import Config
 from es2fast.data import Formatter, PairedSampler, Prompt, PromptGroups, load_groups
@@ -121,7 +123,14 @@ class Plan:
     @property
     def dtype_line(self) -> str:
         """That another `model.dtype` would be faster here, or ""."""
-        chosen = self.config.model.dtype == "auto" and self.device == "cpu"
+        if self.device != "cpu":
+            return ""
+        if self.dtype == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return (
+                "model.dtype: bf16, but this CPU has no bfloat16 instructions and its products are "
+                "several times slower than in fp32; use model.dtype=fp32 if the memory suffices"
+            )
+        chosen = self.config.model.dtype == "auto"
         wide = self.model.get_text_config().hidden_size >= BF16_WIDTH
         if not (chosen and wide and GEMM_BF16 in BF16_PAYS):
             return ""

@@ -110,11 +110,10 @@ def train_step(
 def _packings(
     engine: Any, batches: list[MicroBatch], attack: Intervention | None
 ) -> list[Packed | None]:
-    """The micro-batches' packed forms; an attack acts on padded rows."""
+    """The micro-batches' packed forms."""
     objective = engine.module
-    wanted = objective.config.train.packing and attack is None
-    model = causal_lm(objective.student).config
-    return [packed_form(batch, model, wanted) for batch in batches]
+    wanted, model = objective.config.train.packing, causal_lm(objective.student).config
+    return [packed_form(batch, model, wanted, attack) for batch in batches]
 
 
 def _counts(
@@ -150,11 +149,10 @@ def _forward(
     """The objective on one micro-batch; without the refusals that it holds if not `anchored`."""
     anchor = counts[COUNTS.index("refusal_weights")]
     return engine(
-        **objective_inputs(batch, packed, anchor, runtime.device, anchored),
+        **objective_inputs(batch, packed, anchor, runtime.device, anchored, attack),
         kl_weight=kl_weight,
         kl_tokens=counts[0],
         accumulation=accumulation,
-        attack=attack,
         margin=margin,
     )
 

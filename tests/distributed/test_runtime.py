@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from es2fast.distributed.launch import free_port
-from es2fast.distributed.runtime import Runtime, resolve_device, resolve_dtype, slow_dtype
+from es2fast.distributed.runtime import Runtime, resolve_device, resolve_dtype
 from es2fast.errors import UserError
 
 
@@ -25,14 +25,6 @@ def test_devices_and_precision() -> None:
         assert resolve_device("auto") == "cpu"
         with pytest.raises(UserError, match=r"train\.device"):
             resolve_device("cuda")
-
-
-def test_emulated_products_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for supported in (True, False):
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)  # noqa: B023
-        said = slow_dtype("bf16", "cpu")
-        assert said is None if supported else said is not None and "model.dtype=fp32" in said
-        assert slow_dtype("fp32", "cpu") is None and slow_dtype("bf16", "cuda") is None
 
 
 def test_long_work_is_waited_for_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,20 @@ def test_the_common_beginning_is_there_once_and_harmful_suffixes_come_first() ->
         assert packed.input_ids[0, place[mask.bool()]].tolist() == row
 
 
+def test_a_beginning_of_the_harmful_rows_own_is_cut_off_with_them() -> None:
+    packed = pack(batch(), apart=True)
+    assert packed.harmful == 3 + 5 and packed.tokens == pack(batch()).tokens + 3
+    assert packed.input_ids.tolist()[0][:11] == [1, 4, 8, 12, 5, 7, 9, 5, 1, 4, 8]
+    assert packed.segment_ids.tolist()[0][:11] == [-1] * 3 + [1] * 2 + [2] * 3 + [0] * 3
+    for row, place, mask in zip(ROWS, packed.place, batch().attention_mask):
+        assert packed.input_ids[0, place[mask.bool()]].tolist() == row
+    upper = packed.rows.without_first(packed.harmful)
+    assert torch.equal(upper.prefix[0], torch.arange(3)) and len(upper.index) == 1
+    assert torch.equal(upper.index[0].flatten()[upper.home], torch.arange(len(upper.home)))
+    with pytest.raises(ValueError, match="by rows only"):
+        packed.mask(torch.float32)
+
+
 def test_the_beginning_ends_before_a_last_prompt_token() -> None:
     same = [[1, 4, 8, 5], [1, 4, 8, 5], [1, 4, 8, 5, 9], [1, 4, 8, 5, 9]]
     packed = pack(batch(same, [3] * 4))
@@ -84,8 +98,9 @@ def test_states_are_those_of_each_row_alone(family: str, by_rows: bool) -> None:
             )
 
 
-def test_gathers_into_rows_and_back_are_differentiated() -> None:
-    packed = pack(batch())
+@pytest.mark.parametrize("apart", [False, True])
+def test_gathers_into_rows_and_back_are_differentiated(apart: bool) -> None:
+    packed = pack(batch(), apart)
     x = torch.randn(packed.tokens, 2, 3, dtype=torch.float64, requires_grad=True)
 
     def there_and_back(x: torch.Tensor) -> torch.Tensor:

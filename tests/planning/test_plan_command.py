@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from es2fast.cli import app
 from es2fast.config import Config, parse_config
+from es2fast.data.packing import pack
 from es2fast.errors import UserError
 from es2fast.planning.batches import largest, rows_of, works_of
 from es2fast.planning.command import ranks_of
@@ -169,18 +170,24 @@ def test_micro_batches_are_those_that_are_trained(
     assert dataclasses.astuple(largest(plan, rows)) == max(tokens for tokens, _ in found)
 
 
-def test_a_part_of_the_steps_is_padded_by_simulated_attacks(tmp_path: Path) -> None:
+def test_a_part_of_the_steps_has_two_prefixes_by_simulated_attacks(tmp_path: Path) -> None:
     raw = {
         "model": {"name": str(save_tiny(tmp_path / "model")), "dtype": "fp32"},
         "data": write_prompts(tmp_path / "data"),
         "layers": [1, 2],
-        "separation": {"robust": {"probability": 0.25, "attacks": ["mean_difference"]}},
+        "separation": {
+            "robust": {"probability": 0.5, "attacks": ["mean_difference", "ablation"]},
+        },
         "train": {"micro_batch_size": 3, "device": "cpu", "steps": 5, "teacher": "cache"},
         "output_dir": str(tmp_path / "run"),
     }
     plan = make_plan(parse_config(raw))
     works, _ = works_of(plan, rows_of(plan), 1)
-    assert sum(share for share, work in works if work.tokens.is_packed) == pytest.approx(0.75)
+    feed = Feed(plan, plan.groups.harmless, rank=0)
+    packed = [pack(batch, apart) for batch in feed(0) for apart in (False, True)]
+    found = [(work.tokens.lower, work.tokens.upper) for _, work in works[:2]]
+    assert found == [(one.tokens, one.tokens - one.harmful) for one in packed]
+    assert [share for share, _ in works[:2]] == [pytest.approx(0.15), pytest.approx(0.05)]
     assert sum(share for share, _ in works) == pytest.approx(1)
     shape = model_sizes(plan.config, plan.model)
     counted = mean_flops(shape, works, checkpointed=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from tiny_models import save_tiny, write_prompts
 
@@ -76,6 +77,16 @@ def test_says_where_bfloat16_would_be_faster(config: Path, monkeypatch: pytest.M
     assert make_plan(load_config(config)).dtype_line == ""  # fp32 was asked for
     monkeypatch.setattr(plans, "GEMM_BF16", "BFMMLA")  # never measured
     assert make_plan(auto).dtype_line == ""
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_says_where_bfloat16_is_only_emulated(
+    config: Path, monkeypatch: pytest.MonkeyPatch, has_it: bool
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_it)
+    line = make_plan(load_config(config, ["model.dtype=bf16"])).dtype_line
+    assert line == "" if has_it else "model.dtype=fp32" in line
+    assert make_plan(load_config(config, ["model.dtype=fp32"])).dtype_line == ""
 
 
 @pytest.mark.slow
