@@ -75,8 +75,8 @@ class TrainConfig(Section):
     packing: bool = Field(
         True,
         description="a micro-batch's rows as one sequence: no padding, and their common beginning "
-        "is computed once; where the model's attention does not take that, or would cost more, rows "
-        "are padded",
+        "is computed once; where the model's attention does not take that, or would cost more, "
+        "rows are padded",
     )
     lr: float = Field(5e-5, gt=0)
     weight_decay: float = Field(0.0, ge=0)

@@ -13,7 +13,8 @@ from es2fast.data.packing import Packed, common_prefix, pack, pays
 from es2fast.modeling import packed_attention
 from es2fast.modeling.packing import FAMILIES as PACKED
 from es2fast.modeling.packing import attends_by_rows, takes_packed
-from es2fast.modeling.taps import backbone
+from es2fast.modeling.taps import Intervention, SeparationTaps, backbone, position_ids
+from es2fast.training.micro_batch import objective_inputs, packed_form
 
 ROWS = [[1, 4, 8, 12, 5], [1, 4, 8, 7, 9, 5], [1, 4, 8, 10, 5, 11, 2], [1, 4, 8, 13, 14, 5, 2, 6]]
 LAST = [4, 5, 4, 5]  # the last prompt token of each row
@@ -114,6 +115,55 @@ def test_gathers_into_rows_and_back_are_differentiated(apart: bool) -> None:
         own = x[place[mask.bool()]].cumsum(0) * torch.arange(1.0, 4.0, dtype=x.dtype)
         assert len(own) == len(row)
         torch.testing.assert_close(found[place[mask.bool()]], own)
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["anchored", "ends_early"])
+@pytest.mark.parametrize(
+    ("where", "inside"), [("last", False), ("onwards", False), ("all", False), ("all", True)]
+)
+def test_an_attack_does_the_same_to_packed_rows(where: Any, inside: bool, keep: bool) -> None:
+    model = tiny_model("llama").double()
+    packed_attention.install(model)
+    rows = batch()
+    attack = Intervention(
+        frozenset({0, 1, 2}), lambda i, x: 0.5 * x + 0.1 * (i + 1), where, inside=inside
+    )
+    every = backbone(model).layers
+    parts = [(i, part) for i, b in enumerate(every) for part in (b.self_attn, b.mlp)]
+    taps = SeparationTaps(model, [0, 2], attacked=range(4), parts=parts)
+    weight = every[0].mlp.down_proj.weight
+
+    def passed(**inputs: Any) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+        final = backbone(model)(use_cache=False, **inputs).last_hidden_state
+        states = [taps.states[layer] for layer in (0, 2)]
+        along = torch.linspace(-1, 1, 32).double()
+        loss = states[1] @ along
+        return final, states, torch.autograd.grad(loss.sum(), weight)[0]
+
+    mask = rows.attention_mask
+    taps.arm(rows.prompt_last, 2, attack, keep=keep)
+    final, states, slope = passed(
+        input_ids=rows.input_ids, attention_mask=mask, position_ids=position_ids(mask)
+    )
+    packed = packed_form(rows, model.config, True, attack)
+    assert packed is not None and packed.tokens == pack(rows).tokens + 3 * (where == "all")
+    given = objective_inputs(rows, packed, torch.tensor(1.0), torch.device("cpu"), attack=attack)
+    size = (packed.tokens, packed.harmful)
+    taps.arm(given["prompt_last"], 2, attack, keep=keep, packed=size, attacked=given["attacked"])
+    joined, found, its_slope = passed(
+        input_ids=packed.input_ids,
+        attention_mask=torch.empty(1, 1, 0, 0),
+        position_ids=packed.position_ids,
+        attention_rows=packed.rows,
+    )
+    taps.remove()
+    torch.testing.assert_close(found, states, rtol=1e-6, atol=1e-6)  # changes are made in fp32
+    torch.testing.assert_close(its_slope, slope, rtol=1e-5, atol=1e-6)
+    place = packed.place if keep else packed.place[2:] - packed.harmful
+    kept = mask.bool() if keep else mask[2:].bool()
+    torch.testing.assert_close(joined[0, place[kept]], final[kept], rtol=1e-6, atol=1e-6)
+    clean = packed_form(rows, model.config, True)
+    assert clean is not None and clean.tokens == pack(rows).tokens
 
 
 def test_padded_rows_and_16_bit_rows_are_attended_as_by_sdpa() -> None:
