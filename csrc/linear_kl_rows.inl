@@ -86,16 +86,28 @@ struct RowPass {
     store(d + j, x, n);
   }
 
+  // `values` where `keys` is `key`: d where most of the block's weight is, be it 128 elsewhere.
+  static float lane_of(float key, const Vec& keys, const Vec& values) {
+    float k[Vec::size()], v[Vec::size()];
+    keys.store(k), values.store(v);
+    for (int i = 0; i < Vec::size(); ++i) {
+      if (k[i] == key) return v[i];
+    }
+    return 0.0f;
+  }
+
   void fold(int64_t begin, int64_t end) {
     float e[BLOCK];
-    Vec top(NEG_INF);
+    Vec top(NEG_INF), at_top(0.0f);  // of each lane
     for_vectors(begin, end, [&](int64_t j, int64_t n) {
       transform(j, n);
-      top = at::vec::maximum(top, only(load(z + j, n), NEG_INF, n));
+      const Vec z_j = only(load(z + j, n), NEG_INF, n);
+      at_top = Vec::blendv(at_top, load(d + j, n), z_j > top);
+      top = at::vec::maximum(top, z_j);
     });
     const float m_b = max(top);
     if (m_b == NEG_INF) return;  // no token of this block is possible
-    const float first = d[begin];  // keeps a common offset out of the sum's rounding
+    const float first = lane_of(m_b, top, at_top);  // keeps a common offset out of the rounding
     Vec p_v(0.0f), d_v(0.0f);
     for_vectors(begin, end, [&](int64_t j, int64_t n) {
       const Vec w = only(vexp(load(z + j, n) - Vec(m_b)), 0.0f, n);

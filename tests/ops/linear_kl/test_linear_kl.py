@@ -340,8 +340,9 @@ def test_columns_that_a_head_of_its_own_forbids(backend, dtype, direction, sides
     (8 * rows.mean()).backward()  # as `run` does
     got = run(problem, backend, "xb")
     assert got.loss.item() == pytest.approx(rows.mean().item(), rel=1e-3)
-    # One side alone: d is 128 in the first column, from which the others' are counted.
-    bound = 4e-3 if dtype == BF16 else 2e-5 if sides == "both" else 1e-4
+    # One side alone: d is 128 in the first column, from which Triton counts the others'.
+    counted = backend == "triton" and sides != "both"
+    bound = 4e-3 if dtype == BF16 else 1e-4 if counted else 2e-5
     assert relative(got.dx, hidden.grad) <= bound
     if sides != "teacher":
         assert got.db[:cut].abs().max() <= 1e-30
