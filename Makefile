@@ -33,7 +33,7 @@ endif
 
 # Two processes, one thread each: more threads than cores make tiny matrices wait for each other.
 test: $(VENV)/extras lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20 $(PYTEST)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -11,8 +11,8 @@ Rows are padded behind, where a causal row does not look. Both gathers are their
 a prefix, whose gradients add up; PyTorch's own backward of an index would add row by row.
 
 Models reach it by a name of transformers' attention registry. A call without `attention_rows` is
-transformers' sdpa. On a CPU 16-bit operands are attended in fp32: PyTorch's backward of 16-bit
-attention there is several times slower, and gathering dominates either way.
+transformers' sdpa. 16-bit operands stay so, though on a CPU attention in fp32 is faster: it rounds
+less, and that is another model than the base model whose states a cache holds (DEVELOPING.md).
 """
 
 from __future__ import annotations
@@ -61,16 +61,10 @@ def packed_attention(
     Returns:
         (B, T, heads, D), and no probabilities.
     """
-    dtype = query.dtype
-    if query.device.type == "cpu" and dtype.itemsize == 2 and _learns(query, attention_rows):
-        query, key, value = query.float(), key.float(), value.float()
-        if attention_mask is not None and attention_mask.is_floating_point():
-            attention_mask = attention_mask.float()
     if attention_rows is None:
-        found, _ = sdpa_attention_forward(
+        return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
-        return found.to(dtype), None
     heads, groups = query.shape[1], key.shape[1]
     joined = torch.cat([part[0].transpose(0, 1) for part in (query, key, value)], 1)
     outputs = []
@@ -80,12 +74,7 @@ def packed_attention(
             q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=heads != groups
         )
         outputs.append(out.transpose(1, 2))
-    return from_rows(outputs, attention_rows).to(dtype)[None], None
-
-
-def _learns(query: Tensor, rows: AttentionRows | None) -> bool:
-    """A backward will come; of packed rows base model and student are computed alike."""
-    return rows is not None or query.requires_grad
+    return from_rows(outputs, attention_rows)[None], None
 
 
 class _ToRows(torch.autograd.Function):

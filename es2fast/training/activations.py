@@ -80,9 +80,7 @@ class Tokens:
         return self.pairs[0] / self.lower, self.pairs[1] / self.upper
 
 
-def block_bytes(
-    block: Block, hidden: int, columns: float, gathered: float, item: int, wide: int
-) -> float:
+def block_bytes(block: Block, hidden: int, columns: float, gathered: float, item: int) -> float:
     """Bytes per token that one block keeps until its backward.
 
     Args:
@@ -91,9 +89,8 @@ def block_bytes(
         columns: that a token attends over.
         gathered: places per token of the rows that attention gathers, 0 where it does not.
         item: bytes of an element.
-        wide: of one of gathered rows.
     """
-    elements, rows = float(block.norms_trained * hidden), 0.0
+    elements = float(block.norms_trained * hidden)
     parents: dict[str, list[Product]] = {}
     for product in block.products:
         parents.setdefault(product.parent, []).append(product)
@@ -110,7 +107,7 @@ def block_bytes(
             and ("attn" in last.parent or "attention" in last.parent)
         ):
             if gathered:
-                rows = gathered * (2 * block.attention + 2 * block.keys)
+                elements += gathered * (2 * block.attention + 2 * block.keys)
             else:
                 elements += 4 * block.attention + 2 * block.eager * block.heads * columns
         else:
@@ -118,7 +115,7 @@ def block_bytes(
             elements += inner * (3 if _gated(products) else 1)
             elements += inner if last.learns else 0
         elements += sum(product.share * product.rank for product in products)
-    return item * elements + wide * rows + 4 * block.norms * hidden
+    return item * elements + 4 * block.norms * hidden
 
 
 def _gated(products: list[Product]) -> bool:
@@ -127,13 +124,7 @@ def _gated(products: list[Product]) -> bool:
 
 
 def student_bytes(
-    shape: Shape,
-    tokens: Tokens,
-    *,
-    item: int,
-    anchored: bool,
-    checkpointed: bool,
-    device: str = "cpu",
+    shape: Shape, tokens: Tokens, *, item: int, anchored: bool, checkpointed: bool
 ) -> float:
     """Bytes that a student's pass keeps.
 
@@ -143,16 +134,14 @@ def student_bytes(
         item: bytes of an element.
         anchored: harmful rows run to the end.
         checkpointed: only the blocks' inputs are kept, and one block is made again at a time.
-        device: "cpu" or "cuda"; the former attends gathered rows in fp32.
     """
-    wide = 4 if device == "cpu" else item
     upper = tokens.lower if anchored else tokens.upper
     total, largest = 4.0 * upper * shape.hidden + item * tokens.mask, 0.0
     for index, block in enumerate(shape.blocks):
         reached = anchored or index <= shape.deepest
         count = tokens.lower if reached else upper
         columns, gathered = tokens.columns[not reached], tokens.gathered[not reached] / count
-        own = count * block_bytes(block, shape.hidden, columns, gathered, item, wide)
+        own = count * block_bytes(block, shape.hidden, columns, gathered, item)
         largest = max(largest, own)
         total += count * item * shape.hidden if checkpointed else own
     return total + (largest if checkpointed else 0.0)

@@ -123,7 +123,7 @@ def estimate(
         optimizer=0.0 if offloaded else states.optimizer,
         activations=student_bytes(
             shape, tokens, item=item, anchored=config.refusal.weight > 0,
-            checkpointed=config.train.gradient_checkpointing, device=device,
+            checkpointed=config.train.gradient_checkpointing,
         ),
         head=8 * min(chunk, tokens.upper) * shape.vocabulary
         + 2 * item * tokens.upper * shape.hidden

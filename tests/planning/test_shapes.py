@@ -179,9 +179,7 @@ def test_a_packed_sequence_attends_by_rows(train: dict[str, Any], dtype: torch.d
     tokens = Tokens.packed(lengths[:2], lengths[2:], shared, by_rows=True)
     assert tokens.gathered == (2 * 12 + 2 * 30, 2 * 30)
     kept = kept_by_autograd(student, forward)
-    found = student_bytes(
-        shape, tokens, item=dtype.itemsize, anchored=True, checkpointed=False, device="cpu"
-    )
+    found = student_bytes(shape, tokens, item=dtype.itemsize, anchored=True, checkpointed=False)
     assert found == pytest.approx(kept, rel=0.1)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         forward()
