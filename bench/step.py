@@ -185,7 +185,7 @@ def work(arguments: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
     if entry.kind == "es2fast" and not entry.switch:
         gemms = 3 - (entry.teacher == "moments") + (entry.trainable == "all")
         flop = contestant.flop(arguments.steps - 1, gemms)
-        floor = {"flop": flop, "gemm_rate": gemm_rate(arguments)}
+        floor = {"step_flop": flop, "gemm_rate": gemm_rate(arguments)}
     return dict(
         s_per_step=middle, fastest=timed[0], slowest=timed[-1],
         cpu_s_per_step=statistics.median(busy[arguments.warmup :]),
@@ -324,7 +324,9 @@ def table(path: Path) -> str:
             if row["extra_mb"] and plain["extra_mb"]:
                 memory = f"{row['extra_mb'] / plain['extra_mb']:.0%}"
         seconds = row["cpu_s_per_step"] if device == "cpu" else row["s_per_step"]
-        floor = f"{seconds * row['gemm_rate'] / row['flop']:.2f}×" if "gemm_rate" in row else "–"
+        # rows before `step_flop` counted the head's products of a common beginning once per row
+        ratio = seconds * row["gemm_rate"] / row["step_flop"] if "step_flop" in row else None
+        floor = "–" if ratio is None else f"{ratio:.2f}×"
         extra = "–" if row["extra_mb"] is None else f"{row['extra_mb'] / 1e3:.2f}"
         lines.append(
             f"| {model}, {dtype}, {rows} | {trained} | {shown} | {seconds:.2f} | {speed} | "

@@ -15,7 +15,7 @@ from es2fast.modeling.teacher import resolve_teacher
 from es2fast.planning.batches import Rows, largest, rows_of, works_of
 from es2fast.planning.communication import step_bytes
 from es2fast.planning.fit import smallest_change
-from es2fast.planning.flops import Flops, Work, mean_flops
+from es2fast.planning.flops import Flops, Work, filter_flop, mean_flops
 from es2fast.planning.machines import Machine
 from es2fast.planning.timing import step_time, writing_seconds
 from es2fast.training.activations import Tokens
@@ -24,6 +24,7 @@ from es2fast.training.memory import Estimate, estimate, model_sizes
 from es2fast.training.plan import Plan
 from es2fast.training.shape import Shape
 from es2fast.training.stage import FILLED, STAGES, lightest, pick
+from es2fast.training.update_filter import ROWS as FILTER_ROWS
 
 CPU_ROWS = 32  # answered at a time
 
@@ -217,12 +218,17 @@ class Estimator:
         )  # fmt: skip
         rate = 2 * (sum(rows.harmful) / len(rows.harmful) + tokens / harmless) / 2
         seen = steps * micro * ranks * train.micro_batch_size * rate
-        return {
+        found = {
             "responses": {"tokens": rows.unwritten * answer, "hours": written / 3600},
             "teacher_cache": {"tokens": tokens, "hours": once / 3600},
             "train": {"tokens": seen, "hours": steps * step / 3600},
-            "evaluate": {"tokens": answers * longest, "hours": judged / 3600},
         }
+        if train.update_filter:
+            filtered = min(FILTER_ROWS, len(rows.harmful)) * sum(rows.harmful) / len(rows.harmful)
+            filtered += min(FILTER_ROWS, harmless) * tokens / harmless
+            seconds = filter_flop(shape, filtered) / (machine.attainable * machine.peak * ranks)
+            found["update_filter"] = {"tokens": filtered, "hours": seconds / 3600}
+        return found | {"evaluate": {"tokens": answers * longest, "hours": judged / 3600}}
 
 
 def _checkpointed(config: Config, value: bool) -> Config:

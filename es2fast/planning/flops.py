@@ -19,6 +19,7 @@ from dataclasses import astuple, dataclass
 
 from es2fast.training.activations import Tokens
 from es2fast.training.shape import Block, Shape
+from es2fast.training.update_filter import MOMENT_BYTES
 
 KEPT = ("cache", "moments")  # teachers that have run before the training
 
@@ -104,6 +105,31 @@ def mean_flops(shape: Shape, works: Sequence[tuple[float, Work]], *, checkpointe
     return Flops(
         *(sum(share * part[i] for share, part in counted) for i in range(len(counted[0][1])))
     )
+
+
+def filter_flop(shape: Shape, tokens: float) -> float:
+    """Of the update filter after a training: passes over `tokens`, as many as its moments need to
+    fit, and the moments, 2 H^2 per token and distinct input of the layers that are filtered;
+    attention is not counted.
+
+    Args:
+        shape: of the student.
+        tokens: of both groups' rows.
+    """
+    narrow = [
+        [p for p in block.products if p.rank and p.inputs <= shape.hidden] for block in shape.blocks
+    ]
+    passes, held = 1, 0
+    for part in narrow:
+        size = 8 * shape.hidden**2 * len(part)
+        if held and held + size > MOMENT_BYTES:
+            passes, held = passes + 1, 0
+        held += size
+    distinct = sum(
+        len({p.parent for p in part if not p.last}) + sum(p.last for p in part) for part in narrow
+    )
+    forward = sum(block.flop + block.adapter_flop for block in shape.blocks)
+    return tokens * (passes * forward + 2.0 * shape.hidden**2 * distinct)
 
 
 def _backward(block: Block, first: bool) -> float:

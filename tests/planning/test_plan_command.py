@@ -126,6 +126,11 @@ def test_the_command_writes_its_estimates(tmp_path: Path) -> None:
     assert set(one["stages"]) == {"responses", "teacher_cache", "train", "evaluate"}
     kept = one["activation_bytes"]
     assert kept["checkpointed"] < kept["plain"] == memory["activations"]
+    lora = [*command, "train.trainable=lora", "train.update_filter=1", "--json", str(out)]
+    assert CliRunner().invoke(app, lora, catch_exceptions=False).exit_code == 0
+    one, eight = (ranks["stages"] for ranks in json.loads(out.read_text())["ranks"])
+    assert one["update_filter"]["tokens"] > 0 and list(one)[-2:] == ["update_filter", "evaluate"]
+    assert one["update_filter"]["hours"] == pytest.approx(8 * eight["update_filter"]["hours"])
 
 
 @pytest.mark.parametrize("train", [{}, {"packing": False}], ids=["packed", "padded"])

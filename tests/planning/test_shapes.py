@@ -18,7 +18,9 @@ from es2fast.data.packing import pack
 from es2fast.modeling import packed_attention
 from es2fast.modeling.taps import backbone, causal_lm
 from es2fast.modeling.teacher import set_trainable
-from es2fast.planning.flops import Work, flops
+from es2fast.planning import flops as counts
+from es2fast.planning.flops import Work, filter_flop, flops
+from es2fast.training import update_filter as filters
 from es2fast.training.activations import Tokens, student_bytes
 from es2fast.training.memory import model_sizes
 from es2fast.training.shape import Shape
@@ -186,3 +188,28 @@ def test_a_packed_sequence_attends_by_rows(train: dict[str, Any], dtype: torch.d
     work = Work(tokens, 2, 2, kl_tokens=0, anchored=True)
     expected = flops(shape, work, checkpointed=False).student
     assert counter.get_total_flops() == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.parametrize("held", [1 << 40, 3 * 6 * 8 * 32**2 - 1])
+def test_flop_of_the_filter_are_those_of_its_passes(
+    held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three blocks train, of six filtered layers with three inputs each; in one pass or in two."""
+    monkeypatch.setattr(filters, "MOMENT_BYTES", held)
+    monkeypatch.setattr(counts, "MOMENT_BYTES", held)
+    shape, student = shape_and_student("llama", TRAINED[1], "eager")
+    student.eval()
+    ids = torch.randint(6, 20, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    passes = 0
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for layers in filters._groups(student):
+            passes += 1
+            moments = filters.InputMoments(layers)
+            moments.mask = mask.bool()
+            with moments:
+                backbone(student)(input_ids=ids, attention_mask=mask, use_cache=False)
+    attention = sum(4.0 * LENGTH * block.attention for block in shape.blocks) * ids.numel() * passes
+    expected = filter_flop(shape, ids.numel()) + attention
+    assert passes == (1 if held > 10**9 else 2)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=5e-3)
