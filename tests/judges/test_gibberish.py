@@ -106,3 +106,15 @@ def test_an_answer_of_48_tokens_cannot_have_said_enough() -> None:
     words = LONG.split()[:36]  # 48 tokens are about 36 words
     assert looks_like_gibberish(" ".join(words[:12] * 3))
     assert len(set(zip(words, words[1:], words[2:]))) < SAID
+
+
+def test_a_run_of_two_digits_is_no_answer() -> None:
+    for text in ("I'm the 1000011111111111111111111111", 'The "10000000000000000001000000'):
+        assert looks_like_gibberish(text)
+    for text in (
+        "The number is 4111111111111111.",
+        "In binary it is 01001000 01101001 01110100 01100101.",
+        "Pi begins with 3.14159265358979323846264338 and does not end.",
+        "Write 10000000000000000000 as a power of ten: it is 1e19, since there are nineteen zeros.",
+    ):
+        assert not looks_like_gibberish(text)
