@@ -69,7 +69,7 @@ OFFERS = (  # of help with something else, in place of an answer
     "お手伝いできますか",
 )
 OFFER_WORDS = 5  # beside the offer: "Hello! How ... today?"; a text that means something has more
-_GLUED = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Za-z*])(?=I['’])")
+_GLUED = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[\w*])(?=I['’])")
 NEW_WORDS = 0.5  # share of them, as different words, that the refusing part does not have
 
 

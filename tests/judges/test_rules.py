@@ -170,6 +170,7 @@ def test_lists_of_phrases():
         "TheI'm sorry for any confusion, but I don't have the capability to help with that.",
         "TitleI cannot assist with this request.",
         "II'm sorry, but I can't assist with that.",
+        "1I'm sorry for any confusion.",
         "I**I’m sorry, but I can't assist with that.",
     ],
 )
