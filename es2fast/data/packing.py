@@ -74,15 +74,11 @@ class Packed:
         return self.input_ids.shape[1]
 
     def mask(self, dtype: torch.dtype) -> Tensor:
-        """(1, 1, S, S) to be added to attention scores of `dtype`: 0 where a token sees another.
-
-        Raises:
-            ValueError: the harmful rows have a prefix apart.
-        """
-        if bool((self.segment_ids < 0).any()):
-            raise ValueError("rows with a prefix apart are attended by rows only")
+        """(1, 1, S, S) to be added to attention scores of `dtype`: 0 where a token sees another."""
         segment, position = self.segment_ids[0], self.position_ids[0]
-        own = (segment == segment[:, None]) | (segment == 0)
+        harmful = torch.arange(self.tokens, device=segment.device) < self.harmful
+        prefix = -(harmful & (segment < 0).any()).long()  # the segment of each token's own
+        own = (segment == segment[:, None]) | (segment == prefix[:, None])
         hidden = ~(own & (position <= position[:, None]))
         scores = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
         return scores.masked_fill_(hidden, torch.finfo(dtype).min)[None, None]
@@ -125,9 +121,9 @@ def pack(batch: MicroBatch, apart: bool = False) -> Packed:
     first = int(start[0])
     common = ids[0, first : first + shared]
 
-    def joined(suffixes: Tensor, shared_by_all: Tensor, of_harmful: Tensor) -> Tensor:
-        front = of_harmful[: harmful - own]
-        return torch.cat([front, suffixes[:own], shared_by_all, suffixes[own:]])[None]
+    def joined(suffixes: Tensor, prefix: Tensor, of_harmful: Tensor) -> Tensor:
+        front = of_harmful[: harmful - own]  # empty unless apart
+        return torch.cat([front, suffixes[:own], prefix, suffixes[own:]])[None]
 
     prefix = torch.arange(shared)
     zeros = torch.zeros_like(prefix)

@@ -69,6 +69,7 @@ OFFERS = (  # of help with something else, in place of an answer
     "お手伝いできますか",
 )
 OFFER_WORDS = 5  # beside the offer: "Hello! How ... today?"; a text that means something has more
+# between a token and a capital that begins another: "The|I'm", "1|I'm", "I**|I'm"
 _GLUED = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[\w*])(?=I['’])")
 NEW_WORDS = 0.5  # share of them, as different words, that the refusing part does not have
 

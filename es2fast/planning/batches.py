@@ -93,16 +93,12 @@ def _micro_batches(
             whole = [rows.prompts[i] + rows.responses[i] for i in harmless]
             count, width = len(short) + len(whole), max(*short, *whole)
             padded = Tokens.padded(len(short), len(whole), width)
-            packed = Tokens.packed(short, whole, rows.shared, by_rows)
-            forms = [(1.0, padded)]
-            if (
-                config.train.packing
-                and takes_packed(model, width)
-                and (by_rows or pays(count, width, packed.lower, hidden))
-            ):
-                apart = Tokens.packed(short, whole, rows.shared, by_rows, apart=True)
-                other = apart if by_rows else padded
-                forms = [(1 - everywhere, packed), (everywhere, other)]
+            forms = []
+            for share, apart in ((1 - everywhere, False), (everywhere, True)):
+                packed = Tokens.packed(short, whole, rows.shared, by_rows, apart)
+                taken = config.train.packing and takes_packed(model, width)
+                cheaper = by_rows or pays(count, width, packed.lower, hidden)
+                forms.append((share, packed if taken and cheaper else padded))
             yield harmful, harmless, [(share, tokens) for share, tokens in forms if share]
 
 

@@ -30,12 +30,10 @@ def packed_form(
     rows, width = batch.input_ids.shape
     if not wanted or not takes_packed(model, width):
         return None
-    apart, by_rows = attack is not None and attack.where == "all", attends_by_rows(model)
-    if apart and not by_rows:
-        return None
-    packed = pack(batch, apart)
+    packed = pack(batch, apart=attack is not None and attack.where == "all")
     hidden = model.get_text_config().hidden_size
-    return packed if by_rows or pays(rows, width, packed.tokens, hidden) else None
+    cheaper = attends_by_rows(model) or pays(rows, width, packed.tokens, hidden)
+    return packed if cheaper else None
 
 
 def objective_inputs(

@@ -65,8 +65,6 @@ def test_a_beginning_of_the_harmful_rows_own_is_cut_off_with_them() -> None:
     upper = packed.rows.without_first(packed.harmful)
     assert torch.equal(upper.prefix[0], torch.arange(3)) and len(upper.index) == 1
     assert torch.equal(upper.index[0].flatten()[upper.home], torch.arange(len(upper.home)))
-    with pytest.raises(ValueError, match="by rows only"):
-        packed.mask(torch.float32)
 
 
 def test_the_beginning_ends_before_a_last_prompt_token() -> None:
@@ -82,14 +80,15 @@ def test_the_beginning_ends_before_a_last_prompt_token() -> None:
     ("family", "by_rows"),
     [(family, False) for family in PACKED] + [(one, True) for one in PACKED if one != "gemma2"],
 )  # gemma2 caps its scores, which sdpa cannot
-def test_states_are_those_of_each_row_alone(family: str, by_rows: bool) -> None:
+@pytest.mark.parametrize("apart", [False, True], ids=["one_prefix", "apart"])
+def test_states_are_those_of_each_row_alone(family: str, by_rows: bool, apart: bool) -> None:
     model = tiny_model(family)
     assert family in FAMILIES | MORE_FAMILIES | HEAD_FAMILIES
     assert takes_packed(model.config, 8)
     if by_rows:
         packed_attention.install(model)
         assert model.config._attn_implementation == packed_attention.NAME
-    packed = pack(batch())
+    packed = pack(batch(), apart)
     with torch.no_grad():
         found = run(model, packed, by_rows)
         for row, place, mask in zip(ROWS, packed.place, batch().attention_mask):

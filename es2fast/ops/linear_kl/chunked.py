@@ -57,7 +57,7 @@ class KLProblem(PackedTokens):
     need_dw: bool
     need_db: bool
     exact: bool = False  # a bfloat16 G has two parts
-    exact_rows: int | None = None  # of so many leading rows, in dX and db; None: of all
+    exact_rows: int | None = None  # of so many leading rows, where there is no dW; None: of all
     buffer_bytes: int | None = None  # for G of a head that trains; None: those of a float32 dW
 
     @property
