@@ -76,6 +76,8 @@ class Estimator:
                 config, self._shape(config.train.trainable), mapping.get("zero_optimization", {}),
                 world_size=ranks, device=self._machine.device, dtype=self._dtype,
                 tokens=self._largest(config.train.micro_batch_size),
+                sharded=config.train.zero3_head != "gathered"
+                and self._head(config, ranks, mapping).sharded,
             )  # fmt: skip
             found[own.stage] = own
         if not auto:
@@ -168,13 +170,15 @@ class Estimator:
             for share, work in works
         )
 
-    def _head(self, config: Config, ranks: int) -> HeadExchange:
-        """What ZeRO-3 would do with the LM head."""
-        preset = "zero3" if config.deepspeed == AUTO else None
-        mapping = build_deepspeed(
-            config, world_size=ranks, dtype=self._dtype, model_config=self._plan.model,
-            preset=preset,
-        )  # fmt: skip
+    def _head(
+        self, config: Config, ranks: int, mapping: dict[str, Any] | None = None
+    ) -> HeadExchange:
+        """What a DeepSpeed configuration does with the LM head; None: ZeRO-3."""
+        if mapping is None:
+            mapping = build_deepspeed(
+                config, world_size=ranks, dtype=self._dtype, model_config=self._plan.model,
+                preset="zero3" if config.deepspeed == AUTO else None,
+            )  # fmt: skip
         return choose_head(
             config, self._plan.model, mapping.get("zero_optimization", {}), world_size=ranks,
             device=self._machine.device, dtype=self._dtype, longest=self._plan.longest,

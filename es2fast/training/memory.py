@@ -28,6 +28,7 @@ PARTS = (
 PROCESS = {"cuda": 1.0 * GB, "cpu": 0.8 * GB}  # libraries; a GPU's context and fragmentation
 _DEFAULT_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, elements
 _DEFAULT_LIVE = 1_000_000_000  # and its stage3_max_live_parameters
+_SHARDED_LOGIT = 52  # bytes on a CPU, where plain torch makes the row pass: 13 float32 copies
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def estimate(
     device: str,
     dtype: str,
     tokens: Tokens,
+    sharded: bool = False,
 ) -> Estimate:
     """What a rank holds at the peak.
 
@@ -100,6 +102,7 @@ def estimate(
         device: "cpu" or "cuda".
         dtype: "bf16" or "fp32".
         tokens: of the largest micro-batch.
+        sharded: the LM head stays parted under ZeRO-3 (`train.zero3_head`).
     """
     stage, item = int(zero.get("stage", 0)), DTYPES[dtype].itemsize
     split = world_size if stage == 3 else 1
@@ -110,7 +113,6 @@ def estimate(
         teacher = shape.total if stage == 3 else shape.trained
     if kind == "cache" and not head_is_shared(config.train):
         teacher = shape.hidden * shape.vocabulary  # a frozen copy of the LM head
-    chunk = _chunk(shape, device)
     held = item * (shape.total + (shape.trained if config.train.trainable == "lora" else 0))
     states = training_states(shape.trained, stage, item, world_size)
     offloaded = device == "cuda" and bool(zero.get("offload_optimizer"))
@@ -125,10 +127,8 @@ def estimate(
             shape, tokens, item=item, anchored=config.refusal.weight > 0,
             checkpointed=config.train.gradient_checkpointing,
         ),
-        head=8 * min(chunk, tokens.upper) * shape.vocabulary
-        + 2 * item * tokens.upper * shape.hidden
-        + (4 + item) * shape.head_trained * shape.vocabulary * shape.hidden,
-        gathers=_gathered(shape, zero, item, twin) if stage == 3 else 0.0,
+        head=_head(shape, tokens.upper, device, item, world_size if sharded else 1),
+        gathers=_gathered(shape, zero, item, twin, sharded) if stage == 3 else 0.0,
         workspace=PROCESS[device] + states.copies + kept
         + _buckets(shape, zero, stage, item, device),
     )  # fmt: skip
@@ -174,6 +174,26 @@ def _chunk(shape: Shape, device: str) -> int:
     return 2 * (GPU_CHUNK_TRAINABLE if shape.head_trained else GPU_CHUNK)
 
 
+def _head(shape: Shape, tokens: int, device: str, item: int, parts: int) -> float:
+    """Chunks of logits, states and their gradients, and the head's own where it trains.
+
+    Args:
+        shape: of the model.
+        tokens: of a rank's micro-batch behind the last block.
+        device: "cpu" or "cuda".
+        item: bytes of an element.
+        parts: ranks among which the head lies, and to each of which the tokens of all travel.
+    """
+    seen = parts * tokens
+    each = _SHARDED_LOGIT if device == "cpu" and parts > 1 else 8
+    logits = each * min(_chunk(shape, device), seen) * shape.vocabulary / parts
+    states = 2 * item * tokens * shape.hidden
+    if parts > 1:  # of all ranks, with a gradient in float32
+        states += (2 * item + 4) * seen * shape.hidden
+    trained = (4 + item) * shape.head_trained * shape.vocabulary * shape.hidden
+    return logits + states + trained
+
+
 def _copies(config: Config, shape: Shape, item: int, device: str, split: int) -> float:
     """Of a CPU's own memory: those of the safeguards during, one of the model after a training."""
     if device != "cpu":
@@ -194,8 +214,11 @@ def _buckets(
     return 2.0 * item * bucket
 
 
-def _gathered(shape: Shape, zero: dict[str, Any], item: int, twin: bool) -> float:
-    """The weights that may stay gathered, which of a small model are all: stage 3 then saves
-    nothing."""
+def _gathered(
+    shape: Shape, zero: dict[str, Any], item: int, twin: bool, sharded: bool
+) -> float:  # fmt: skip
+    """The weights that may stay gathered, which of a small model are all, but for an LM head that
+    stays parted and is not the embedding: stage 3 then saves nothing."""
     live = zero.get("stage3_max_live_parameters", _DEFAULT_LIVE)
-    return float(item * min(live, (1 + twin) * shape.total))
+    apart = shape.hidden * shape.vocabulary if sharded and not shape.tied else 0
+    return float(item * min(live, (1 + twin) * (shape.total - apart)))

@@ -72,7 +72,8 @@ class Block:
 @dataclass(frozen=True)
 class Shape:
     """total, trained: parameters; active: those a token meets, without the embedding; deepest: the
-    last block that harmful rows reach; experts: it is a mixture of experts."""
+    last block that harmful rows reach; experts: it is a mixture of experts; tied: the LM head
+    is the embedding."""
 
     total: int
     trained: int
@@ -83,6 +84,7 @@ class Shape:
     deepest: int
     head_trained: bool
     experts: bool
+    tied: bool = False
 
 
 def shape_of(student: nn.Module, deepest: int) -> Shape:
@@ -107,6 +109,7 @@ def shape_of(student: nn.Module, deepest: int) -> Shape:
         deepest=deepest,
         head_trained=head is not None and head.weight.requires_grad,
         experts=any(product.share != 1 for part in parts for product in part.products),
+        tied=bool(getattr(text, "tie_word_embeddings", False)),
     )
 
 

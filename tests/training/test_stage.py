@@ -45,13 +45,20 @@ BOTH = {0: need(0, 6e9, 1e9), 2: SMALL, 3: SPLIT}
 
 
 def needs(
-    stage: int, ranks: int, device: str, dtype: str, live: int = 10**8, **train: Any
+    stage: int,
+    ranks: int,
+    device: str,
+    dtype: str,
+    live: int = 10**8,
+    sharded: bool = False,
+    shape: Shape = SIZES,
+    **train: Any,
 ) -> Estimate:
     config = parse_config({"model": {"name": "m"}, "train": {"micro_batch_size": 1} | train})
     zero = {"stage": stage, "reduce_bucket_size": 10**6, "stage3_max_live_parameters": live}
     return estimate(
-        config, SIZES, zero, world_size=ranks, device=device, dtype=dtype,
-        tokens=Tokens.padded(1, 1, 100),
+        config, shape, zero, world_size=ranks, device=device, dtype=dtype,
+        tokens=Tokens.padded(1, 1, 100), sharded=sharded,
     )  # fmt: skip
 
 
@@ -101,6 +108,21 @@ def test_stages_share_what_they_partition(dtype: str, item: int) -> None:
         assert needs(1, ranks, "cuda", dtype).gradients == item * 1e8
         assert (two.gathers, three.gathers) == (0, pytest.approx(item * 10**8))
         assert needs(3, ranks, "cuda", dtype, live=10**10).total > two.total  # nothing is let go
+
+
+def test_a_sharded_head_has_fewer_logits_and_is_not_gathered() -> None:
+    whole, parted = (
+        needs(3, 4, "cuda", "bf16", live=10**10, sharded=sharded) for sharded in (False, True)
+    )
+    head = 1000 * 100  # of SIZES, as are 100 tokens behind the last block
+    assert whole.head - 2 * 2 * 100 * 100 == 8 * 100 * 1000
+    # the tokens of all four ranks, of the student and the teacher and the gradient in float32
+    assert parted.head - 2 * 2 * 100 * 100 == 8 * 400 * 1000 / 4 + (2 + 2 + 4) * 400 * 100
+    assert whole.gathers - parted.gathers == 2 * 2 * head  # the teacher's is gathered with it
+    tied = dataclasses.replace(SIZES, tied=True)  # the embedding is gathered anyway
+    assert needs(3, 4, "cuda", "bf16", live=10**10, sharded=True, shape=tied).gathers == (
+        whole.gathers
+    )
 
 
 def test_lora_has_no_teacher_and_checkpoints_fewer_activations() -> None:
