@@ -113,7 +113,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=_device())
     parser.add_argument("--rows", type=int, default=4, help="of each group per step")
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=6, help="those of --warmup among them")
     parser.add_argument("--warmup", type=int, default=1, help="steps that are not timed")
     parser.add_argument("--rounds", type=int, default=1, help="processes per contestant, in turns")
     parser.add_argument("--threads", type=int, default=1, help="of torch, on a CPU")
@@ -128,6 +128,8 @@ def parse() -> argparse.Namespace:
         arguments.shape, arguments.model, arguments.steps = "toy", None, 3
     if not (arguments.report or arguments.model or arguments.shape):
         parser.error("name a --model or a --shape")
+    if not 0 <= arguments.warmup < arguments.steps:
+        parser.error(f"--warmup {arguments.warmup}: must be less than --steps {arguments.steps}")
     return arguments
 
 
