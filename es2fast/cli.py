@@ -148,6 +148,31 @@ def validate_command(config: ConfigFile, overrides: Overrides = None, ranks: Ran
 
 
 @app.command()
+def respond(
+    config: ConfigFile,
+    server: Annotated[
+        str,
+        typer.Option("--server", help="URL#MODEL: base of its API, and the model's name there"),
+    ],
+    overrides: Overrides = None,
+    concurrency: Annotated[
+        int, typer.Option("--concurrency", min=1, max=4096, help="requests at a time")
+    ] = 32,
+) -> None:
+    """Let an inference server (vLLM, SGLang) write the base model's answers before a training.
+
+    It has to serve the run's base model and to take token ids. The training finds them in
+    data.cache_dir and writes none itself. An API key is read from ES2FAST_SERVER_API_KEY.
+    """
+    from es2fast.training.respond import respond as ask
+
+    found, cache = ask(load_config(config, overrides or ()), server, concurrency=concurrency)
+    for one in found:
+        print(f"answers to {one.kind}: {one.written} written, {one.known} there before")
+    print(f"kept in: {cache.path}")
+
+
+@app.command()
 def evaluate(
     models: Annotated[
         list[str],

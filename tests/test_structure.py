@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # import from lower lines and from its own name, not from its neighbours on the line.
 LAYERS = (
     ("errors", "progress", "yaml_text"),
-    ("config",),
+    ("config", "endpoint"),
     ("run.files",),
     ("run.folder",),
     ("ops", "data", "distributed"),

@@ -11,18 +11,11 @@ which helps and proves nothing. Calibrate before you trust it (`es2fast judges -
 from __future__ import annotations
 
 import hashlib
-import http.client
-import json
-import os
 import re
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
-from urllib.parse import urlsplit
 
+from es2fast.endpoint import Endpoint, is_url
 from es2fast.errors import UserError
 from es2fast.judges.asked import AskedJudge
 from es2fast.judges.base import VERDICTS, Verdict
@@ -58,16 +51,17 @@ class EndpointJudge(AskedJudge):
         concurrency: int = 8,
     ):
         super().__init__()
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc or not model:
+        if not is_url(url) or not model:
             raise UserError(
                 f"evaluate.judge: openai:{url}#{model}: expected openai:URL#MODEL, such as "
                 "openai:http://localhost:8000/v1#Qwen3-8B"
             )
         self.name = f"openai:{url}#{model}"
-        self._url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        self._model, self._timeout, self._tries = model, timeout, tries
-        self._pause, self._concurrency = pause, concurrency
+        self._endpoint = Endpoint(
+            url, "/chat/completions", name=f"evaluate.judge: {self.name}", key=KEY,
+            timeout=timeout, tries=tries, pause=pause,
+        )  # fmt: skip
+        self._model, self._concurrency = model, concurrency
         self._prompt = read_prompt("endpoint")
 
     @property
@@ -88,50 +82,11 @@ class EndpointJudge(AskedJudge):
             "temperature": 0,
             "max_tokens": NEW_TOKENS,
         }
-        reply = self._post(json.dumps(body).encode())
+        reply = self._endpoint.post(body)
         try:
             return parse_word(reply["choices"][0]["message"]["content"] or "")
         except (KeyError, IndexError, TypeError):
-            raise self._error("its reply has no choices[0].message.content") from None
-
-    def _post(self, body: bytes) -> Any:
-        """One request, tried again while that may help."""
-        for attempt in range(self._tries):
-            wait = self._pause * 2**attempt
-            try:
-                return self._request(body)
-            except urllib.error.HTTPError as error:
-                reason = f"{error.code} {_said(error)}".strip()
-                if error.code != 429 and error.code < 500:
-                    hint = f"; set {KEY}" if error.code in (401, 403) else ""
-                    raise self._error(reason + hint) from None
-                wait = max(wait, _seconds(error.headers.get("Retry-After")))
-            except (OSError, http.client.HTTPException) as error:
-                reason = str(getattr(error, "reason", None) or error or type(error).__name__)
-            except ValueError:
-                raise self._error("its reply is not JSON; is this the URL of its API?") from None
-            if attempt + 1 < self._tries:
-                time.sleep(wait)
-        raise self._error(f"no answer in {self._tries} tries ({reason}); is the server running?")
-
-    def _request(self, body: bytes) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if os.environ.get(KEY):
-            headers["Authorization"] = f"Bearer {os.environ[KEY]}"
-        request = urllib.request.Request(self._url, body, headers)
-        opener = urllib.request.build_opener(_NoRedirects)
-        with opener.open(request, timeout=self._timeout) as response:
-            return json.load(response)
-
-    def _error(self, reason: str) -> UserError:
-        return UserError(f"evaluate.judge: {self.name}: {reason}")
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: the key must not go elsewhere."""
-
-    def redirect_request(self, *arguments: Any) -> None:
-        return None
+            raise self._endpoint.error("its reply has no choices[0].message.content") from None
 
 
 def parse_word(text: str) -> Verdict | None:
@@ -139,18 +94,3 @@ def parse_word(text: str) -> Verdict | None:
     said = re.sub(r"^.*</think>", "", text, flags=re.DOTALL)
     word = said.strip().strip(".*\"'`").casefold()
     return next((verdict for verdict in VERDICTS if verdict == word), None)
-
-
-def _said(error: urllib.error.HTTPError) -> str:
-    """The server's own words, on one line."""
-    try:
-        return " ".join(error.read().decode(errors="replace").split())[:160]
-    except OSError:
-        return str(error.reason)
-
-
-def _seconds(header: str | None) -> float:
-    try:
-        return min(float(header or 0), 120.0)
-    except ValueError:
-        return 0.0

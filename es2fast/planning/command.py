@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from es2fast.config import Config, load_config
+from es2fast.config import load_config
 from es2fast.errors import UserError
 from es2fast.run.files import write_text
 
@@ -29,14 +29,14 @@ def plan(
     from es2fast.planning.estimate import describe
     from es2fast.planning.machines import machine
     from es2fast.planning.screen import show
-    from es2fast.training.plan import make_plan
+    from es2fast.training.plan import make_plan, without_machine
 
     counts = ranks_of(gpus)
     known = machine(gpu, memory_per_rank("cpu", max(counts)) if gpu.lower() == "cpu" else None)
     resolved = load_config(config, overrides or ())
     wanted = resolved.model.dtype
     dtype = ("fp32" if known.device == "cpu" else "bf16") if wanted == "auto" else wanted
-    checked = make_plan(_without_machine(resolved))
+    checked = make_plan(without_machine(resolved))
     train = checked.config.train.model_copy(update={"zero3_head": resolved.train.zero3_head})
     free = checked.config.model_copy(update={"deepspeed": resolved.deepspeed, "train": train})
     checked = dataclasses.replace(checked, config=free)
@@ -60,11 +60,3 @@ def ranks_of(text: str) -> list[int]:
     if not all(part.isdigit() and 1 <= int(part) <= 1024 for part in parts):
         raise UserError(f"--gpus: {text!r} must be numbers from 1 to 1024, such as 1,8,64")
     return sorted({int(part) for part in parts})
-
-
-def _without_machine(config: Config) -> Config:
-    """The run as it can be checked here: on a CPU, on one rank, whatever its folder holds."""
-    train = {"device": "cpu", "overwrite": True, "global_batch_size": None, "zero3_head": "auto"}
-    changed = config.train.model_copy(update=train)
-    deepspeed = "zero2" if config.deepspeed == "auto" else config.deepspeed
-    return config.model_copy(update={"train": changed, "deepspeed": deepspeed})

@@ -169,6 +169,14 @@ class Plan:
         ]
 
 
+def without_machine(config: Config) -> Config:
+    """The run as it can be checked here: on a CPU, on one rank, whatever its folder holds."""
+    train = {"device": "cpu", "overwrite": True, "global_batch_size": None, "zero3_head": "auto"}
+    changed = config.train.model_copy(update=train)
+    deepspeed = "zero2" if config.deepspeed == AUTO else config.deepspeed
+    return config.model_copy(update={"train": changed, "deepspeed": deepspeed})
+
+
 def make_plan(config: Config, *, world_size: int = 1) -> Plan:
     """Checks configuration, folders, data, model and batch arithmetic; trains nothing.
 

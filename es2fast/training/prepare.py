@@ -41,7 +41,7 @@ from es2fast.probing.table import LayerProbe, Probed
 from es2fast.run.files import write_text
 from es2fast.run.folder import RunFolder
 from es2fast.training.plan import Plan
-from es2fast.training.refusals import ANSWER_TOKENS, AnchorTexts, anchor_texts, wants_answers
+from es2fast.training.refusals import AnchorTexts, anchor_texts, answer_tokens, wants_answers
 from es2fast.training.responses import base_answers, fill_responses
 from es2fast.training.stage import base_fits
 from es2fast.training.teacher_cache import TeacherCache, cache_teacher, keeps_teacher
@@ -179,7 +179,7 @@ def own_refusals(plan: Plan, model: nn.Module, runtime: Runtime) -> AnchorTexts 
     config, harmful = plan.config, plan.groups.harmful
     if not wants_answers(config):
         return anchor_texts(config, harmful)
-    tokens = max(config.refusal.tokens, ANSWER_TOKENS)
+    tokens = answer_tokens(config)
     answers = base_answers(plan, model, runtime, harmful, tokens, "answers to harmful prompts")
     texts = anchor_texts(config, harmful, answers)
     if texts is not None and texts.borrowed and runtime.is_main:

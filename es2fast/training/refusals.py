@@ -64,6 +64,11 @@ def wants_answers(config: Config) -> bool:
     return bool(config.refusal.weight) and config.refusal.source == "auto"
 
 
+def answer_tokens(config: Config) -> int:
+    """At which the base model's answers to the harmful prompts are cut."""
+    return max(config.refusal.tokens, ANSWER_TOKENS)
+
+
 def anchor_texts(
     config: Config, harmful: Sequence[Prompt], answers: Sequence[str] | None = None
 ) -> AnchorTexts | None:

@@ -92,18 +92,14 @@ def base_answers(
     """
     if not prompts:
         return []
-    config, formatter = plan.config, plan.formatter
-    prompts = [dataclasses.replace(prompt, response=None) for prompt in prompts]
-    cache = ResponseCache(
-        config.data.model_copy(update={"max_response_tokens": tokens}),
-        fingerprint=model_fingerprint(config.model.name, config.model.revision),
-        template_hash=formatter.template_hash,
-    )
+    formatter = plan.formatter
+    prompts = without_responses(prompts)
+    cache = response_cache(plan, tokens)
     missing = runtime.from_main(cache.missing(prompts))  # rank 0's view decides for all
     lengths = {prompt.turns: len(formatter.prompt_ids(prompt)) for prompt in missing}
     missing = sorted(missing, key=lambda prompt: -lengths[prompt.turns])
     world, synced = runtime.world_size, partitioned(model) and runtime.world_size > 1
-    given = config.data.response_batch_size
+    given = plan.config.data.response_batch_size
     longest = max(lengths.values(), default=0) + tokens
     if given == "auto":  # what every rank has memory for, and a share for each
         share = -(-len(missing) // world)
@@ -133,6 +129,21 @@ def base_answers(
     known = runtime.from_main({cache.key(p): cache.get(p) for p in prompts})
     answers_by_key = {**known, **written}
     return [answers_by_key[cache.key(prompt)] for prompt in prompts]
+
+
+def without_responses(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The same prompts, to be answered."""
+    return [dataclasses.replace(prompt, response=None) for prompt in prompts]
+
+
+def response_cache(plan: Plan, tokens: int) -> ResponseCache:
+    """Where the base model's answers of a run are, those that are cut at so many tokens."""
+    config = plan.config
+    return ResponseCache(
+        config.data.model_copy(update={"max_response_tokens": tokens}),
+        fingerprint=model_fingerprint(config.model.name, config.model.revision),
+        template_hash=plan.formatter.template_hash,
+    )
 
 
 def _write(

@@ -1,0 +1,174 @@
+"""Answers of an inference server, here a tiny model behind a real one on this machine."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import save_tiny, write_prompts
+
+from es2fast.cli import respond as command
+from es2fast.config import Config, parse_config, save_config
+from es2fast.distributed.runtime import Runtime
+from es2fast.errors import UserError
+from es2fast.modeling.load import load_causal_lm
+from es2fast.training.plan import make_plan
+from es2fast.training.prepare import own_refusals
+from es2fast.training.refusals import answer_tokens
+from es2fast.training.respond import KEY, respond
+from es2fast.training.responses import fill_responses, response_cache, without_responses
+
+ALONE = Runtime(rank=0, world_size=1, device=torch.device("cpu"), dtype="fp32")
+
+
+class Server(ThreadingHTTPServer):
+    """Greedy answers by transformers, special tokens left out, as vLLM gives them."""
+
+    def __init__(self, config: Config):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.model = load_causal_lm(config.model, "fp32").eval()
+        self.tokenizer = make_plan(config).formatter.tokenizer
+        self.lock = threading.Lock()
+        self.seen: list[dict[str, Any]] = []
+        self.most: int | None = None  # requests that are answered
+        self.extra = 0  # tokens that it puts in front
+        self.raw: dict[str, Any] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1#base"
+
+    def reply(self, body: dict[str, Any]) -> dict[str, Any]:
+        ids = [self.tokenizer.bos_token_id] * self.extra + body["prompt"]
+        with self.lock, torch.no_grad():
+            out = self.model.generate(
+                torch.tensor([ids]), max_new_tokens=body["max_tokens"], do_sample=False,
+                eos_token_id=body["stop_token_ids"], pad_token_id=0,
+            )  # fmt: skip
+        text = self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+        return {"choices": [{"text": text}], "usage": {"prompt_tokens": len(ids)}}
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            server.seen.append({"path": self.path, "key": self.headers["Authorization"], **body})
+            fails = server.most is not None and len(server.seen) > server.most
+        found = server.raw if server.raw is not None or fails else server.reply(body)
+        text = b"out of order" if fails else json.dumps(found).encode()
+        self.send_response(400 if fails else 200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    files = write_prompts(tmp_path / "data")
+    rows = [json.loads(line) for line in Path(files["harmless"]).read_text().splitlines()]
+    for row in rows[:8]:  # the other four bring their responses
+        del row["response"]
+    Path(files["harmless"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw: dict[str, Any] = {
+        "model": {"name": str(save_tiny(tmp_path / "model")), "dtype": "fp32"},
+        "data": files | {"cache_dir": str(tmp_path / "cache"), "max_response_tokens": 9},
+        "refusal": {"weight": 1.0, "fallback": ["no ."]},
+        "train": {"device": "cuda", "micro_batch_size": 2},  # whatever this machine has
+        "output_dir": str(tmp_path / "run"),
+    }
+    return parse_config(raw)
+
+
+@pytest.fixture
+def server(config: Config, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.delenv(KEY, raising=False)
+    here = config.model_copy(update={"train": config.train.model_copy(update={"device": "cpu"})})
+    made = Server(here)
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    yield made
+    made.shutdown()
+    made.server_close()
+
+
+def test_a_training_finds_the_answers_that_it_would_write(
+    config: Config, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_config(config, tmp_path / "run.yaml")
+    command(tmp_path / "run.yaml", server.name)
+    said = capsys.readouterr().out.splitlines()
+    here = config.model_copy(update={"train": config.train.model_copy(update={"device": "cpu"})})
+    plan = make_plan(here)
+    harmful = plan.groups.harmful
+    assert said[:2] == [
+        "answers to harmless prompts: 8 written, 0 there before",
+        f"answers to harmful prompts: {len(harmful)} written, 0 there before",
+    ]
+    assert {one["path"] for one in server.seen} == {"/v1/completions"}
+    assert {one["max_tokens"] for one in server.seen} == {9, answer_tokens(config)}
+    assert all(one["temperature"] == 0 and one["key"] is None for one in server.seen)
+
+    nobody = torch.nn.Identity()  # no model is asked
+    filled = fill_responses(plan, nobody, ALONE)
+    assert own_refusals(plan, nobody, ALONE) is not None
+    alone = here.model_copy(
+        update={"data": here.data.model_copy(update={"cache_dir": str(tmp_path / "other")})}
+    )
+    model = load_causal_lm(config.model, "fp32").eval()
+    written = fill_responses(make_plan(alone), model, ALONE)
+    assert [one.response for one in filled] == [one.response for one in written]
+    assert len({one.response for one in filled}) > 3
+
+    command(tmp_path / "run.yaml", server.name)
+    assert "answers to harmless prompts: 0 written, 8 there before" in capsys.readouterr().out
+
+
+def test_what_was_answered_before_a_failure_is_kept(config: Config, server: Server) -> None:
+    server.most = 5
+    with pytest.raises(UserError, match=r"--server: http.*#base: 400 out of order"):
+        respond(config, server.name, concurrency=1)
+    server.most = None
+    found, cache = respond(config, server.name, concurrency=4)
+    assert [(one.known, one.written) for one in found] == [(5, 3), (0, 12)]
+    assert cache.path.read_text().count("\n") == 20
+
+
+def test_the_key_goes_along(
+    config: Config, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEY, "secret")
+    respond(config, server.name)
+    assert {one["key"] for one in server.seen} == {"Bearer secret"}
+
+
+def test_a_server_that_reads_something_else_is_refused(config: Config, server: Server) -> None:
+    server.extra = 1
+    with pytest.raises(UserError, match=r"it read \d+ tokens where \d+ were sent.*model\.name"):
+        respond(config, server.name)
+    plan = make_plan(config.model_copy(
+        update={"train": config.train.model_copy(update={"device": "cpu"})}
+    ))  # fmt: skip
+    cache = response_cache(plan, config.data.max_response_tokens)
+    assert len(cache.missing(without_responses(plan.groups.harmless))) == 12
+    server.raw = {"choices": [{"message": {"content": "x"}}]}
+    with pytest.raises(UserError, match=r"no choices\[0\]\.text or usage\.prompt_tokens"):
+        respond(config, server.name)
+
+
+@pytest.mark.parametrize("name", ["localhost:8000#m", "http://localhost:8000/v1", "http://h/v1#"])
+def test_half_an_address_is_refused(config: Config, name: str) -> None:
+    with pytest.raises(UserError, match=r"--server: .*expected URL#MODEL, such as http"):
+        respond(config, name)
