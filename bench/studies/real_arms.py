@@ -182,6 +182,15 @@ ATTACKS: list[tuple[dict[str, Any], int]] = [
     ({"name": "repe", "trial_prompts": 4}, 50),
     ({"name": "splice"}, 50),
     ({"name": "finetune", "steps": [4, 16]}, 50),
-    ({"name": "latent_pgd", "layer": 6, "epsilons": [0.1, 0.3], "steps": 16}, 50),
+    ({"name": "latent_pgd", "layer": 6, "epsilons": [0.1], "steps": 16}, 50),
+    (
+        {"name": "soft_prompt", "universal": True, "prompts": 32, "batch": 8, "steps": 100},
+        50,
+    ),
     ({"name": "soft_prompt", "steps": 60}, 50),
 ]
+
+
+def label(attack: dict[str, Any]) -> str:
+    """Of an attack in tables: its name, and whether one prompt has to serve for all."""
+    return attack["name"] + (", universal" if attack.get("universal") else "")

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.studies.real_arms import ATTACKS
+from bench.studies.real_arms import ATTACKS, label
 from es2fast.report.plots import COLOURS, MARKERS, legend_above
 from es2fast.report.stats import rate_interval
 
@@ -28,7 +28,7 @@ def figure(rows: Sequence[Row], models: Sequence[str]) -> Figure:
     models = [name for name in models if any(row["model"] == name for row in rows)]
     made = Figure(figsize=(9.5, 5.0), layout="constrained", facecolor="white")
     attacked, price = made.subplots(1, 2, width_ratios=(3, 2))
-    names = [attack["name"] for attack, _ in ATTACKS]
+    names = [label(attack) for attack, _ in ATTACKS]
     names = [name for name in names if any(row["attack"] == name for row in rows)]
     _points(attacked, "useful answers to harmful prompts under", names, [
         {row["attack"]: (row["useful"], row["n"])

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.studies.real_arms import ARMS, ATTACKS, BASE, CIRCUIT_BREAKER
+from bench.studies.real_arms import ARMS, ATTACKS, BASE, CIRCUIT_BREAKER, label
 from bench.studies.real_figure import figure
 from es2fast.report.stats import rate_interval
 from es2fast.run.files import read_lines
@@ -38,7 +38,7 @@ def table(rows: Sequence[Row], models: Sequence[str]) -> str:
     if not models:
         return "Nothing measured yet.\n"
     cells = {(row["model"], row["attack"]): row for row in rows if row["model"] in models}
-    attacks = [attack["name"] for attack, _ in ATTACKS]
+    attacks = [label(attack) for attack, _ in ATTACKS]
     attacks = [name for name in attacks if any(attack == name for _, attack in cells)]
     lines = ["| useful answers under | " + " | ".join(attacks) + " |",
              "|:--|" + "--:|" * len(attacks)]  # fmt: skip
@@ -152,7 +152,8 @@ def _solved(row: Row | None) -> str:
 
 def legend(rows: Sequence[Row], models: Sequence[str]) -> str:
     """What each model is."""
-    measured = [name for name in models if name in ARMS and any(r["model"] == name for r in rows)]
+    known = {row["model"].partition(", seed ")[0] for row in rows}
+    measured = [name for name in models if name in ARMS and name in known]
     return "".join(f"- `{name}`: {ARMS[name].words}\n" for name in measured)
 
 
@@ -170,10 +171,11 @@ def documents(rows: Sequence[Row]) -> dict[Path, str]:
     for path, models in ((EVALUATION, OTHERS), (REAL_MODELS, PARTS)):
         parts = {}
         for base in sorted({row["base"] for row in rows}):
-            some = _shown(rows, base)
+            some = shown(rows, base)
             prefix = "" if base == PRIMARY else f"{base} "
-            parts[f"{prefix}attacks"] = table(some, models)
-            parts[f"{prefix}harmless"] = harmless_table(some, models)
+            every = with_seeds(models, some)
+            parts[f"{prefix}attacks"] = table(some, every)
+            parts[f"{prefix}harmless"] = harmless_table(some, every)
             parts[f"{prefix}legend"] = legend(some, models)
         split = [row for row in read_lines(KL_ROWS) if row["base"] == PRIMARY]
         parts["split"] = kl_table(split, models)
@@ -183,17 +185,33 @@ def documents(rows: Sequence[Row]) -> dict[Path, str]:
     return found
 
 
-def _shown(rows: Sequence[Row], base: str) -> list[Row]:
-    """Of the first seed and the newest configuration of an arm; of a cell measured twice the one of
-    more prompts is last and counts."""
-    found = [row for row in rows if row["base"] == base and not row["seed"]]
+def shown(rows: Sequence[Row], base: str) -> list[Row]:
+    """Of the newest configuration of an arm; a seed beside the first is a model of its own. Of a
+    cell measured twice the one of more prompts is last and counts."""
+    found = [
+        row
+        | {"model": row["model"] + (f", seed {row['seed']}" if row["seed"] else "")}
+        | {"attack": label({"name": row["attack"]} | row["settings"])}
+        for row in rows
+        if row["base"] == base
+    ]
     newest = {row["model"]: row["config"] for row in found}
     found = [row for row in found if row["config"] == newest[row["model"]]]
     return sorted(found, key=lambda row: row.get("n", 0))
+
+
+def with_seeds(models: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    """Each model followed by its other seeds, as `shown` calls them."""
+    known = sorted({row["model"] for row in rows})
+    return [
+        one
+        for name in models
+        for one in (name, *(other for other in known if other.startswith(f"{name}, seed ")))
+    ]
 
 
 def write_documents(rows: Sequence[Row]) -> None:
     """Both, in place, and the figure of the primary model's first seed."""
     for path, text in documents(rows).items():
         path.write_text(text)
-    figure(_shown(rows, PRIMARY), FIGURED).savefig(FIGURE, dpi=90)
+    figure(shown(rows, PRIMARY), FIGURED).savefig(FIGURE, dpi=90)

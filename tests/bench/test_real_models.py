@@ -8,11 +8,19 @@ from typing import Any
 
 import pytest
 
-from bench.studies.real_arms import ARMS, ATTACKS, BASE, CIRCUIT_BREAKER
+from bench.studies.real_arms import ARMS, ATTACKS, BASE, CIRCUIT_BREAKER, label
 from bench.studies.real_figure import figure
 from bench.studies.real_models import config_hash, configuration, key_of
 from bench.studies.real_prompts import ordinary_prompts
-from bench.studies.real_report import ROWS, documents, fill, harmless_table, table
+from bench.studies.real_report import (
+    ROWS,
+    documents,
+    fill,
+    harmless_table,
+    shown,
+    table,
+    with_seeds,
+)
 from es2fast.attacks.registry import make_attack
 from es2fast.run.files import read_lines
 
@@ -34,11 +42,16 @@ def test_the_documents_are_made_from_the_rows() -> None:
 
 
 def test_every_row_is_a_cell_of_the_study_as_it_stands(tmp_path: Path) -> None:
-    attacks = {attack["name"]: attack for attack, _ in ATTACKS}
-    hashes = {name: config_hash(configuration(arguments(tmp_path), name)) for name in ARMS}
+    attacks = {label(attack): attack for attack, _ in ATTACKS}
+    assert len(attacks) == len(ATTACKS)
+    given, hashes = arguments(tmp_path), {}
     for row in read_lines(ROWS):
-        attack = attacks[row["attack"]]
-        made = "" if row["model"] == BASE else hashes[row["model"]]
+        attack = attacks[label({"name": row["attack"]} | row["settings"])]
+        given.seed = row["seed"]
+        arm = (row["model"], row["seed"])
+        if row["model"] != BASE and arm not in hashes:
+            hashes[arm] = config_hash(configuration(given, row["model"]))
+        made = hashes.get(arm, "")
         assert row["model"] == BASE or row["config"] == made, row["key"]
         limit = min(row["limit"], next(most for one, most in ATTACKS if one == attack))
         own = (row["base"], row["model"], made, row["seed"], attack, row["tokens"], limit)
@@ -73,6 +86,24 @@ def test_a_cell_that_was_not_measured_says_so() -> None:
     assert lines[2] == "| base | 50 % [37–63], n = 50 | not measured |"
     assert lines[3] == "| both | not measured | 50 % [37–63], n = 50; 10 % gibberish |"
     assert lines[4] == "| *s per prompt* | 0.5 | 0.5 |"
+
+
+def test_another_seed_is_a_line_of_its_own_below_the_first() -> None:
+    row: dict[str, Any] = {"base": "b", "model": "both", "config": "c", "seed": 0, "n": 50,
+                           "attack": "soft_prompt", "settings": {"steps": 60}, "useful": 0.5,
+                           "gibberish": 0.0, "seconds": 25.0}  # fmt: skip
+    rows = [
+        row,
+        row | {"seed": 1, "useful": 0.1},
+        row | {"settings": {"universal": True}, "useful": 0.0},
+        row | {"n": 100, "useful": 0.4},
+        row | {"base": "other", "useful": 0.9},
+    ]
+    some = shown(rows, "b")
+    lines = table(some, with_seeds(("both", "long"), some)).splitlines()
+    assert lines[0] == "| useful answers under | soft_prompt, universal | soft_prompt |"
+    assert lines[2] == "| both | 0 % [0–7], n = 50 | 40 % [31–50], n = 100 |"
+    assert lines[3] == "| both, seed 1 | not measured | 10 % [4–21], n = 50 |"
 
 
 def test_the_price_is_told_by_kind_of_prompt() -> None:
