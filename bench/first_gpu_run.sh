@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The first half hour on a GPU, in the order of what must not be missing when it ends early.
 #
-#   bench/first_gpu_run.sh OUT [PART ...]      # PART: probe tests ours profile tune peers shapes
+#   bench/first_gpu_run.sh OUT [PART ...]      # PART: probe tests ours step profile tune peers shapes
 #   REHEARSE=1 bench/first_gpu_run.sh OUT      # the same on a CPU with small shapes
 #
 # Every part ends within nine minutes, leaves OUT/PART.log and, when it is through, OUT/PART.done,
@@ -17,22 +17,26 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 main=(--shape 8192 4096 128256)
 others=(--mode trainable frozen)
 probe=()
+step=(--shape 8b --dtype bf16 --rows 8)
 tests=(-n 8)
 if [ "${REHEARSE:-0}" = 1 ]; then
   main=(--device cpu --shape 16 16 50)
   others+=(--device cpu --quick)
   probe=(--device cpu --quick)
+  step=(--device cpu --quick --dtype fp32)
   tests=()
 fi
 "$PYTHON" -c 'import pytest_timeout' 2>/dev/null && tests+=(--timeout=120)
 
-PARTS="probe tests ours profile tune peers shapes"
+PARTS="probe tests ours step profile tune peers shapes"
 
 set_arguments() {
   case $1 in
     probe) arguments=(bench/gpu_probe.py gemms "${probe[@]}" --out "$OUT") ;;
     tests) arguments=(-m pytest tests/gpu -q -p no:cacheprovider "${tests[@]}") ;;
     ours) arguments=(bench/linear_kl.py "${main[@]}" --only es2fast --out "$OUT") ;;
+    step) arguments=(bench/step.py "${step[@]}" --only plain-lora es2fast-lora-cache
+                     --work "$OUT/step" --out "$OUT/step.jsonl") ;;
     profile) arguments=(bench/gpu_probe.py profile "${probe[@]}" --out "$OUT") ;;
     tune) arguments=(bench/gpu_probe.py tune "${probe[@]}" --out "$OUT") ;;
     peers) arguments=(bench/linear_kl.py "${main[@]}" --skip es2fast GEMMs --out "$OUT") ;;
