@@ -194,3 +194,9 @@ ATTACKS: list[tuple[dict[str, Any], int]] = [
 def label(attack: dict[str, Any]) -> str:
     """Of an attack in tables: its name, and whether one prompt has to serve for all."""
     return attack["name"] + (", universal" if attack.get("universal") else "")
+
+
+def answer_tokens(attack: dict[str, Any], tokens: int) -> int:
+    """At which answers under an attack are cut: later where it makes the model say a sentence of
+    its own first, of some 25 tokens, behind which a refusal may follow."""
+    return max(tokens, 96) if attack["name"] in ("latent_pgd", "soft_prompt") else tokens

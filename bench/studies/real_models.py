@@ -28,7 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench._harness import Rows, conditions
 from bench.studies.circuit_breaker import circuit_breaker
-from bench.studies.real_arms import ARMS, ATTACKS, BASE, CIRCUIT_BREAKER, TRAINING
+from bench.studies.real_arms import (
+    ARMS,
+    ATTACKS,
+    BASE,
+    CIRCUIT_BREAKER,
+    TRAINING,
+    answer_tokens,
+)
 from bench.studies.real_prompts import write_harmless
 from bench.studies.real_report import ROWS, write_documents
 from es2fast.config import Config, load_config, merged, parse_config, save_config
@@ -118,7 +125,13 @@ def study(arguments: argparse.Namespace) -> None:
             if (wanted and attack["name"] not in wanted) or key in known:
                 continue
             places = [] if name == BASE else [str(trained(arguments, name))]
-            changes = {"evaluate": {"attacks": [attack], "limit": min(limit, arguments.limit)}}
+            changes = {
+                "evaluate": {
+                    "attacks": [attack],
+                    "limit": min(limit, arguments.limit),
+                    "max_new_tokens": answer_tokens(attack, arguments.tokens),
+                }
+            }
             config = configuration(arguments, "evaluation", changes)
             report = evaluate_paths(
                 places, config, RunFolder(config.output_dir), base=str(arguments.model)
@@ -131,7 +144,8 @@ def cell_key(arguments: argparse.Namespace, name: str, attack: dict[str, Any]) -
     """Of a cell, before it is measured."""
     made = "" if name == BASE else config_hash(configuration(arguments, name))
     limit = min(arguments.limit, next(most for one, most in ATTACKS if one == attack))
-    return key_of(arguments.label, name, made, arguments.seed, attack, arguments.tokens, limit)
+    tokens = answer_tokens(attack, arguments.tokens)
+    return key_of(arguments.label, name, made, arguments.seed, attack, tokens, limit)
 
 
 def key_of(
@@ -165,7 +179,7 @@ def add_row(
         attack=attack["name"],
         settings={key: value for key, value in attack.items() if key != "name"},
         judge=report.judge,
-        tokens=arguments.tokens,
+        tokens=answer_tokens(attack, arguments.tokens),
         limit=arguments.limit,
         harmless=harmless_figures(model),
         **found,
