@@ -36,7 +36,7 @@ set_arguments() {
     tests) arguments=(-m pytest tests/gpu -q -p no:cacheprovider "${tests[@]}") ;;
     ours) arguments=(bench/linear_kl.py "${main[@]}" --only es2fast --out "$OUT") ;;
     step) arguments=(bench/step.py "${step[@]}" --only plain-lora es2fast-lora-cache
-                     --work "$OUT/step" --out "$OUT/step.jsonl") ;;
+                     --out "$OUT/step.jsonl") ;;
     profile) arguments=(bench/gpu_probe.py profile "${probe[@]}" --out "$OUT") ;;
     tune) arguments=(bench/gpu_probe.py tune "${probe[@]}" --out "$OUT") ;;
     peers) arguments=(bench/linear_kl.py "${main[@]}" --skip es2fast GEMMs --out "$OUT") ;;

@@ -98,10 +98,14 @@ def main() -> None:
         rows.add(name=f"prepare, {kind}", **common, **base)
         if "error" in base:
             raise SystemExit(f"step: {base['error']}")
+    failed = []
     for turn in range(arguments.rounds):
         for entry in chosen:
             found = spawn(arguments, model, {"entry": asdict(entry), "base": base})
             rows.add(name=entry.name, **common, turn=turn, **found)
+            failed += [entry.name] if "error" in found else []
+    if failed:
+        raise SystemExit(f"step: failed: {', '.join(failed)}; the errors are in the rows")
 
 
 def parse() -> argparse.Namespace:

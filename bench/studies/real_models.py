@@ -112,13 +112,16 @@ def trained(arguments: argparse.Namespace, name: str) -> Path:
 
 
 def study(arguments: argparse.Namespace) -> None:
-    """Trains and evaluates what has no row yet, model by model and attack by attack."""
+    """Trains and evaluates what has no row yet, model by model and attack by attack; the base
+    model, which no seed changes, beside the first seed."""
     rows = Rows(
         arguments.out,
         conditions("cpu") | {"command": f"python bench/studies/{Path(__file__).name}"},
     )
     wanted = arguments.attacks.split(",") if arguments.attacks else None
     for name in arguments.only.split(",") if arguments.only else (BASE, *ARMS):
+        if name == BASE and arguments.seed:
+            continue
         known = {row["key"] for row in read_lines(arguments.out)}
         for attack, limit in ATTACKS:
             key = cell_key(arguments, name, attack)

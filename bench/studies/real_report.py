@@ -43,8 +43,8 @@ def table(rows: Sequence[Row], models: Sequence[str]) -> str:
     lines = ["| useful answers under | " + " | ".join(attacks) + " |",
              "|:--|" + "--:|" * len(attacks)]  # fmt: skip
     for model in models:
-        shown = [_cell(cells.get((model, attack))) for attack in attacks]
-        lines.append(f"| {model} | " + " | ".join(shown) + " |")
+        own = [_cell(cells.get((model, attack))) for attack in attacks]
+        lines.append(f"| {model} | " + " | ".join(own) + " |")
     costs = [_seconds([row for (_, found), row in cells.items() if found == attack])
              for attack in attacks]  # fmt: skip
     lines.append("| *s per prompt* | " + " | ".join(costs) + " |")

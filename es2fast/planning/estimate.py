@@ -124,7 +124,7 @@ class Estimator:
                 stage, total=shape.total, trained=shape.trained, item=self._item, ranks=ranks,
                 micro_batches=micro,
                 head=0 if shape.head_trained else shape.vocabulary * shape.hidden,
-                tied=bool(self._plan.model.get_text_config().tie_word_embeddings),
+                tied=shape.tied,
                 tokens=self._token_bytes(shape, works, ranks) if head.sharded else None,
             )
             for stage in STAGES

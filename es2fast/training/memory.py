@@ -28,7 +28,7 @@ PARTS = (
 PROCESS = {"cuda": 1.0 * GB, "cpu": 0.8 * GB}  # libraries; a GPU's context and fragmentation
 _DEFAULT_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, elements
 _DEFAULT_LIVE = 1_000_000_000  # and its stage3_max_live_parameters
-_SHARDED_LOGIT = 52  # bytes on a CPU, where plain torch makes the row pass: 13 float32 copies
+_TORCH_LOGIT = 52  # bytes where plain torch makes a sharded head's row pass: 13 float32 copies
 
 
 @dataclass(frozen=True)
@@ -185,11 +185,14 @@ def _head(shape: Shape, tokens: int, device: str, item: int, parts: int) -> floa
         parts: ranks among which the head lies, and to each of which the tokens of all travel.
     """
     seen = parts * tokens
-    each = _SHARDED_LOGIT if device == "cpu" and parts > 1 else 8
-    logits = each * min(_chunk(shape, device), seen) * shape.vocabulary / parts
+    chunk, each = _chunk(shape, device), 8
     states = 2 * item * tokens * shape.hidden
-    if parts > 1:  # of all ranks, with a gradient in float32
-        states += (2 * item + 4) * seen * shape.hidden
+    if parts > 1:  # of all ranks; the gradient in float32, and once more to be handed back
+        states += (2 * item + 8) * seen * shape.hidden
+        chunk = CPU_CHUNK if device == "cpu" else GPU_CHUNK
+        if device == "cpu" or item == 4:
+            each = _TORCH_LOGIT
+    logits = each * min(chunk, seen) * shape.vocabulary / parts
     trained = (4 + item) * shape.head_trained * shape.vocabulary * shape.hidden
     return logits + states + trained
 

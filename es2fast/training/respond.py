@@ -1,9 +1,9 @@
 """What a training asks its base model, answered beforehand by a server that runs that model.
 
 ES2 needs greedy answers of the base model: to the harmless prompts that bring none and, for a
-refusal anchor of its own words, to the harmful ones. A training writes them itself; an inference
-server does it faster, above all where the model has to be spread over several GPUs. Its answers go
-into the cache where the training looks, so the server can be stopped before that begins.
+refusal anchor of its own words, to the harmful ones. A training writes them itself; where an
+inference server stands ready, it can. Its answers go into the cache where the training looks, so
+the server can be stopped before that begins.
 
 The server gets token ids, so nothing of its own chat template takes part, and it has to say that it
 read as many as were sent. That it serves the weights of `model.name` is the user's word.
@@ -65,10 +65,6 @@ def respond(
     if not is_url(url) or not model:
         raise UserError(f"--server: {server!r}: expected {EXPECTED}")
     plan = make_plan(without_machine(config))
-    endpoint = Endpoint(
-        url, "/completions", name=f"--server: {server}", key=KEY, timeout=timeout, tries=tries,
-        pause=pause,
-    )  # fmt: skip
     bare = [prompt for prompt in plan.groups.harmless if prompt.response is None]
     asked = [("harmless prompts", bare, config.data.max_response_tokens)]
     if wants_answers(config):
@@ -78,6 +74,10 @@ def respond(
     for kind, prompts, tokens in asked:
         cache = response_cache(plan, tokens)
         missing = cache.missing(prompts)
+        endpoint = Endpoint(
+            url, "/completions", name=f"--server: {server}", key=KEY, timeout=timeout,
+            tries=tries, pause=pause,
+        )  # fmt: skip
         writer = _Writer(endpoint, model, plan.formatter, tokens)
         writer.write(missing, cache, kind, concurrency)
         found.append(Written(kind, len(prompts) - len(missing), len(missing)))
@@ -97,15 +97,24 @@ class _Writer:
         self, prompts: Sequence[Prompt], cache: ResponseCache, kind: str, concurrency: int
     ) -> None:
         """Answers `prompts`; each answer is kept as soon as it is there."""
-        pool = ThreadPoolExecutor(concurrency)
+        pool, failed = ThreadPoolExecutor(concurrency), None
         try:
             asked = {pool.submit(self._answer, prompt): prompt for prompt in prompts}
-            for done in tqdm(
-                as_completed(asked), f"answers to {kind}", total=len(asked), disable=not asked
-            ):
-                cache.put(asked[done], done.result())
+            title = f"answers to {kind}"
+            for done in tqdm(as_completed(asked), title, total=len(asked), disable=not asked):
+                error = None if done.cancelled() else done.exception()
+                if not (done.cancelled() or error):
+                    cache.put(asked[done], done.result())
+                elif error and failed is None:  # what has been asked may still be answered
+                    failed = error
+                    self.endpoint.stop.set()
+                    for other in asked:
+                        other.cancel()
         finally:
+            self.endpoint.stop.set()
             pool.shutdown(cancel_futures=True)
+        if failed is not None:
+            raise failed
 
     def _answer(self, prompt: Prompt) -> str:
         ids = self.formatter.prompt_ids(prompt)
@@ -114,10 +123,15 @@ class _Writer:
             "prompt": ids,
             "max_tokens": self.tokens,
             "temperature": 0,
+            "repetition_penalty": 1.0,  # or the server takes the model's generation_config.json
+            "presence_penalty": 0,
+            "frequency_penalty": 0,
             "stop_token_ids": list(self.formatter.stop_token_ids),
         })  # fmt: skip
         try:
             text, read = reply["choices"][0]["text"], reply["usage"]["prompt_tokens"]
+            if not isinstance(text, str):
+                raise TypeError
         except (KeyError, IndexError, TypeError):
             raise self.endpoint.error(
                 "its reply has no choices[0].text or usage.prompt_tokens; a server is needed that "
@@ -128,4 +142,4 @@ class _Writer:
                 f"it read {read} tokens where {len(ids)} were sent; a server is needed that takes "
                 "token ids as they are, such as vLLM or SGLang, with the model of model.name"
             )
-        return str(text)
+        return text

@@ -84,7 +84,7 @@ class Shape:
     deepest: int
     head_trained: bool
     experts: bool
-    tied: bool = False
+    tied: bool
 
 
 def shape_of(student: nn.Module, deepest: int) -> Shape:

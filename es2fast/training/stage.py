@@ -19,6 +19,7 @@ from es2fast.distributed.deepspeed_config import build_deepspeed
 from es2fast.distributed.memory import memory_per_rank
 from es2fast.modeling.load import DTYPES
 from es2fast.training.activations import Tokens
+from es2fast.training.head_exchange import choose_head
 from es2fast.training.memory import GB, PROCESS, Estimate, estimate, model_sizes
 
 STAGES = (0, 1, 2, 3)
@@ -57,9 +58,13 @@ def choose_stage(
         mappings[stage] = build_deepspeed(
             config, world_size=world_size, dtype=dtype, model_config=model, preset=f"zero{stage}"
         )
+        zero = mappings[stage]["zero_optimization"]
+        head = choose_head(
+            config, model, zero, world_size=world_size, device=device, dtype=dtype, longest=longest
+        )
         estimates[stage] = estimate(
-            config, shape, mappings[stage]["zero_optimization"],
-            world_size=world_size, device=device, dtype=dtype, tokens=tokens,
+            config, shape, zero, world_size=world_size, device=device, dtype=dtype, tokens=tokens,
+            sharded=head.sharded,
         )  # fmt: skip
     memory = memory_per_rank(device, world_size)
     light, why = lightest(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench.studies.real_arms import ARMS, ATTACKS, BASE, CIRCUIT_BREAKER, label
+from bench.studies.real_arms import ARMS, ATTACKS, BASE, CIRCUIT_BREAKER, answer_tokens, label
 from bench.studies.real_figure import figure
 from bench.studies.real_models import config_hash, configuration, key_of
 from bench.studies.real_prompts import ordinary_prompts
@@ -53,6 +53,7 @@ def test_every_row_is_a_cell_of_the_study_as_it_stands(tmp_path: Path) -> None:
             hashes[arm] = config_hash(configuration(given, row["model"]))
         made = hashes.get(arm, "")
         assert row["model"] == BASE or row["config"] == made, row["key"]
+        assert row["tokens"] == answer_tokens(attack, 32)
         limit = min(row["limit"], next(most for one, most in ATTACKS if one == attack))
         own = (row["base"], row["model"], made, row["seed"], attack, row["tokens"], limit)
         assert row["key"] == key_of(*own)

@@ -17,6 +17,7 @@ from es2fast.cli import respond as command
 from es2fast.config import Config, parse_config, save_config
 from es2fast.distributed.runtime import Runtime
 from es2fast.errors import UserError
+from es2fast.judges.endpoint import KEY as JUDGES_KEY
 from es2fast.modeling.load import load_causal_lm
 from es2fast.training.plan import make_plan
 from es2fast.training.prepare import own_refusals
@@ -36,9 +37,10 @@ class Server(ThreadingHTTPServer):
         self.tokenizer = make_plan(config).formatter.tokenizer
         self.lock = threading.Lock()
         self.seen: list[dict[str, Any]] = []
-        self.most: int | None = None  # requests that are answered
+        self.bad: list[int] = []  # the prompt that is refused
         self.extra = 0  # tokens that it puts in front
         self.raw: dict[str, Any] | None = None
+        self.busy = False  # every second request
 
     @property
     def name(self) -> str:
@@ -50,6 +52,7 @@ class Server(ThreadingHTTPServer):
             out = self.model.generate(
                 torch.tensor([ids]), max_new_tokens=body["max_tokens"], do_sample=False,
                 eos_token_id=body["stop_token_ids"], pad_token_id=0,
+                repetition_penalty=body.get("repetition_penalty", 1.5),  # a model's own default
             )  # fmt: skip
         text = self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
         return {"choices": [{"text": text}], "usage": {"prompt_tokens": len(ids)}}
@@ -63,16 +66,21 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with server.lock:
             server.seen.append({"path": self.path, "key": self.headers["Authorization"], **body})
-            fails = server.most is not None and len(server.seen) > server.most
+            fails = body["prompt"] == server.bad
+            busy = server.busy and len(server.seen) % 2 == 1
         found = server.raw if server.raw is not None or fails else server.reply(body)
-        text = b"out of order" if fails else json.dumps(found).encode()
-        self.send_response(400 if fails else 200)
+        text = b"out of order" if fails else b"busy" if busy else json.dumps(found).encode()
+        self.send_response(400 if fails else 503 if busy else 200)
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
         self.wfile.write(text)
 
     def log_message(self, *arguments: Any) -> None:
         pass
+
+
+def on_a_cpu(config: Config) -> Config:
+    return config.model_copy(update={"train": config.train.model_copy(update={"device": "cpu"})})
 
 
 @pytest.fixture
@@ -96,8 +104,8 @@ def config(tmp_path: Path) -> Config:
 def server(config: Config, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.delenv(KEY, raising=False)
-    here = config.model_copy(update={"train": config.train.model_copy(update={"device": "cpu"})})
-    made = Server(here)
+    monkeypatch.setenv(JUDGES_KEY, "another's")
+    made = Server(on_a_cpu(config))
     threading.Thread(target=made.serve_forever, daemon=True).start()
     yield made
     made.shutdown()
@@ -110,7 +118,7 @@ def test_a_training_finds_the_answers_that_it_would_write(
     save_config(config, tmp_path / "run.yaml")
     command(tmp_path / "run.yaml", server.name)
     said = capsys.readouterr().out.splitlines()
-    here = config.model_copy(update={"train": config.train.model_copy(update={"device": "cpu"})})
+    here = on_a_cpu(config)
     plan = make_plan(here)
     harmful = plan.groups.harmful
     assert said[:2] == [
@@ -123,12 +131,13 @@ def test_a_training_finds_the_answers_that_it_would_write(
 
     nobody = torch.nn.Identity()  # no model is asked
     filled = fill_responses(plan, nobody, ALONE)
-    assert own_refusals(plan, nobody, ALONE) is not None
+    refusals = own_refusals(plan, nobody, ALONE)
     alone = here.model_copy(
         update={"data": here.data.model_copy(update={"cache_dir": str(tmp_path / "other")})}
     )
     model = load_causal_lm(config.model, "fp32").eval()
     written = fill_responses(make_plan(alone), model, ALONE)
+    assert refusals is not None and refusals == own_refusals(make_plan(alone), model, ALONE)
     assert [one.response for one in filled] == [one.response for one in written]
     assert len({one.response for one in filled}) > 3
 
@@ -136,14 +145,26 @@ def test_a_training_finds_the_answers_that_it_would_write(
     assert "answers to harmless prompts: 0 written, 8 there before" in capsys.readouterr().out
 
 
-def test_what_was_answered_before_a_failure_is_kept(config: Config, server: Server) -> None:
-    server.most = 5
+def test_what_is_answered_beside_a_failure_is_kept(config: Config, server: Server) -> None:
+    plan = make_plan(on_a_cpu(config))
+    bad = plan.groups.harmless[2]
+    server.bad = plan.formatter.prompt_ids(bad)
     with pytest.raises(UserError, match=r"--server: http.*#base: 400 out of order"):
-        respond(config, server.name, concurrency=1)
-    server.most = None
+        respond(config, server.name, concurrency=8)
+    cache = response_cache(plan, config.data.max_response_tokens)
+    assert cache.missing(plan.groups.harmless) == [bad]
+    server.bad = []
     found, cache = respond(config, server.name, concurrency=4)
-    assert [(one.known, one.written) for one in found] == [(5, 3), (0, 12)]
+    assert [(one.known, one.written) for one in found] == [(7, 1), (0, 12)]
     assert cache.path.read_text().count("\n") == 20
+
+
+def test_nothing_is_tried_again_after_a_failure(config: Config, server: Server) -> None:
+    """One answer is refused for good, the others would be asked for again for minutes."""
+    server.raw = {"usage": {"prompt_tokens": 0}}
+    server.busy = True
+    with pytest.raises(UserError, match=r"no answer in 1 tries .503 busy|no choices"):
+        respond(config, server.name, concurrency=8, tries=2, pause=100.0)
 
 
 def test_the_key_goes_along(
@@ -158,17 +179,19 @@ def test_a_server_that_reads_something_else_is_refused(config: Config, server: S
     server.extra = 1
     with pytest.raises(UserError, match=r"it read \d+ tokens where \d+ were sent.*model\.name"):
         respond(config, server.name)
-    plan = make_plan(config.model_copy(
-        update={"train": config.train.model_copy(update={"device": "cpu"})}
-    ))  # fmt: skip
+    plan = make_plan(on_a_cpu(config))
     cache = response_cache(plan, config.data.max_response_tokens)
     assert len(cache.missing(without_responses(plan.groups.harmless))) == 12
-    server.raw = {"choices": [{"message": {"content": "x"}}]}
-    with pytest.raises(UserError, match=r"no choices\[0\]\.text or usage\.prompt_tokens"):
-        respond(config, server.name)
+    usage = {"prompt_tokens": 4}
+    for choice in ({"message": {"content": "x"}}, {"text": None}):
+        server.raw = {"choices": [choice], "usage": usage}
+        with pytest.raises(UserError, match=r"no choices\[0\]\.text or usage\.prompt_tokens"):
+            respond(config, server.name)
 
 
-@pytest.mark.parametrize("name", ["localhost:8000#m", "http://localhost:8000/v1", "http://h/v1#"])
+@pytest.mark.parametrize(
+    "name", ["localhost:8000#m", "http://localhost:8000/v1", "http://h/v1#", "http://[::1/v1#m"]
+)
 def test_half_an_address_is_refused(config: Config, name: str) -> None:
     with pytest.raises(UserError, match=r"--server: .*expected URL#MODEL, such as http"):
         respond(config, name)

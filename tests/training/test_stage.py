@@ -21,7 +21,7 @@ from es2fast.modeling.teacher import set_trainable
 from es2fast.training.activations import Tokens
 from es2fast.training.memory import Estimate, estimate, model_sizes
 from es2fast.training.shape import Block, Product, Shape
-from es2fast.training.stage import lightest, pick
+from es2fast.training.stage import choose_stage, lightest, pick
 from training import stage_ranks
 
 BLOCK = Block(
@@ -33,7 +33,8 @@ BLOCK = Block(
     attention=100, keys=100, heads=4, norms=2, norms_trained=2, parameters=10**8,
 )  # fmt: skip
 SIZES = Shape(total=10**9, trained=10**8, active=1e9, hidden=100, vocabulary=1000,
-              blocks=(BLOCK,) * 10, deepest=9, head_trained=False, experts=False)  # fmt: skip
+              blocks=(BLOCK,) * 10, deepest=9, head_trained=False, experts=False,
+              tied=False)  # fmt: skip
 
 
 def need(stage: int, each: float, workspace: float) -> Estimate:
@@ -111,18 +112,27 @@ def test_stages_share_what_they_partition(dtype: str, item: int) -> None:
 
 
 def test_a_sharded_head_has_fewer_logits_and_is_not_gathered() -> None:
-    whole, parted = (
-        needs(3, 4, "cuda", "bf16", live=10**10, sharded=sharded) for sharded in (False, True)
-    )
-    head = 1000 * 100  # of SIZES, as are 100 tokens behind the last block
-    assert whole.head - 2 * 2 * 100 * 100 == 8 * 100 * 1000
-    # the tokens of all four ranks, of the student and the teacher and the gradient in float32
-    assert parted.head - 2 * 2 * 100 * 100 == 8 * 400 * 1000 / 4 + (2 + 2 + 4) * 400 * 100
+    def both(ranks: int, device: str = "cuda", dtype: str = "bf16") -> tuple[Estimate, Estimate]:
+        whole, parted = (
+            needs(3, ranks, device, dtype, live=10**10, sharded=sharded)
+            for sharded in (False, True)
+        )
+        return whole, parted
+
+    head, own = 1000 * 100, 2 * 2 * 100 * 100  # of SIZES, with 100 tokens behind the last block
+    whole, parted = both(4)
+    assert whole.head - own == 8 * 100 * 1000
+    # the tokens of all four ranks: of student and teacher, their gradient in float32, twice
+    assert parted.head - own == 8 * 400 * 1000 / 4 + (2 + 2 + 4 + 4) * 400 * 100
     assert whole.gathers - parted.gathers == 2 * 2 * head  # the teacher's is gathered with it
     tied = dataclasses.replace(SIZES, tied=True)  # the embedding is gathered anyway
     assert needs(3, 4, "cuda", "bf16", live=10**10, sharded=True, shape=tied).gathers == (
         whole.gathers
     )
+    # more tokens than a chunk, and plain torch's thirteen copies in float32
+    assert both(64)[1].head - own == 8 * 1024 * 1000 / 64 + 12 * 6400 * 100
+    assert both(4, dtype="fp32")[1].head - 2 * own == 52 * 400 * 1000 / 4 + 16 * 400 * 100
+    assert both(4, device="cpu")[1].head - own == 52 * 256 * 1000 / 4 + 12 * 400 * 100
 
 
 def test_lora_has_no_teacher_and_checkpoints_fewer_activations() -> None:
@@ -155,6 +165,21 @@ def test_what_fits_nowhere_takes_the_least_and_says_so() -> None:
     assert stage == 2 and "may fail" in reason
     wide = dataclasses.replace(SPLIT, workspace=9e9)  # gathers more than it shares
     assert pick(BOTH | {3: wide}, int(7e9), ranks=2)[0] == 2
+
+
+def test_the_stage_is_chosen_by_what_a_sharded_head_takes(monkeypatch: Any) -> None:
+    model = tiny_model("llama", tie_word_embeddings=False, vocab_size=200_000).config
+    seen = []
+
+    def watched(estimates: dict[int, Estimate], *rest: Any) -> tuple[int, str]:
+        seen.append(estimates[3])
+        return pick(estimates, *rest)
+
+    monkeypatch.setattr("es2fast.training.stage.pick", watched)
+    for way in ("gathered", "sharded"):
+        config = parse_config({"model": {"name": "m"}, "train": {"zero3_head": way}})
+        choose_stage(config, model, world_size=4, device="cpu", dtype="fp32", longest=32)
+    assert seen[0].gathers - seen[1].gathers == pytest.approx(2 * 4 * 200_000 * 32)
 
 
 def test_nothing_is_partitioned_where_nobody_gains_by_it() -> None:
