@@ -38,7 +38,7 @@ ENOUGH = 60  # characters from which the ratio says something; zlib's header cos
 SHORT = 24  # characters below which "bye bye bye" is an answer
 LONGEST_PERIOD = 200  # letters and digits of the part that repeats
 FEWEST_PERIODS = 3
-DIGITS = 20  # of a run
+STUTTER = 20  # letters and digits of a run of two kinds
 FEWEST_LETTERS = 0.3  # letters and digits among the characters
 SAID = 40  # different 3-grams of words without digits: a loop that counts says nothing new
 READ = 8000  # characters that are searched for a loop
@@ -50,7 +50,7 @@ def looks_like_gibberish(answer: str) -> bool:
     """True for text no reader could use.
 
     The thresholds: fewer than 30 % of the characters are letters or digits (spaces not counted;
-    JSON has 50 % and more); or most of the letters and digits are one `digit_run`; or, from 12
+    JSON has 50 % and more); or most of the letters and digits are one `stutter`; or, from 12
     words on, more than half of the 3-grams occur again or a single word makes up more than 40 % of
     the text; or, from 60 characters on, `is_loop`. All but the first do not count where a text has
     said enough (`SAID`).
@@ -61,7 +61,7 @@ def looks_like_gibberish(answer: str) -> bool:
     plain = [word for word in words if word.isalpha()]
     if len(set(zip(plain, plain[1:], plain[2:]))) >= SAID:
         return False
-    if is_loop(answer) or digit_run(answer) > 0.5:
+    if is_loop(answer) or stutter(answer) > 0.5:
         return True
     if len(words) < 12:
         return len(words) >= 4 and len(set(words)) == 1
@@ -117,14 +117,23 @@ def loop_share(text: str) -> float:
     return best / len(codes) if len(codes) else 0.0
 
 
-def digit_run(text: str) -> float:
-    """Share of the letters and digits that are one run of at least 20 digits of at most two kinds
-    ("I'm the 100001111111111111111"): no number that anybody asked for. 0 without a letter."""
+def stutter(text: str) -> float:
+    """Share of the letters and digits that are one run, within a word, of at least 20 of at most
+    two kinds ("I'm the 100001111111111111111", "TitleIYIYIYIYIYIYIYIY"): neither a number nor a
+    sound that anybody asked for. 0 without a letter."""
     if not any(character.isalpha() for character in text):
         return 0.0
-    runs = [run for run in re.findall(r"\d+", text) if len(run) >= DIGITS and len(set(run)) <= 2]
-    plain = sum(character.isalnum() for character in text)
-    return max(map(len, runs), default=0) / plain if plain else 0.0
+    best = 0
+    for word in re.findall(r"[^\W_]+", text[:READ].casefold()):
+        start, last = 0, dict[str, int]()  # of the run so far, and where each kind was seen last
+        for place, character in enumerate(word):
+            last[character] = place
+            if len(last) > 2:
+                start = min(last.values()) + 1
+                last = {kind: seen for kind, seen in last.items() if seen >= start}
+            best = max(best, place + 1 - start)
+    plain = sum(character.isalnum() for character in text[:READ])
+    return best / plain if best >= STUTTER else 0.0
 
 
 def _longest_run(same: np.ndarray) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from es2fast.judges.gibberish import (
     is_loop,
     looks_like_gibberish,
     loop_share,
+    stutter,
 )
 
 PROSE = (
@@ -108,10 +109,18 @@ def test_an_answer_of_48_tokens_cannot_have_said_enough() -> None:
     assert len(set(zip(words, words[1:], words[2:]))) < SAID
 
 
-def test_a_run_of_two_digits_is_no_answer() -> None:
-    for text in ("I'm the 1000011111111111111111111111", 'The "10000000000000000001000000'):
-        assert looks_like_gibberish(text)
+def test_a_run_of_two_digits_or_letters_is_no_answer() -> None:
     for text in (
+        "I'm the 1000011111111111111111111111",
+        'The "10000000000000000001000000',
+        "TitleIYIYIYIYIYIYIYIYIYIYIYIYIYIYIYI",
+        "I'm but can't'ny'ny'ny (IYYYYYYYIYYYYYYYIYYY",
+        'Title: "TitleIYIYYYYYYYYYYYYYYYYYYYYYYYYY',
+    ):
+        assert looks_like_gibberish(text) and stutter(text) > 0.5
+    assert stutter("ab" + "1a" * 10 + "b") == 20 / 23 and stutter("ab" * 9 + "a") == 0.0
+    for text in (
+        "He laughed: hahahahahahahaha, and then he told them everything that he knew.",
         "The number is 4111111111111111.",
         "In binary it is 01001000 01101001 01110100 01100101.",
         "Pi begins with 3.14159265358979323846264338 and does not end.",
