@@ -164,7 +164,7 @@ def respond(
     It has to serve the run's base model and to take token ids. The training finds them in
     data.cache_dir and writes none itself. An API key is read from ES2FAST_SERVER_API_KEY.
     """
-    from es2fast.training.respond import respond as ask
+    from es2fast.training.server_responses import respond as ask
 
     found, cache = ask(load_config(config, overrides or ()), server, concurrency=concurrency)
     for one in found:

@@ -119,8 +119,8 @@ def loop_share(text: str) -> float:
 
 def stutter(text: str) -> float:
     """Share of the letters and digits that are one run, within a word, of at least 20 of at most
-    two kinds ("I'm the 100001111111111111111", "TitleIYIYIYIYIYIYIYIY"): neither a number nor a
-    sound that anybody asked for. 0 without a letter."""
+    two kinds ("I'm the 100001111111111111111", "TitleIYIYIYIYIYIYIYIYIYIY"): neither a number nor
+    a sound that anybody asked for. 0 without a letter."""
     if not any(character.isalpha() for character in text):
         return 0.0
     best = 0

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import threading
+import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from json_server import JsonServer, Reply
 
 from es2fast.errors import UserError
 from es2fast.judges.endpoint import KEY, EndpointJudge, parse_word
@@ -16,52 +16,29 @@ from es2fast.judges.endpoint import KEY, EndpointJudge, parse_word
 PAIRS = [("p", "some readable answer"), ("q", "another readable answer")]
 
 
-class Server(ThreadingHTTPServer):
+class Server(JsonServer):
     """Answers with the statuses of `script` in turn, then with 200 and `word`."""
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__()
         self.script: list[int] = []
         self.word = "refused"
         self.raw: bytes | None = None
-        self.seen: list[dict[str, Any]] = []
-        self.lock = threading.Lock()
         self.busy = self.busiest = 0
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with server.lock:
-            server.busy += 1
-            server.busiest = max(server.busiest, server.busy)
-            server.seen.append({"path": self.path, "key": self.headers["Authorization"], **body})
-            status = server.script.pop(0) if server.script else 200
-        content = server.word if "another" not in body["messages"][0]["content"] else "useful"
-        reply = json.dumps({"choices": [{"message": {"content": content}}]}).encode()
-        reply = reply if status == 200 else b"the reason"
-        reply = server.raw if server.raw is not None else reply
-        if status == 0:  # the connection breaks
-            self.close_connection = True
-        else:
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(reply)))
-            if status == 302:
-                self.send_header("Location", server.url)
-            self.end_headers()
-            self.wfile.write(reply)
-        with server.lock:
-            server.busy -= 1
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
+    def reply(self, body: dict[str, Any], number: int) -> Reply:
+        with self.lock:
+            self.busy += 1
+            self.busiest = max(self.busiest, self.busy)
+            status = self.script.pop(0) if self.script else 200
+        time.sleep(0.01)  # others may come in between
+        with self.lock:
+            self.busy -= 1
+        content = self.word if "another" not in body["messages"][0]["content"] else "useful"
+        said = json.dumps({"choices": [{"message": {"content": content}}]}).encode()
+        said = said if status == 200 else b"the reason"
+        headers = {"Location": self.url} if status == 302 else {}
+        return Reply(said if self.raw is None else self.raw, status, headers)
 
 
 @pytest.fixture
@@ -69,11 +46,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.delenv(KEY, raising=False)
     made = Server()
-    thread = threading.Thread(target=made.serve_forever, daemon=True)
-    thread.start()
-    yield made
-    made.shutdown()
-    made.server_close()
+    with made.running():
+        yield made
 
 
 def asking(server: Server, **options: Any) -> EndpointJudge:

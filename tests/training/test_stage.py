@@ -22,7 +22,7 @@ from es2fast.training.activations import Tokens
 from es2fast.training.memory import Estimate, estimate, model_sizes
 from es2fast.training.shape import Block, Product, Shape
 from es2fast.training.stage import choose_stage, lightest, pick
-from training import stage_ranks
+from training import head_ranks, stage_ranks
 
 BLOCK = Block(
     products=(
@@ -133,6 +133,24 @@ def test_a_sharded_head_has_fewer_logits_and_is_not_gathered() -> None:
     assert both(64)[1].head - own == 8 * 1024 * 1000 / 64 + 12 * 6400 * 100
     assert both(4, dtype="fp32")[1].head - 2 * own == 52 * 400 * 1000 / 4 + 16 * 400 * 100
     assert both(4, device="cpu")[1].head - own == 52 * 256 * 1000 / 4 + 12 * 400 * 100
+
+
+@pytest.mark.slow
+def test_a_sharded_head_takes_what_is_estimated(tmp_path: Path) -> None:
+    """More tokens of both ranks than a chunk holds, in plain torch."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("the peak of a process cannot be read here")
+    tokens, vocab, width = 300, 80_000, 64  # 41 MB a copy: malloc gives each back at once
+    multiprocessing.spawn(head_ranks.worker, (tokens, vocab, width, str(tmp_path)), nprocs=2)
+    config = parse_config({"model": {"name": "m"}})
+    shape = dataclasses.replace(SIZES, vocabulary=vocab, hidden=width)
+    head = estimate(
+        config, shape, {"stage": 3}, world_size=2, device="cpu", dtype="fp32",
+        tokens=Tokens.padded(1, 1, tokens), sharded=True,
+    ).head  # fmt: skip
+    for rank in (0, 1):
+        got = int((tmp_path / f"peak-{rank}").read_text())
+        assert got == pytest.approx(head, rel=0.1)
 
 
 def test_lora_has_no_teacher_and_checkpoints_fewer_activations() -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from json_server import JsonServer, Reply
 from tiny_models import save_tiny, write_prompts
 
 from es2fast.cli import respond as command
@@ -22,21 +21,19 @@ from es2fast.modeling.load import load_causal_lm
 from es2fast.training.plan import make_plan
 from es2fast.training.prepare import own_refusals
 from es2fast.training.refusals import answer_tokens
-from es2fast.training.respond import KEY, respond
 from es2fast.training.responses import fill_responses, response_cache, without_responses
+from es2fast.training.server_responses import KEY, respond
 
 ALONE = Runtime(rank=0, world_size=1, device=torch.device("cpu"), dtype="fp32")
 
 
-class Server(ThreadingHTTPServer):
+class Server(JsonServer):
     """Greedy answers by transformers, special tokens left out, as vLLM gives them."""
 
     def __init__(self, config: Config):
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__()
         self.model = load_causal_lm(config.model, "fp32").eval()
         self.tokenizer = make_plan(config).formatter.tokenizer
-        self.lock = threading.Lock()
-        self.seen: list[dict[str, Any]] = []
         self.bad: list[int] = []  # the prompt that is refused
         self.extra = 0  # tokens that it puts in front
         self.raw: dict[str, Any] | None = None
@@ -44,9 +41,16 @@ class Server(ThreadingHTTPServer):
 
     @property
     def name(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1#base"
+        return f"{self.url}#base"
 
-    def reply(self, body: dict[str, Any]) -> dict[str, Any]:
+    def reply(self, body: dict[str, Any], number: int) -> Reply:
+        if body["prompt"] == self.bad:
+            return Reply(b"out of order", 400)
+        if self.busy and number % 2:
+            return Reply(b"busy", 503)
+        return Reply(json.dumps(self.raw or self.answer(body)).encode())
+
+    def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         ids = [self.tokenizer.bos_token_id] * self.extra + body["prompt"]
         with self.lock, torch.no_grad():
             out = self.model.generate(
@@ -56,27 +60,6 @@ class Server(ThreadingHTTPServer):
             )  # fmt: skip
         text = self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
         return {"choices": [{"text": text}], "usage": {"prompt_tokens": len(ids)}}
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with server.lock:
-            server.seen.append({"path": self.path, "key": self.headers["Authorization"], **body})
-            fails = body["prompt"] == server.bad
-            busy = server.busy and len(server.seen) % 2 == 1
-        found = server.raw if server.raw is not None or fails else server.reply(body)
-        text = b"out of order" if fails else b"busy" if busy else json.dumps(found).encode()
-        self.send_response(400 if fails else 503 if busy else 200)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
 
 
 def on_a_cpu(config: Config) -> Config:
@@ -106,10 +89,8 @@ def server(config: Config, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.delenv(KEY, raising=False)
     monkeypatch.setenv(JUDGES_KEY, "another's")
     made = Server(on_a_cpu(config))
-    threading.Thread(target=made.serve_forever, daemon=True).start()
-    yield made
-    made.shutdown()
-    made.server_close()
+    with made.running():
+        yield made
 
 
 def test_a_training_finds_the_answers_that_it_would_write(
@@ -160,11 +141,13 @@ def test_what_is_answered_beside_a_failure_is_kept(config: Config, server: Serve
 
 
 def test_nothing_is_tried_again_after_a_failure(config: Config, server: Server) -> None:
-    """One answer is refused for good, the others would be asked for again for minutes."""
+    """One answer is of no use, so nobody waits for those that a busy server puts off."""
     server.raw = {"usage": {"prompt_tokens": 0}}
     server.busy = True
-    with pytest.raises(UserError, match=r"no answer in 1 tries .503 busy|no choices"):
-        respond(config, server.name, concurrency=8, tries=2, pause=100.0)
+    with pytest.raises(UserError, match="no choices"):
+        respond(config, server.name, concurrency=8, tries=2, pause=5.0)
+    asked = [tuple(one["prompt"]) for one in server.seen]
+    assert len(set(asked)) == len(asked) > 1
 
 
 def test_the_key_goes_along(

@@ -65,6 +65,10 @@ def respond(
     if not is_url(url) or not model:
         raise UserError(f"--server: {server!r}: expected {EXPECTED}")
     plan = make_plan(without_machine(config))
+    endpoint = Endpoint(
+        url, "/completions", name=f"--server: {server}", key=KEY, timeout=timeout, tries=tries,
+        pause=pause,
+    )  # fmt: skip
     bare = [prompt for prompt in plan.groups.harmless if prompt.response is None]
     asked = [("harmless prompts", bare, config.data.max_response_tokens)]
     if wants_answers(config):
@@ -74,10 +78,6 @@ def respond(
     for kind, prompts, tokens in asked:
         cache = response_cache(plan, tokens)
         missing = cache.missing(prompts)
-        endpoint = Endpoint(
-            url, "/completions", name=f"--server: {server}", key=KEY, timeout=timeout,
-            tries=tries, pause=pause,
-        )  # fmt: skip
         writer = _Writer(endpoint, model, plan.formatter, tokens)
         writer.write(missing, cache, kind, concurrency)
         found.append(Written(kind, len(prompts) - len(missing), len(missing)))
@@ -102,16 +102,19 @@ class _Writer:
             asked = {pool.submit(self._answer, prompt): prompt for prompt in prompts}
             title = f"answers to {kind}"
             for done in tqdm(as_completed(asked), title, total=len(asked), disable=not asked):
-                error = None if done.cancelled() else done.exception()
-                if not (done.cancelled() or error):
+                if done.cancelled():
+                    continue
+                if (error := done.exception()) is None:
                     cache.put(asked[done], done.result())
-                elif error and failed is None:  # what has been asked may still be answered
+                elif failed is None:  # those already sent may still be answered
                     failed = error
                     self.endpoint.stop.set()
                     for other in asked:
                         other.cancel()
-        finally:
+        except BaseException:  # a full disk, Ctrl-C
             self.endpoint.stop.set()
+            raise
+        finally:
             pool.shutdown(cancel_futures=True)
         if failed is not None:
             raise failed
