@@ -170,7 +170,7 @@ class Ours:
         from es2fast.config import parse_config
         from es2fast.distributed import runtime as runtimes
         from es2fast.training.engine import build_engine
-        from es2fast.training.loop import Feed
+        from es2fast.training.feed import Feed
         from es2fast.training.plan import make_plan
         from es2fast.training.prepare import Prepared, cached_teacher
 
@@ -195,9 +195,10 @@ class Ours:
 
     def step(self, index: int) -> dict[str, float]:
         """Optimizer step `index`; its separation and KL."""
-        from es2fast.training.step import train_step
+        from es2fast.training.step import step_inputs, train_step
 
-        sums = train_step(self.engine, self.feed(index), KL_WEIGHT, self.runtime)
+        inputs = step_inputs(self.engine, self.feed(index), self.runtime.device)
+        sums = train_step(self.engine, inputs, KL_WEIGHT, self.runtime)[0].wait()
         return {"sep": sums["sep"], "kl": sums["kl_sum"] / sums["kl_tokens"]}
 
     def flop(self, index: int, gemms: int) -> float:

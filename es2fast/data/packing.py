@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from es2fast.data.batches import MicroBatch
+from es2fast.data.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,9 @@ class AttentionRows:
 
     def to(self, device: torch.device | str) -> AttentionRows:
         """The same on `device`."""
-        index = tuple(one.to(device) for one in self.index)
-        prefix = tuple(one.to(device) for one in self.prefix)
-        return AttentionRows(index, self.home.to(device), prefix)
+        index = tuple(to_device(one, device) for one in self.index)
+        prefix = tuple(to_device(one, device) for one in self.prefix)
+        return AttentionRows(index, to_device(self.home, device), prefix)
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,9 @@ class Packed:
         """The same on `device`; `place` stays where it is."""
         return replace(
             self,
-            input_ids=self.input_ids.to(device),
-            position_ids=self.position_ids.to(device),
-            segment_ids=self.segment_ids.to(device),
+            input_ids=to_device(self.input_ids, device),
+            position_ids=to_device(self.position_ids, device),
+            segment_ids=to_device(self.segment_ids, device),
             rows=self.rows.to(device),
         )
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from es2fast.distributed.cores import cores
 from es2fast.distributed.interrupt import LIFELINE, SIGNALS, lifeline
 from es2fast.distributed.runtime import resolve_device
 from es2fast.errors import STOPPED, RunInterrupted, RunStopped, UserError
@@ -68,7 +69,7 @@ def launch(
     environment = dict(os.environ)
     if resolved == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(cores()) // count)))
     command = [
         *(sys.executable, "-m", "deepspeed.launcher.runner"),
         *("--log_level", "warning", "--num_gpus", str(count), "--master_port", str(free_port())),
@@ -144,15 +145,11 @@ def rank_count(wanted: int | None, device: str) -> int:
     import torch
 
     if resolve_device(device) == "cpu":
-        return wanted or min(2, _cores())
+        return wanted or min(2, len(cores()))
     available = torch.cuda.device_count()
     if wanted is not None and wanted > available:
         raise UserError(f"--ranks: {wanted} asked for, this machine has {available} GPUs")
     return wanted or available
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_port() -> int:

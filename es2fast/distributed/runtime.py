@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from es2fast.config import Config
+from es2fast.distributed.cores import ranks_here, settle
 from es2fast.distributed.operators import drop_stale_locks
 from es2fast.errors import UserError
 from es2fast.progress import verbose
@@ -147,6 +148,8 @@ def start(config: Config) -> Runtime:
 
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        settle(int(os.environ["LOCAL_RANK"]), ranks_here())
     deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
     if device == "cpu":
         _unlink_buffer()

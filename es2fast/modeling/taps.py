@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from es2fast.data.packing import AttentionRows
 from es2fast.errors import UserError
 
+Where = Literal["last", "onwards", "all"]
+
 
 @dataclass(frozen=True)
 class Intervention:
@@ -36,26 +38,28 @@ class Intervention:
 
     layers: frozenset[int]
     change: Callable[[int, Tensor], Tensor]
-    where: Literal["last", "onwards", "all"] = "onwards"
+    where: Where = "onwards"
     name: str = ""
     inside: bool = False
 
-    def positions(self, last: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Rows and columns of the changed states, each (k,).
 
-        Args:
-            last: (n,) column of each row's last prompt token.
-            length: T, columns of the batch.
-        """
-        column = torch.arange(length, device=last.device)
-        if self.where == "last":
-            chosen = column == last[:, None]
-        elif self.where == "onwards":
-            chosen = column >= last[:, None]
-        else:
-            chosen = (column >= 0).expand(len(last), length)
-        rows, columns = chosen.nonzero(as_tuple=True)
-        return rows, columns
+def attacked_positions(where: Where, last: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the states that an attack changes, each (k,).
+
+    Args:
+        where: it acts, see `Intervention`.
+        last: (n,) column of each row's last prompt token.
+        length: T, columns of the batch.
+    """
+    column = torch.arange(length, device=last.device)
+    if where == "last":
+        chosen = column == last[:, None]
+    elif where == "onwards":
+        chosen = column >= last[:, None]
+    else:
+        chosen = (column >= 0).expand(len(last), length)
+    rows, columns = chosen.nonzero(as_tuple=True)
+    return rows, columns
 
 
 def causal_lm(model: nn.Module) -> Any:
@@ -276,7 +280,7 @@ class SeparationTaps:
         self._rows = 0
         self._num_harmful = 0
         self._packed: tuple[int, int] | None = None
-        self._attacked: Tensor | None = None
+        self._attacked: tuple[Tensor, Tensor] | None = None
         self._keep_all = False
         every, points = blocks(model), tap_points(model, layers, space)
         hit = layers if attacked is None else attacked
@@ -299,7 +303,7 @@ class SeparationTaps:
         *,
         keep: bool = False,
         packed: tuple[int, int] | None = None,
-        attacked: Tensor | None = None,
+        attacked: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Before the student's pass.
 
@@ -316,8 +320,9 @@ class SeparationTaps:
             keep: let the harmful rows run to the end.
             packed: the rows are one sequence of so many tokens, of which so many at the beginning
                 belong to harmful rows alone.
-            attacked: (k,) places of such a sequence that the attack changes, each once; of padded
-                rows the attack says it.
+            attacked: rows and columns of the states that the attack changes, each (k,) and none
+                twice; default: where `attacked_positions` finds them in padded rows, for which the
+                host waits.
 
         Raises:
             ValueError: an attack on a packed sequence without its places.
@@ -392,12 +397,11 @@ class SeparationTaps:
     def _changed(self, attack: Intervention, layer: int, hidden: Tensor) -> Tensor:
         """(B, T, H) with the harmful rows' states as the attack makes them."""
         assert self._positions is not None
-        if self._attacked is not None:
-            columns = self._attacked.to(hidden.device)
-            place = (torch.zeros_like(columns), columns)
-        else:
-            last = self._positions[: self._num_harmful].to(hidden.device)
-            place = attack.positions(last, hidden.shape[1])
+        if self._attacked is None:
+            last = self._positions[: self._num_harmful]
+            self._attacked = attacked_positions(attack.where, last, hidden.shape[1])
+        rows, columns = self._attacked
+        place = (rows.to(hidden.device), columns.to(hidden.device))
         changed = attack.change(layer, hidden[place].float())
         return hidden.index_put(place, changed.to(hidden.dtype))
 

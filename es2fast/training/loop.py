@@ -1,7 +1,8 @@
 """The training loop: prepare, build, step, save.
 
-Read top to bottom, `train` is the whole run; a step is in `step`. What the safeguards decide they
-decide from a step's metrics, which all ranks share, so every rank does the same.
+Read top to bottom, `train` is the whole run and `_Steps` its optimizer steps; one of them is in
+`step`. What the safeguards decide they decide from a step's metrics, which all ranks share, so
+every rank does the same.
 """
 
 from __future__ import annotations
@@ -15,11 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from es2fast.config import Config, save_config
-from es2fast.data import MicroBatch, Prompt, collate
-from es2fast.data.sources import one_line
 from es2fast.distributed.interrupt import StopWish
 from es2fast.distributed.runtime import Runtime
 from es2fast.errors import RunStopped
@@ -31,23 +29,17 @@ from es2fast.run.metrics import MetricsWriter
 from es2fast.training.budget import DualAscent, scale_update
 from es2fast.training.checkpoint import load
 from es2fast.training.engine import build_engine
+from es2fast.training.feed import Feed
 from es2fast.training.plan import Plan
 from es2fast.training.prepare import Prepared, cached_teacher, prepare
 from es2fast.training.profiling import StepProfiler
-from es2fast.training.refusals import (
-    AnchorTexts,
-    RefusalAnchor,
-    refusal_metrics,
-)
+from es2fast.training.refusals import refusal_metrics
 from es2fast.training.reshard import Layout
-from es2fast.training.responses import first_weights, trained_rows
 from es2fast.training.resume import Checkpoints, Resumed
 from es2fast.training.robust import SimulatedAttack
 from es2fast.training.safeguards import CollapseMonitor, EarlyStop, Spikes, remedy
 from es2fast.training.skipped import SkippedSteps
-from es2fast.training.step import measure_kl, train_step
-from es2fast.training.teacher_cache import TeacherCache
-from es2fast.training.update_filter import filter_rows, filter_update
+from es2fast.training.step import StepInputs, StepNumbers, measure_kl, step_inputs, train_step
 from es2fast.training.weights import GoodWeights, TrainableWeights
 
 MEASURED = 8  # optimizer steps' batches on which the KL of the final weights is measured
@@ -128,9 +120,8 @@ def train(
     profiler = StepProfiler(config.train.profile, engine, folder, runtime.is_main)
     saver = Checkpoints(plan, runtime, prepared, harmless, texts, wish)
     try:
-        result, good = _loop(
-            config, engine, prepared, feed, writer, runtime, profiler, saver, resumed
-        )
+        steps = _Steps(config, engine, prepared, feed, writer, runtime, profiler, saver, resumed)
+        result, good = steps.run(), steps.good
     finally:
         profiler.close()
         writer.close()
@@ -182,192 +173,195 @@ def _stop_message(result: TrainResult, trouble: str, good: GoodWeights, folder: 
     )
 
 
-class Feed:
-    """One rank's micro-batches of every optimizer step.
+class _Over(Exception):
+    """The numbers of the step before end the run."""
 
-    Args:
-        plan: the run, with its harmful prompts.
-        harmless: all harmless training prompts, with their responses.
-        rank: whose.
-        texts: the refusal anchor's, if there is one.
-        teacher: what was kept of the base model, if it does not run during the training.
+
+@dataclass(frozen=True)
+class _Taken:
+    """An optimizer step that was taken, whose numbers may still be on their way.
+
+    step: from 1; kl_weight, margin, attacked: that it was taken with; lr: after it; seconds: of the
+    host since the step before.
+    """
+
+    step: int
+    numbers: StepNumbers
+    kl_weight: float
+    margin: float | None
+    attacked: bool
+    lr: float
+    seconds: float
+
+
+class _Steps:
+    """All optimizer steps, those before a checkpoint apart, and the last look at the weights.
+
+    What a step's numbers decide is decided while the device computes the next step, before that
+    changes any weight: a run that ends by them ends with the weights of that step. Where they are
+    needed at once, by `kl.budget` for the next step's lambda, by a checkpoint, and at the end, the
+    host waits.
     """
 
     def __init__(
         self,
-        plan: Plan,
-        harmless: list[Prompt],
-        rank: int,
-        texts: AnchorTexts | None = None,
-        teacher: TeacherCache | None = None,
+        config: Config,
+        engine: Any,
+        prepared: Prepared,
+        feed: Feed,
+        writer: MetricsWriter,
+        runtime: Runtime,
+        profiler: StepProfiler,
+        saver: Checkpoints,
+        resumed: Resumed | None,
     ):
-        self._plan, self._texts, self._teacher = plan, texts, teacher
-        self._formatter, self._positions = plan.formatter, plan.config.kl.positions
-        self._first_tokens = plan.config.kl.first_tokens
-        self._first_weights = first_weights(plan.config, harmless)
-        self._harmful, self._harmless = plan.groups.harmful, harmless
-        self._rows = trained_rows(plan.config, harmless)
-        by_length = plan.config.train.length_window > 1
-        lengths = plan.row_lengths([harmless[i] for i in self._rows]) if by_length else None
-        self._sampler = plan.sampler(rank, lengths, self._rows)
-        self._anchor: RefusalAnchor | None = None
-        if texts is not None:
-            self._anchor = RefusalAnchor(plan.config, plan.formatter, self._harmful, texts)
+        self._config, self._engine, self._prepared, self._feed = config, engine, prepared, feed
+        self._writer, self._runtime = writer, runtime
+        self._profiler, self._saver = profiler, saver
+        self._began = time.perf_counter()
+        self._dual, self._target = DualAscent(config), EarlyStop(config.train.early_stop)
+        self._monitor, self._spikes = CollapseMonitor(config, runtime.world_size), Spikes()
+        self._skips = SkippedSteps(runtime, feed.names)
+        depth = len(blocks(engine.module.student))
+        self._simulated = SimulatedAttack(config, prepared.layers, runtime, depth)
+        self._weights = TrainableWeights(engine.module.student)
+        self.good = GoodWeights(self._weights, config.safeguards.keep_every)
+        self._scaled = config.kl.budget is not None or config.train.update_scale < 1
+        self._start = self._weights.copy() if self._scaled else []
+        self._parts: dict[str, Any] = {
+            "dual": self._dual, "target": self._target, "monitor": self._monitor,
+            "simulated": self._simulated, "good": self.good, "spikes": self._spikes,
+            "skips": self._skips,
+        }  # fmt: skip
+        if engine.module.bank is not None:
+            self._parts["bank"] = engine.module.bank
+        self._step = 0  # the last one that was taken
+        if resumed is not None:
+            load(engine, self._parts, resumed.folder, runtime, Layout.of(resumed.about))
+            self._step = resumed.step
+        self._row: dict[str, Any] = {}
+        self._taken: _Taken | None = None  # and not decided
+        self._inputs: StepInputs | None = None  # of the next one
+        self._ended = self._stopping = False
+        self._trouble: str | None = None
 
-    @property
-    def left_out_line(self) -> str:
-        """What `data.refused` leaves out, in words; empty: nothing."""
-        count = len(self._harmless) - len(self._rows)
-        if not count:
-            return ""
-        return (
-            f"left out of training: {count} of {len(self._harmless)} harmless prompts, which the "
-            "base model refuses (data.refused: drop)"
-        )
+    def run(self) -> TrainResult:
+        """To the end.
 
-    def __call__(self, step: int) -> list[MicroBatch]:
-        """The micro-batches of optimizer step `step`, from 0."""
-        pairs = self._sampler.indices(step)
-        return [self._batch(step, a, [self._rows[i] for i in b]) for a, b in pairs]
+        Raises:
+            RunInterrupted, UserError: see `Checkpoints.after`.
+        """
+        while not self._ended:
+            try:
+                self._take()
+            except _Over:
+                break
+            last = self._step == self._config.train.steps
+            due = self._stopping or self._saver.due(self._step)
+            if last or due or self._config.kl.budget is not None:
+                self._decide()
+            if not self._ended and (due or self._stopping):
+                self._saver.after(
+                    self._engine, self._parts, self._step, asked_to_stop=self._stopping
+                )
+        return self._finished()
 
-    def filter(self, student: nn.Module, runtime: Runtime) -> None:
-        """Filters the trained LoRA update on the rows of the run (`train.update_filter`)."""
-        rows = filter_rows(self._plan, self._harmless, self._texts)
-        strength = self._plan.config.train.update_filter
-        filter_update(student, self._formatter, *rows, strength, runtime)
-
-    def names(self, step: int) -> list[list[str]]:
-        """Per micro-batch of a step its rows, harmful ones first: where they are from."""
-        return [
-            [
-                *(f"harmful prompt {i + 1} {one_line(self._harmful[i].text, 40)!r}" for i in a),
-                *(
-                    f"harmless prompt {self._rows[i] + 1} "
-                    f"{one_line(self._harmless[self._rows[i]].text, 40)!r}"
-                    for i in b
-                ),
-            ]
-            for a, b in self._sampler.indices(step)
-        ]
-
-    def _batch(self, step: int, harmful: list[int], harmless: list[int]) -> MicroBatch:
-        anchor = self._anchor
-        batch = collate(
-            self._formatter,
-            [self._harmful[i] for i in harmful],
-            [self._harmless[i] for i in harmless],
-            self._positions,
-            None if anchor is None else [anchor.row(step, i) for i in harmful],
-            1.0 if anchor is None else anchor.decay,
-            ([self._first_weights[i] for i in harmless], self._first_tokens),
-        )
-        if self._teacher is not None:
-            batch.teacher = self._teacher.tokens(harmless)
-        return batch
-
-
-def _loop(
-    config: Config,
-    engine: Any,
-    prepared: Prepared,
-    feed: Feed,
-    writer: MetricsWriter,
-    runtime: Runtime,
-    profiler: StepProfiler,
-    saver: Checkpoints,
-    resumed: Resumed | None,
-) -> tuple[TrainResult, GoodWeights]:
-    """All optimizer steps, those before the checkpoint apart, and the last look at the weights."""
-    began = time.perf_counter()
-    steps = config.train.steps
-    dual, target = DualAscent(config), EarlyStop(config.train.early_stop)
-    monitor, spikes = CollapseMonitor(config, runtime.world_size), Spikes()
-    skips = SkippedSteps(runtime, feed.names)
-    depth = len(blocks(engine.module.student))
-    simulated = SimulatedAttack(config, prepared.layers, runtime, depth)
-    weights = TrainableWeights(engine.module.student)
-    good = GoodWeights(weights, config.safeguards.keep_every)
-    scaled = config.kl.budget is not None or config.train.update_scale < 1
-    start = weights.copy() if scaled else []
-    row: dict[str, Any] = {}
-    trouble: str | None = None
-    ended = False
-    step = 0
-    parts: dict[str, Any] = {
-        "dual": dual, "target": target, "monitor": monitor, "simulated": simulated, "good": good,
-        "spikes": spikes, "skips": skips,
-    }  # fmt: skip
-    if engine.module.bank is not None:
-        parts["bank"] = engine.module.bank
-    if resumed is not None:
-        load(engine, parts, resumed.folder, runtime, Layout.of(resumed.about))
-        step = resumed.step
-    while not ended:
-        step += 1
+    def _take(self) -> None:
+        """The next optimizer step."""
         started = time.perf_counter()
-        good.before_step(step)
-        attack, margin = simulated.for_step(step), margin_at(config, step)
-        sums = train_step(
-            engine,
-            feed(step - 1),
-            dual.weight,
-            runtime,
+        step, self._inputs = self._step + 1, self._inputs or self._made_ready(self._step + 1)
+        attack, margin = self._simulated.for_step(step), margin_at(self._config, step)
+        weight = self._dual.weight
+
+        def meanwhile() -> StepInputs | None:
+            self._decide()
+            if self._ended:
+                raise _Over
+            self.good.before_step(step)
+            return self._made_ready(step + 1) if step < self._config.train.steps else None
+
+        numbers, self._inputs = train_step(
+            self._engine,
+            self._inputs,
+            weight,
+            self._runtime,
             attack,
-            simulated.observe,
+            self._simulated.observe,
             margin,
-            saver.asked_to_stop,
-            partial(skips.add, step - 1),
+            self._saver.asked_to_stop,
+            partial(self._skips.add, step - 1),
+            meanwhile,
         )
-        profiler.step()
-        row = _row(step, sums, dual.weight, prepared, engine, time.perf_counter() - started)
+        self._step = step
+        self._profiler.step()
+        lr, seconds = float(self._engine.get_lr()[0]), time.perf_counter() - started
+        self._taken = _Taken(step, numbers, weight, margin, attack is not None, lr, seconds)
+
+    def _made_ready(self, step: int) -> StepInputs:
+        """The rows of optimizer step `step`, from 1."""
+        batches, where = self._feed(step - 1), self._simulated.where(step)
+        return step_inputs(self._engine, batches, self._runtime.device, where)
+
+    def _decide(self) -> None:
+        """What the numbers of the step that was taken last say, once they are there."""
+        taken, self._taken = self._taken, None
+        if taken is None:
+            return
+        config, step = self._config, taken.step
+        sums = taken.numbers.wait()
+        row = self._row = _row(taken, sums, self._prepared, config)
         if config.separation.robust.probability:
-            row["attacked"] = float(attack is not None)
-        row |= {"skipped": sums["skipped"], "spike": float(spikes.flag(row))}
-        trouble = monitor.verdict(row)
-        if trouble is not None and row["skipped"]:
-            trouble = f"{trouble}; {skips.words()}"
-        good.measured(monitor.sane(row), row["kl"])
-        met = target.reached(row, prepared.layers, margin == config.separation.margin)
-        ended = trouble is not None or met or step == steps
-        if ended or step % config.train.log_every == 0:
-            writer.log(row)
-        writer.tick(row)
+            row["attacked"] = float(taken.attacked)
+        row |= {"skipped": sums["skipped"], "spike": float(self._spikes.flag(row))}
+        self._trouble = self._monitor.verdict(row)
+        if self._trouble is not None and row["skipped"]:
+            self._trouble = f"{self._trouble}; {self._skips.words()}"
+        self.good.measured(self._monitor.sane(row), row["kl"])
+        full = taken.margin == config.separation.margin
+        met = self._target.reached(row, self._prepared.layers, full)
+        self._ended = self._trouble is not None or met or step == config.train.steps
+        self._stopping = self._stopping or sums["stop"] > 0
+        if self._ended or step % config.train.log_every == 0:
+            self._writer.log(row)
+        self._writer.tick(row)
         if not row["skipped"]:
-            dual.update(row["kl"])
-        if not ended:
-            saver.after(engine, parts, step, asked_to_stop=sums["stop"] > 0)
-    scale, kl = 1.0, row["kl"]
-    if trouble is None:
-        batches = [feed(step + i) for i in range(min(steps, MEASURED))]
-        kl = measure_kl(engine, batches, runtime)
-        if config.train.update_filter:
-            engine.eval()
-            engine.module.taps.disarm()
-            feed.filter(engine.module.student, runtime)
-            learned, kl = kl, measure_kl(engine, batches, runtime)
-            if runtime.is_main:
-                print(f"update filter: KL {learned:.3g} -> {kl:.3g} nats per token", flush=True)
-        trouble = monitor.final(kl)
-        if trouble is None and scaled:
-            scale, kl = scale_update(
-                weights,
-                start,
-                kl,
-                lambda: measure_kl(engine, batches, runtime),
-                scale=config.train.update_scale,
-                budget=config.kl.budget,
-            )
-    return TrainResult(
-        steps=step,
-        seconds=time.perf_counter() - began,
-        kl=kl,
-        kl_weight=row["kl_weight"],
-        prepared=prepared,
-        stopped_early=step < steps,
-        scale=scale,
-        trouble=trouble,
-        skipped=skips.count,
-    ), good
+            self._dual.update(row["kl"])
+
+    def _finished(self) -> TrainResult:
+        config, engine, runtime, step = self._config, self._engine, self._runtime, self._step
+        scale, kl, trouble = 1.0, self._row["kl"], self._trouble
+        if trouble is None:
+            batches = [self._feed(step + i) for i in range(min(config.train.steps, MEASURED))]
+            kl = measure_kl(engine, batches, runtime)
+            if config.train.update_filter:
+                engine.eval()
+                engine.module.taps.disarm()
+                self._feed.filter(engine.module.student, runtime)
+                learned, kl = kl, measure_kl(engine, batches, runtime)
+                if runtime.is_main:
+                    words = f"KL {learned:.3g} -> {kl:.3g} nats per token"
+                    print(f"update filter: {words}", flush=True)
+            trouble = self._monitor.final(kl)
+            if trouble is None and self._scaled:
+                scale, kl = scale_update(
+                    self._weights,
+                    self._start,
+                    kl,
+                    lambda: measure_kl(engine, batches, runtime),
+                    scale=config.train.update_scale,
+                    budget=config.kl.budget,
+                )
+        return TrainResult(
+            steps=step,
+            seconds=time.perf_counter() - self._began,
+            kl=kl,
+            kl_weight=self._row["kl_weight"],
+            prepared=self._prepared,
+            stopped_early=step < config.train.steps,
+            scale=scale,
+            trouble=trouble,
+            skipped=self._skips.count,
+        )
 
 
 def margin_at(config: Config, step: int) -> float | None:
@@ -385,25 +379,19 @@ def margin_at(config: Config, step: int) -> float | None:
 
 
 def _row(
-    step: int,
-    sums: dict[str, float],
-    kl_weight: float,
-    prepared: Prepared,
-    engine: Any,
-    seconds: float,
+    taken: _Taken, sums: dict[str, float], prepared: Prepared, config: Config
 ) -> dict[str, Any]:
-    config = engine.module.config
     kl = sums["kl_sum"] / sums["kl_tokens"]
     refusal = refusal_metrics(sums)
     row: dict[str, Any] = {
-        "step": step,
+        "step": taken.step,
         "loss": config.separation.weight * sums["sep"]
-        + kl_weight * kl
+        + taken.kl_weight * kl
         + config.refusal.weight * refusal.get("refusal", 0.0)
         + sums.get("norm_band", 0.0),
         "sep": sums["sep"],
         "kl": kl,
-        "kl_weight": kl_weight,
+        "kl_weight": taken.kl_weight,
         **refusal,
     }
     for layer in prepared.layers:
@@ -417,10 +405,10 @@ def _row(
         row["norm_band"] = sums["norm_band"]
     return row | {
         "grad_norm": sums["grad_norm"],
-        "lr": float(engine.get_lr()[0]),
-        "step_seconds": seconds,
-        "samples_per_second": sums["rows"] / seconds,
-        "tokens_per_second": sums["tokens"] / seconds,
+        "lr": taken.lr,
+        "step_seconds": taken.seconds,
+        "samples_per_second": sums["rows"] / taken.seconds,
+        "tokens_per_second": sums["tokens"] / taken.seconds,
         "padding": 1.0 - sums["computed"] / sums["places"],
         "shared": 1.0 - sums["computed"] / sums["tokens"],
         "peak_memory_bytes": _peak_memory(),

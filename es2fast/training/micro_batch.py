@@ -1,4 +1,8 @@
-"""What the objective gets of one micro-batch: padded rows, or the same rows packed."""
+"""What the objective gets of one micro-batch: padded rows, or the same rows packed.
+
+All of it follows from the rows alone, so it can be made, and sent to a GPU, while the GPU is at the
+step before.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,15 @@ from torch import Tensor
 
 from es2fast.data import MicroBatch
 from es2fast.data.packing import Packed, pack, pays
+from es2fast.data.transfer import to_device
 from es2fast.modeling.packing import attends_by_rows, takes_packed
-from es2fast.modeling.taps import Intervention
+from es2fast.modeling.taps import Where, attacked_positions
+from es2fast.ops.moments.cache import TeacherMoments
 from es2fast.training.refusals import RefusalTokens
 
 
 def packed_form(
-    batch: MicroBatch, model: Any, wanted: bool, attack: Intervention | None = None
+    batch: MicroBatch, model: Any, wanted: bool, attack: Where | None = None
 ) -> Packed | None:
     """A micro-batch packed, where that is wanted, computed right, and cheaper.
 
@@ -24,13 +30,13 @@ def packed_form(
         batch: on the CPU.
         model: transformers' config.
         wanted: `train.packing`.
-        attack: on the harmful rows. One that changes every token changes their prefix, which is
-            then apart.
+        attack: where one may act on the harmful rows. One that changes every token changes their
+            prefix, which is then apart.
     """
     rows, width = batch.input_ids.shape
     if not wanted or not takes_packed(model, width):
         return None
-    packed = pack(batch, apart=attack is not None and attack.where == "all")
+    packed = pack(batch, apart=attack == "all")
     hidden = model.get_text_config().hidden_size
     cheaper = attends_by_rows(model) or pays(rows, width, packed.tokens, hidden)
     return packed if cheaper else None
@@ -39,55 +45,61 @@ def packed_form(
 def objective_inputs(
     batch: MicroBatch,
     packed: Packed | None,
-    refusal_total: Tensor,
     device: torch.device,
     anchored: bool = True,
-    attack: Intervention | None = None,
+    attack: Where | None = None,
 ) -> dict[str, Any]:
     """Arguments of `ES2Objective.forward` that a micro-batch decides.
 
     Args:
         batch: on the CPU.
         packed: it, see `packed_form`.
-        refusal_total: sum of the refusal tokens' weights in the optimizer step.
         device: where the tensors go.
         anchored: with the refusals that the batch holds.
-        attack: on the harmful rows.
+        attack: where one may act on the harmful rows.
     """
     index = batch.kl_weights.flatten().nonzero().squeeze(1)
     weights = batch.kl_weights.flatten()[index]
     target, last = batch.teacher, batch.prompt_last
-    refusal = RefusalTokens.of(batch, refusal_total, device) if anchored else None
-    attacked = None
+    refusal = RefusalTokens.of(batch) if anchored else None
+    attacked = None if attack is None else _attacked(batch, packed, attack)
     if packed is not None:
         index, weights, first = _once(_harmless_places(batch, packed)[index], weights)
         target = None if target is None else target[first]
-        if attack is not None:
-            attacked = _attacked_places(batch, packed, attack).to(device)
         last = packed.place[range(len(last)), last]
         if refusal is not None:
-            refusal = _replaced(refusal, batch, packed, device)
+            refusal = _replaced(refusal, batch, packed)
+    ids = (batch if packed is None else packed).input_ids
     return {
-        "input_ids": (batch if packed is None else packed).input_ids.to(device),
-        "attention_mask": batch.attention_mask.to(device) if packed is None else None,
-        "prompt_last": last.to(device),
-        "kl_index": index.to(device),
-        "kl_weights": weights.to(device),
+        "input_ids": to_device(ids, device),
+        "attention_mask": to_device(batch.attention_mask, device) if packed is None else None,
+        "prompt_last": to_device(last, device),
+        "kl_index": to_device(index, device),
+        "kl_weights": to_device(weights, device),
         "num_harmful": batch.num_harmful,
-        "refusal": refusal,
-        "target": None if target is None else target.to(device),
+        "refusal": None if refusal is None else refusal.to(device),
+        "target": None if target is None else _sent(target, device),
         "packed": None if packed is None else packed.to(device),
-        "attack": attack,
-        "attacked": attacked,
+        "attacked": attacked and tuple(to_device(one, device) for one in attacked),
     }
 
 
-def _attacked_places(batch: MicroBatch, packed: Packed, attack: Intervention) -> Tensor:
-    """(k,) places of the states that an attack changes, each once."""
+def _sent(target: Tensor | TeacherMoments, device: torch.device) -> Tensor | TeacherMoments:
+    if isinstance(target, Tensor):
+        return to_device(target, device)
+    pinned = target.pin_memory() if device.type == "cuda" else target
+    return pinned.to(device, non_blocking=True)
+
+
+def _attacked(batch: MicroBatch, packed: Packed | None, attack: Where) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the states that an attack changes, each once."""
     n, width = batch.num_harmful, batch.input_ids.shape[1]
-    rows, columns = attack.positions(batch.prompt_last[:n], width)
+    rows, columns = attacked_positions(attack, batch.prompt_last[:n], width)
+    if packed is None:
+        return rows, columns
     real = batch.attention_mask[rows, columns].bool()
-    return packed.place[rows, columns][real].unique()
+    places = packed.place[rows, columns][real].unique()
+    return torch.zeros_like(places), places
 
 
 def _harmless_places(batch: MicroBatch, packed: Packed) -> Tensor:
@@ -104,13 +116,11 @@ def _once(places: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return unique, total, first
 
 
-def _replaced(
-    refusal: RefusalTokens, batch: MicroBatch, packed: Packed, device: torch.device
-) -> RefusalTokens:
+def _replaced(refusal: RefusalTokens, batch: MicroBatch, packed: Packed) -> RefusalTokens:
     """The refusal's positions as places. A refusal follows its prompt, so each is in a suffix."""
     harmful = packed.place[: batch.num_harmful].flatten()
     return dataclasses.replace(
         refusal,
-        index=harmful[refusal.index.cpu()].to(device),
-        watch=_harmless_places(batch, packed)[refusal.watch.cpu()].to(device),
+        index=harmful[refusal.index],
+        watch=_harmless_places(batch, packed)[refusal.watch],
     )

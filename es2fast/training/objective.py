@@ -138,9 +138,10 @@ class ES2Objective(nn.Module):
         attack: Intervention | None = None,
         margin: float | None = None,
         refusal: RefusalTokens | None = None,
+        refusal_weights: Tensor | None = None,
         target: Tensor | TeacherMoments | None = None,
         packed: Packed | None = None,
-        attacked: Tensor | None = None,
+        attacked: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One micro-batch.
 
@@ -158,10 +159,12 @@ class ES2Objective(nn.Module):
             attack: a simulated attack on the harmful states, see `SeparationTaps.arm`.
             margin: of this step, in units of the scale; default: the configured one.
             refusal: what the anchor learns; None: harmful rows end early.
+            refusal_weights: sum of the weights of all refusals' tokens of the optimizer step, over
+                ranks and micro-batches.
             target: what a cache holds of the base model at the tokens of kl_index; default: it
                 runs here.
             packed: the rows are one sequence.
-            attacked: (k,) places of it that the attack changes.
+            attacked: rows and columns that the attack changes, see `SeparationTaps.arm`.
 
         Returns:
             the loss to call backward on (scaled so that DeepSpeed's averages come out right), and
@@ -210,7 +213,8 @@ class ES2Objective(nn.Module):
         part = sep if weight == 1.0 else weight * sep if weight else 0.0
         loss = self.world * (part + kl_weight * accumulation / kl_tokens * kl_sum)
         if refusal is not None:
-            rho = self.config.refusal.weight * accumulation / refusal.total.clamp_min(1.0)
+            assert refusal_weights is not None
+            rho = self.config.refusal.weight * accumulation / refusal_weights.clamp_min(1.0)
             loss = loss + self.world * rho * ce_sum
             metrics |= {
                 "refusal_sum": ce_sum.detach(),

@@ -13,6 +13,7 @@ the same on every rank and in every run.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from torch import Tensor
 from es2fast.config import Config
 from es2fast.data import Formatter, MicroBatch, Prompt, Refusal
 from es2fast.data.sources import one_line
+from es2fast.data.transfer import to_device
 from es2fast.errors import UserError
 from es2fast.judges.rules import is_refusal
 from es2fast.modeling.head import CETask
@@ -197,17 +199,15 @@ class RefusalTokens:
         response begins otherwise than a refusal does.
     task: the tokens of both, with their weights (0 for those watched); a refusal's first token
         that is the likeliest counts among the first hits, on a watched row among the second.
-    total: sum of all weights of the optimizer step, over ranks and micro-batches.
     """
 
     index: Tensor
     watch: Tensor
     task: CETask
-    total: Tensor
 
     @classmethod
-    def of(cls, batch: MicroBatch, total: Tensor, device: torch.device) -> RefusalTokens | None:
-        """From a batch on the CPU, put on `device`; None without an anchor."""
+    def of(cls, batch: MicroBatch) -> RefusalTokens | None:
+        """From a batch on the CPU; None without an anchor."""
         weights = batch.refusal_weights
         if weights is None:
             return None
@@ -216,11 +216,17 @@ class RefusalTokens:
         targets = batch.input_ids[rows, columns + 1]
         watch, openings = _watched(batch)
         task = CETask(
-            torch.cat([targets, openings]).to(device),
-            torch.cat([weights[rows, columns], torch.zeros(len(watch))]).to(device),
-            torch.cat([first.long(), torch.full_like(watch, 2)]).to(device),
+            torch.cat([targets, openings]),
+            torch.cat([weights[rows, columns], torch.zeros(len(watch))]),
+            torch.cat([first.long(), torch.full_like(watch, 2)]),
         )
-        return cls((rows * width + columns).to(device), watch.to(device), task, total)
+        return cls(rows * width + columns, watch, task)
+
+    def to(self, device: torch.device) -> RefusalTokens:
+        """The same on `device`."""
+        parts = (getattr(self.task, field.name) for field in dataclasses.fields(self.task))
+        task = CETask(*(to_device(part, device) for part in parts))
+        return RefusalTokens(to_device(self.index, device), to_device(self.watch, device), task)
 
 
 def _learned(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -119,19 +119,19 @@ class Checkpoints:
             return True
         return self._runtime.is_main and self._stop_file.exists()
 
+    def due(self, step: int) -> bool:
+        """It is time to save after optimizer step `step`."""
+        return bool(self.settings.every) and step % self.settings.every == 0
+
     def after(
         self, engine: Any, parts: Mapping[str, Any], step: int, *, asked_to_stop: bool
     ) -> None:
-        """Saves after optimizer step `step`, when it is time or a rank was asked to stop; call on
-        every rank.
+        """Saves after optimizer step `step`; call on every rank.
 
         Raises:
             RunInterrupted: a rank was asked to stop, and the checkpoint is saved.
             UserError: likewise, and it could not be saved.
         """
-        every = self.settings.every
-        if not asked_to_stop and not (every and step % every == 0):
-            return
         problem = checkpoint.save(
             engine,
             parts,

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from torch import Tensor
 from es2fast.attacks.states.scav import Scav
 from es2fast.config import Config
 from es2fast.distributed.runtime import Runtime
-from es2fast.modeling.taps import Intervention
+from es2fast.modeling.taps import Intervention, Where
 from es2fast.probing.probes import Probe
 from es2fast.training.bank import part_rows
 
@@ -80,7 +81,7 @@ class SimulatedAttack:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As it was at `state_dict`."""
         device = self._runtime.device
-        self._kept = {int(k): (a, b) for k, (a, b) in state["kept"].items()}
+        self._kept = {int(k): (a.to(device), b.to(device)) for k, (a, b) in state["kept"].items()}
         self._means = {int(k): (a.to(device), b.to(device)) for k, (a, b) in state["means"].items()}
         self._fitted = state["fitted"]
         if state["probes"]:
@@ -94,6 +95,22 @@ class SimulatedAttack:
 
     def for_step(self, step: int) -> Intervention | None:
         """The attack of optimizer step `step`, or None for a clean one; call on every rank."""
+        drawn = self._drawn(step)
+        if drawn is None or not self._known():
+            return None
+        if self._fitted is None or step - self._fitted >= self._settings.refit_every:
+            self._fit()
+            self._fitted = step
+        return self._made(*drawn)
+
+    def where(self, step: int) -> Where | None:
+        """Where the attack of optimizer step `step` acts, if that is not a clean one for want of
+        states; None for a clean one. Known before the steps up to it."""
+        drawn = self._drawn(step)
+        return None if drawn is None else _where(drawn[0])
+
+    def _drawn(self, step: int) -> tuple[str, int, float] | None:
+        """Attack, block and strength of a step."""
         settings = self._settings
         if not settings.probability:
             return None
@@ -102,12 +119,7 @@ class SimulatedAttack:
         name = draw.choice(settings.attacks)
         layer = draw.choice(self._candidates(name))
         strength = draw.uniform(*settings.strength)
-        if not attacked or not self._known():
-            return None
-        if self._fitted is None or step - self._fitted >= settings.refit_every:
-            self._fit()
-            self._fitted = step
-        return self._made(name, layer, strength)
+        return (name, layer, strength) if attacked else None
 
     def _candidates(self, name: str) -> list[int]:
         """Blocks of which one is drawn. An ablated direction is found in the middle, as the
@@ -131,7 +143,7 @@ class SimulatedAttack:
             return
         most = -(-self._settings.states // self._runtime.world_size)
         for layer, rows in outputs.items():
-            new = (rows[:num_harmful].float().cpu(), rows[num_harmful:].float().cpu())
+            new = (rows[:num_harmful].float(), rows[num_harmful:].float())
             old = self._kept.get(layer, (new[0][:0], new[1][:0]))
             a, b = (torch.cat(pair)[-most:] for pair in zip(old, new))
             self._kept[layer] = (a, b)
@@ -142,7 +154,7 @@ class SimulatedAttack:
             return Intervention(
                 frozenset([layer]),
                 lambda i, states: harmless.to(states.device).expand_as(states),
-                "last",
+                _where(name),
                 name,
             )
         if name == "ablation":
@@ -153,16 +165,19 @@ class SimulatedAttack:
                 r = unit.to(states.device)
                 return states - (states @ r)[:, None] * r
 
-            return Intervention(frozenset(self._reached), ablated, "all", name, inside=True)
+            return Intervention(frozenset(self._reached), ablated, _where(name), name, inside=True)
         if name == "mean_difference":
             shift = strength * (harmless - harmful)
             return Intervention(
-                frozenset([layer]), lambda i, states: states + shift.to(states.device), name=name
+                frozenset([layer]),
+                lambda i, states: states + shift.to(states.device),
+                _where(name),
+                name,
             )
         scav = self._scav
         assert scav is not None
         return Intervention(
-            frozenset(scav.layers()), lambda i, x: x + scav.push(i, x.detach()), name=name
+            frozenset(scav.layers()), lambda i, x: x + scav.push(i, x.detach()), _where(name), name
         )
 
     def _fit(self) -> None:
@@ -170,10 +185,8 @@ class SimulatedAttack:
         for layer in sorted(self._kept):
             pair = []
             for rows in self._kept[layer]:
-                count = torch.tensor([float(len(rows))])
-                total = torch.cat([rows.sum(0), count]).to(self._runtime.device)
-                *_, n = shared = self._runtime.sum(total)
-                pair.append(shared[:-1] / n)
+                total = self._runtime.sum(rows.sum(0))
+                pair.append(total / (len(rows) * self._runtime.world_size))
             self._means[layer] = (pair[0], pair[1])
         if "scav" in self._settings.attacks:
             groups: tuple[dict[int, Tensor], dict[int, Tensor]] = ({}, {})
@@ -182,6 +195,10 @@ class SimulatedAttack:
                     if shards := self._runtime.gather_rows(rows):
                         group[layer] = torch.cat(shards)
             self._scav = self._runtime.on_main(_fitted_scav, *groups)
+            self._scav.probes = {
+                layer: replace(probe, weight=probe.weight.to(self._runtime.device))
+                for layer, probe in self._scav.probes.items()
+            }
 
 
 def attacked_blocks(config: Config, layers: Sequence[int], depth: int) -> list[int]:
@@ -199,6 +216,11 @@ def _reached(config: Config, layers: Sequence[int], depth: int | None) -> list[i
     if depth is None:
         return list(layers)
     return list(range(depth if config.refusal.weight else max(layers) + 1))
+
+
+def _where(name: str) -> Where:
+    """Where an attack of this name acts."""
+    return {"replacement": "last", "ablation": "all"}.get(name, "onwards")  # type: ignore[return-value]
 
 
 def _fitted_scav(harmful: dict[int, Tensor], harmless: dict[int, Tensor]) -> Scav:

@@ -1,13 +1,20 @@
 """One optimizer step, and a look at the KL without one.
 
-`gradient_accumulation` micro-batches, each one engine forward and one backward; one small
-all-reduce before them (the number of tokens of the step) and one after them (the metrics), so that
-every rank has the same numbers to decide from.
+`gradient_accumulation` micro-batches, each one engine forward and one backward, and then one small
+all-reduce: of the step's metrics, so that every rank has the same numbers to decide from, together
+with the number of tokens of the step after it, which that one's losses are divided by.
+
+Nothing that the host has to do lies between two steps on a GPU. The rows of the next step are made
+ready while the GPU computes this one, and this one's metrics are on their way to the host while it
+computes the next. For one number the host waits: whether the gradients' norm is finite, which
+DeepSpeed asks for in `engine.step`, and by which a step is left out. (Of rows that are padded, not
+packed, transformers asks whether their mask hides anything.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,8 +22,9 @@ from torch import Tensor
 
 from es2fast.data import MicroBatch
 from es2fast.data.packing import Packed
+from es2fast.data.transfer import to_device
 from es2fast.distributed.runtime import Runtime
-from es2fast.modeling.taps import Intervention, causal_lm
+from es2fast.modeling.taps import Intervention, Where, causal_lm
 from es2fast.training.micro_batch import objective_inputs, packed_form
 from es2fast.training.refusals import refusal_counts
 
@@ -35,9 +43,80 @@ COUNTS = (
 SUMS = ("kl_sum", "refusal_sum", "refusal_hits", "harmless_hits")
 
 
+@dataclass(frozen=True)
+class StepInputs:
+    """One rank's rows of an optimizer step, on the device.
+
+    micro_batches: of each the arguments of `ES2Objective.forward` that it decides; counts:
+    (len(COUNTS),) fp32, this rank's; shared: all ranks', once they are known.
+    """
+
+    micro_batches: list[dict[str, Any]]
+    counts: Tensor
+    shared: Tensor | None = None
+
+
+class StepNumbers:
+    """The numbers of an optimizer step, the same on every rank, on their way to the host."""
+
+    def __init__(self, names: Sequence[str], values: Tensor):
+        self._names, self._values = names, values
+        self._there: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._there = torch.cuda.Event()
+            self._there.record()
+
+    def wait(self) -> dict[str, float]:
+        """By name, see `train_step`; when the device has computed them."""
+        if self._there is not None:
+            self._there.synchronize()
+        return dict(zip(self._names, self._values.tolist()))
+
+
+def step_inputs(
+    engine: Any,
+    batches: Sequence[MicroBatch],
+    device: torch.device,
+    attack: Where | None = None,
+    anchored: bool = True,
+) -> StepInputs:
+    """Makes a step's rows ready; no rank waits for another one.
+
+    Args:
+        engine: of an `ES2Objective`.
+        batches: this rank's micro-batches, on the CPU.
+        device: where they go.
+        attack: where a simulated one may act.
+        anchored: with the refusals that the batches hold.
+    """
+    objective = engine.module
+    wanted, model = objective.config.train.packing, causal_lm(objective.student).config
+    packings = [packed_form(batch, model, wanted, attack) for batch in batches]
+    own = [_counts(batch, packed) for batch, packed in zip(batches, packings)]
+    inputs = [
+        objective_inputs(batch, packed, device, anchored, attack)
+        for batch, packed in zip(batches, packings)
+    ]
+    return StepInputs(inputs, to_device(torch.tensor(own).sum(0), device))
+
+
+def _counts(batch: MicroBatch, packed: Packed | None) -> tuple[float, ...]:
+    """COUNTS of a micro-batch."""
+    return (
+        float(batch.kl_weights.sum()),
+        batch.num_tokens,
+        batch.num_tokens if packed is None else packed.tokens,
+        batch.input_ids.numel() if packed is None else packed.tokens,
+        len(batch.input_ids),
+        *refusal_counts(batch),
+    )
+
+
 def train_step(
     engine: Any,
-    batches: list[MicroBatch],
+    inputs: StepInputs,
     kl_weight: float,
     runtime: Runtime,
     attack: Intervention | None = None,
@@ -45,39 +124,44 @@ def train_step(
     margin: float | None = None,
     asked_to_stop: Callable[[], bool] | None = None,
     skipped: Callable[[list[Tensor]], None] | None = None,
-) -> dict[str, float]:
+    meanwhile: Callable[[], StepInputs | None] | None = None,
+) -> tuple[StepNumbers, StepInputs | None]:
     """One optimizer step over this rank's micro-batches.
 
     A step whose gradients are no finite numbers on some rank changes nothing: neither weights nor
     optimizer, schedule, bank or what `observe` gathers.
 
     Args:
-        attack: a simulated attack on the harmful states.
+        inputs: this rank's rows.
+        attack: a simulated attack on the harmful states, where `inputs` were told.
         observe: gets the block outputs (layer -> (n + m, H)) and n of each clean micro-batch.
         margin: of this step, in place of the configured one.
         asked_to_stop: this rank; asked once, at the end of the step.
         skipped: called on every rank when the step was left out, with (n + m,) booleans per
             micro-batch: the row's tapped states are finite.
+        meanwhile: called while the device computes, before anything is updated; it returns the rows
+            of the next step, if there is one. What it raises ends the step without an update.
 
     Returns:
-        the same numbers on every rank: sums over ranks and micro-batches, `kl_sum`, with an anchor
-        the rest of SUMS, and COUNTS; means of the objective's other metrics;
-        `grad_norm` before clipping; `stop`, above 0 when any rank was asked to stop; `skipped`, 1
-        when the step was left out.
+        the step's numbers, and what `meanwhile` returned, with the counts of all ranks. The numbers
+        are sums over ranks and micro-batches, `kl_sum`, with an anchor the rest of SUMS, and
+        COUNTS; means of the objective's other metrics; `grad_norm` before clipping; `stop`, above 0
+        when any rank was asked to stop; `skipped`, 1 when the step was left out.
     """
-    packings = _packings(engine, batches, attack)
-    counts = _counts(batches, packings, runtime)
+    counts = runtime.sum(inputs.counts.clone()) if inputs.shared is None else inputs.shared
+    following: StepInputs | None = None
     metrics: dict[str, Tensor] = {}
     bank = engine.module.bank
     if bank is not None:
         bank.mark()
     seen: list[dict[int, Tensor]] = []
     finite: list[Tensor] = []
-    for batch, packed in zip(batches, packings):
-        loss, found = _forward(
-            engine, batch, packed, kl_weight, counts, len(batches), runtime, attack, margin
-        )
+    for number, own in enumerate(inputs.micro_batches):
+        loss, found = _forward(engine, own, kl_weight, counts, len(inputs.micro_batches), attack,
+                               margin)  # fmt: skip
         engine.backward(loss)
+        if number == 0 and meanwhile is not None:
+            following = meanwhile()
         engine.step()
         taps = engine.module.taps
         seen.append(dict(taps.outputs))
@@ -91,65 +175,41 @@ def train_step(
         if skipped is not None:
             skipped(finite)
     elif attack is None and observe is not None:
-        for batch, outputs in zip(batches, seen):
-            observe(outputs, batch.num_harmful)
-    norm = engine.get_global_grad_norm()
-    shared = {key: value / len(batches) for key, value in metrics.items() if key not in SUMS}
-    shared["grad_norm"] = torch.as_tensor(
-        0.0 if norm is None else norm, device=runtime.device
-    ).float()
+        for own, outputs in zip(inputs.micro_batches, seen):
+            observe(outputs, own["num_harmful"])
     stop = asked_to_stop is not None and asked_to_stop()
-    shared["skipped"] = torch.tensor(float(not applied), device=runtime.device)
-    shared["stop"] = torch.tensor(float(stop), device=runtime.device)
-    summed = {key: metrics[key] for key in SUMS if key in metrics}
-    sums = [*summed.values(), *(value / runtime.world_size for value in shared.values())]
-    values = torch.cat([runtime.sum(torch.stack(sums)), counts]).tolist()
-    return dict(zip([*summed, *shared, *COUNTS], values))
-
-
-def _packings(
-    engine: Any, batches: list[MicroBatch], attack: Intervention | None
-) -> list[Packed | None]:
-    """The micro-batches' packed forms."""
-    objective = engine.module
-    wanted, model = objective.config.train.packing, causal_lm(objective.student).config
-    return [packed_form(batch, model, wanted, attack) for batch in batches]
-
-
-def _counts(
-    batches: list[MicroBatch], packings: list[Packed | None], runtime: Runtime
-) -> Tensor:  # fmt: skip
-    """COUNTS over ranks and micro-batches."""
-    own = [
-        (
-            float(b.kl_weights.sum()),
-            b.num_tokens,
-            b.num_tokens if packed is None else packed.tokens,
-            b.input_ids.numel() if packed is None else packed.tokens,
-            len(b.input_ids),
-            *refusal_counts(b),
-        )
-        for b, packed in zip(batches, packings)
-    ]
-    return runtime.sum(torch.tensor(own, device=runtime.device).sum(0))
+    flags = torch.tensor([not applied, stop], dtype=torch.float32)
+    norm = engine.get_global_grad_norm()
+    norm = torch.as_tensor(0.0 if norm is None else norm).float()
+    sums = {key: metrics[key] for key in SUMS if key in metrics}
+    means = {key: v / len(inputs.micro_batches) for key, v in metrics.items() if key not in SUMS}
+    means["grad_norm"] = to_device(norm, runtime.device)
+    means |= dict(zip(("skipped", "stop"), to_device(flags, runtime.device)))
+    shares = [value / runtime.world_size for value in means.values()]
+    given = [torch.stack([*sums.values(), *shares])]
+    if following is not None:
+        given.append(following.counts)
+    values, *upcoming = runtime.sum(torch.cat(given)).split([len(one) for one in given])
+    if following is not None:
+        following = replace(following, shared=upcoming[0])
+    numbers = StepNumbers([*sums, *means, *COUNTS], torch.cat([values, counts]))
+    return numbers, following
 
 
 def _forward(
     engine: Any,
-    batch: MicroBatch,
-    packed: Packed | None,
+    inputs: dict[str, Any],
     kl_weight: float,
     counts: Tensor,
     accumulation: int,
-    runtime: Runtime,
     attack: Intervention | None = None,
     margin: float | None = None,
-    anchored: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The objective on one micro-batch; without the refusals that it holds if not `anchored`."""
-    anchor = counts[COUNTS.index("refusal_weights")]
+    """The objective on one micro-batch."""
     return engine(
-        **objective_inputs(batch, packed, anchor, runtime.device, anchored, attack),
+        **inputs,
+        attack=attack,
+        refusal_weights=counts[COUNTS.index("refusal_weights")],
         kl_weight=kl_weight,
         kl_tokens=counts[0],
         accumulation=accumulation,
@@ -167,12 +227,10 @@ def measure_kl(engine: Any, steps: list[list[MicroBatch]], runtime: Runtime) -> 
     engine.eval()
     total = torch.zeros(2, device=runtime.device)
     for batches in steps:
-        packings = _packings(engine, batches, None)
-        counts = _counts(batches, packings, runtime)
-        for batch, packed in zip(batches, packings):
-            _, found = _forward(
-                engine, batch, packed, 0.0, counts, len(batches), runtime, anchored=False
-            )
+        inputs = step_inputs(engine, batches, runtime.device, anchored=False)
+        counts = runtime.sum(inputs.counts)
+        for own in inputs.micro_batches:
+            _, found = _forward(engine, own, 0.0, counts, len(batches))
             total[0] += found["kl_sum"]
         total[1] += counts[0] / runtime.world_size
     engine.train()

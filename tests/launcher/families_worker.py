@@ -19,9 +19,9 @@ from es2fast.data import collate
 from es2fast.distributed import runtime as runtimes
 from es2fast.run.export import save_model
 from es2fast.training.engine import build_engine
-from es2fast.training.loop import train_step
 from es2fast.training.plan import make_plan
 from es2fast.training.prepare import prepare
+from es2fast.training.step import step_inputs, train_step
 
 IDS = torch.tensor([[1, 4, 10, 16, 5, 23]])
 
@@ -62,7 +62,8 @@ def run_family(family: str, folder: Path) -> dict[str, Any]:
             collate(formatter, [groups.harmful[i] for i in a], [harmless[i] for i in b], "all")
             for a, b in sampler.indices(step)
         ]
-        steps.append(train_step(engine, rows, 10.0, runtime))
+        inputs = step_inputs(engine, rows, runtime.device)
+        steps.append(train_step(engine, inputs, 10.0, runtime)[0].wait())
     student = engine.module.student.eval()
     engine.module.taps.disarm()
     with deepspeed.zero.GatheredParameters(list(student.parameters())), torch.no_grad():

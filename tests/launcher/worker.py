@@ -22,12 +22,12 @@ from es2fast.distributed.zero import full_state_dict
 from es2fast.modeling.taps import blocks
 from es2fast.ops.separation.whitening import Whitening
 from es2fast.training.engine import build_engine
-from es2fast.training.loop import Feed
+from es2fast.training.feed import Feed
 from es2fast.training.plan import make_plan
 from es2fast.training.prepare import Prepared, load_base
 from es2fast.training.refusals import anchor_texts, refusal_metrics
 from es2fast.training.robust import SimulatedAttack
-from es2fast.training.step import train_step
+from es2fast.training.step import step_inputs, train_step
 from es2fast.training.teacher_cache import cache_teacher, keeps_teacher
 
 STEPS = 4
@@ -132,9 +132,12 @@ def run_case(case: dict[str, Any], runtime: runtimes.Runtime) -> dict[str, Any]:
         found["states"].append(full_state_dict(engine.module.student, main=True))
         attack = simulated.for_step(index + 1)
         with wire() as received:
-            sums = train_step(
-                engine, feed(index), config.kl.weight, runtime, attack, simulated.observe
+            where = None if attack is None else attack.where
+            inputs = step_inputs(engine, feed(index), runtime.device, where)
+            numbers, _ = train_step(
+                engine, inputs, config.kl.weight, runtime, attack, simulated.observe
             )
+        sums = numbers.wait()
         found["wire"].append(received)
         found["whole"] = still_gathered(engine)
         found["attacked"].append(None if attack is None else attack.name)

@@ -144,9 +144,9 @@ def test_an_attack_does_the_same_to_packed_rows(where: Any, inside: bool, keep: 
     final, states, slope = passed(
         input_ids=rows.input_ids, attention_mask=mask, position_ids=position_ids(mask)
     )
-    packed = packed_form(rows, model.config, True, attack)
+    packed = packed_form(rows, model.config, True, where)
     assert packed is not None and packed.tokens == pack(rows).tokens + 3 * (where == "all")
-    given = objective_inputs(rows, packed, torch.tensor(1.0), torch.device("cpu"), attack=attack)
+    given = objective_inputs(rows, packed, torch.device("cpu"), attack=where)
     size = (packed.tokens, packed.harmful)
     taps.arm(given["prompt_last"], 2, attack, keep=keep, packed=size, attacked=given["attacked"])
     joined, found, its_slope = passed(

@@ -25,7 +25,7 @@ from es2fast.planning.fit import smallest_change
 from es2fast.planning.flops import Flops, flops, mean_flops
 from es2fast.planning.machines import GPUS, machine
 from es2fast.planning.timing import step_time, writing_seconds
-from es2fast.training.loop import Feed
+from es2fast.training.feed import Feed
 from es2fast.training.memory import model_sizes
 from es2fast.training.micro_batch import objective_inputs, packed_form
 from es2fast.training.plan import make_plan
@@ -166,7 +166,7 @@ def test_micro_batches_are_those_that_are_trained(
             pairs = [index.numel() * index.shape[1] for index in packed.rows.index]
             gathered = (sum(sizes), sizes[1])
             tokens = (size, size - packed.harmful, (sum(pairs), pairs[1]), gathered, 0)
-        given = objective_inputs(batch, packed, torch.tensor(1.0), torch.device("cpu"))
+        given = objective_inputs(batch, packed, torch.device("cpu"))
         found.append((tokens, len(given["kl_index"])))
     known = [(dataclasses.astuple(work.tokens), work.kl_tokens) for _, work in works]
     assert known == found and [share for share, _ in works] == [pytest.approx(1 / 5)] * 5

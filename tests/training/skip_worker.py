@@ -18,12 +18,12 @@ from es2fast.distributed import runtime as runtimes
 from es2fast.distributed.runtime import Runtime
 from es2fast.distributed.zero import full_state_dict
 from es2fast.training.engine import build_engine
-from es2fast.training.loop import Feed
+from es2fast.training.feed import Feed
 from es2fast.training.plan import make_plan
 from es2fast.training.prepare import Prepared
 from es2fast.training.robust import SimulatedAttack
 from es2fast.training.skipped import SkippedSteps
-from es2fast.training.step import train_step
+from es2fast.training.step import step_inputs, train_step
 
 ROW = 1
 
@@ -49,15 +49,15 @@ def run(config: Config, runtime: Runtime, batches: list[int], broken: int | None
     skipped = []
     for batch in batches:
         breaks[0] = batch == broken
-        sums = train_step(
+        numbers, _ = train_step(
             engine,
-            feed(batch),
+            step_inputs(engine, feed(batch), runtime.device),
             config.kl.weight,
             runtime,
             observe=simulated.observe,
             skipped=lambda finite, batch=batch: skips.add(batch, finite),
         )
-        skipped.append(sums["skipped"])
+        skipped.append(numbers.wait()["skipped"])
     digest = hashlib.sha256()
     for value in full_state_dict(engine.module.student, main=True).values():
         digest.update(value.contiguous().numpy().tobytes())

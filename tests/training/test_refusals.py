@@ -18,7 +18,7 @@ from es2fast.distributed.runtime import Runtime
 from es2fast.errors import UserError
 from es2fast.judges.rules import is_refusal
 from es2fast.modeling.load import load_causal_lm
-from es2fast.training.loop import Feed
+from es2fast.training.feed import Feed
 from es2fast.training.plan import Plan, make_plan
 from es2fast.training.prepare import own_refusals, prepare
 from es2fast.training.refusals import (
@@ -105,7 +105,7 @@ def test_without_an_anchor_nothing_is_asked_and_no_column_added(tmp_path: Path) 
     batch = Feed(plan, plan.groups.harmless, 0)(0)[0]
     assert batch.refusal_weights is None
     assert (batch.prompt_last[: batch.num_harmful] == batch.input_ids.shape[1] - 1).all()
-    assert RefusalTokens.of(batch, torch.ones(()), torch.device("cpu")) is None
+    assert RefusalTokens.of(batch) is None
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_columns_of_a_batch_and_the_tokens_learned() -> None:
     expected = [0.0] * 11 + [1.0, 0.5, 0.25, 0.0]
     assert batch.refusal_weights.tolist() == [expected, expected]
     assert batch.num_tokens == int(batch.attention_mask.sum()) == 20 + 15
-    found = RefusalTokens.of(batch, torch.tensor(3.5), torch.device("cpu"))
+    found = RefusalTokens.of(batch)
     assert found is not None
     assert found.index.tolist() == [11, 12, 13, 26, 27, 28]
     assert words_of(found.task.targets.tolist()) == "here is some here is some here"
@@ -265,7 +265,7 @@ def test_a_harmless_row_that_begins_as_a_refusal_does_is_not_watched() -> None:
     ]
     rows = [made.row(0, 0)]
     batch = collate(made._formatter, PROMPTS[:1], harmless, "all", rows, made.decay)
-    found = RefusalTokens.of(batch, torch.tensor(1.0), torch.device("cpu"))
+    found = RefusalTokens.of(batch)
     assert found is not None
     width = batch.input_ids.shape[1]
     begins = [batch.input_ids[1 + r, batch.prompt_last[1 + r] + 1].item() for r in (0, 1)]

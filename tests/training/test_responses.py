@@ -18,7 +18,7 @@ from es2fast.modeling.generate import generate
 from es2fast.modeling.load import load_causal_lm
 from es2fast.modeling.taps import blocks, hooks
 from es2fast.training import responses
-from es2fast.training.loop import Feed
+from es2fast.training.feed import Feed
 from es2fast.training.plan import Plan, make_plan
 from es2fast.training.responses import base_answers, trained_rows
 

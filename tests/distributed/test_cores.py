@@ -1,0 +1,82 @@
+"""Ranks on one CPU keep to their own cores."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from es2fast.distributed.cores import cores, ranks_here, share
+
+RANK = """
+import json, os, sys
+from es2fast.distributed.cores import settle
+settle(int(sys.argv[1]), int(sys.argv[2]))
+import torch
+print(json.dumps([sorted(os.sched_getaffinity(0)), torch.get_num_threads()]))
+"""
+OWN = sorted(os.sched_getaffinity(0))
+several = pytest.mark.skipif(len(OWN) < 2, reason="needs two CPUs that this process may use")
+
+
+def test_logical_cpus_of_a_core_stay_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for cpu in range(8):
+        folder = tmp_path / f"cpu{cpu}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "core_cpus_list").write_text(f"{cpu % 4},{cpu % 4 + 4}\n")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3, 4, 5, 7})
+    assert cores(tmp_path) == [[0, 4], [1, 5], [2], [3, 7]]
+    assert cores(tmp_path / "unknown") == [[0], [1], [2], [3], [4], [5], [7]]
+
+
+def test_ranks_share_no_core_and_have_as_many() -> None:
+    every = [[i, i + 7] for i in range(7)]
+    parts = [share(every, rank, 3) for rank in range(3)]
+    assert parts == [every[:2], every[2:4], every[4:6]]
+    assert share(every, 9, 10) == every
+
+
+def test_ranks_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert ranks_here() == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # torchrun's
+    assert ranks_here() == 4
+    monkeypatch.setenv("LOCAL_SIZE", "2")  # DeepSpeed's
+    assert ranks_here() == 2
+
+
+def settled(rank: int, ranks: int, before: str = "", **environment: str) -> tuple[list[int], int]:
+    """CPUs and threads of a process that settles as a rank, behind `before` on its command line."""
+    known = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "OMP_PROC_BIND")}
+    done = subprocess.run(
+        [*before.split(), sys.executable, "-c", RANK, str(rank), str(ranks)],
+        env=known | environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    cpus, threads = json.loads(done.stdout)
+    return cpus, threads
+
+
+@several
+def test_a_rank_is_bound_to_its_share_alone() -> None:
+    half = len(cores()) // 2
+    first, second = settled(0, 2), settled(1, 2)
+    assert not set(first[0]) & set(second[0])
+    assert set(first[0] + second[0]) <= set(OWN)
+    assert first[1] == second[1] == half and len(first[0]) >= half
+    assert settled(0, 1)[0] == OWN
+
+
+@several
+def test_who_binds_otherwise_is_left_alone() -> None:
+    assert settled(1, 2, OMP_PROC_BIND="false")[0] == OWN
+    assert settled(1, 2, OMP_NUM_THREADS="2")[1] == 2
+    bound = settled(1, 2, f"taskset -c {OWN[0]}")  # as `deepspeed --bind_cores_to_rank` does
+    assert bound[0] == [OWN[0]]
+    assert settled(0, len(OWN) + 1)[0] == OWN
