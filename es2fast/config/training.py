@@ -124,6 +124,11 @@ class TrainConfig(Section):
         description="torch.compile of each decoder block while it trains; costs a minute or more "
         "of the first steps, needs a C++ compiler, not with ZeRO stage 3",
     )
+    bind_cores: bool = Field(
+        False,
+        description="ranks on a CPU keep to cores of their own, a share of those that may be used; "
+        "on two cores it bought nothing, and lost beside other work",
+    )
     update_scale: float = Field(
         1.0,
         gt=0,

@@ -1,10 +1,8 @@
-"""Which CPU cores a rank computes on.
+"""Threads and cores of ranks that compute on the CPUs of one machine.
 
-Ranks on one CPU that wander over its cores wait for each other at every exchange: two threads of
-one rank on one core hold up all of them. So a rank keeps to its share of the cores that the process
-may use, as many threads as it has whole cores, and nothing else of the machine's affinity is
-touched. A rank that is alone keeps to nothing, and OMP_PROC_BIND, whatever it says, leaves the
-choice to the OpenMP runtime.
+Left alone, every rank of a launch takes as many threads as there are cores, and they hold each
+other up. Which cores a rank's threads run on is the kernel's choice unless `train.bind_cores` is
+set: then each rank has cores of its own.
 """
 
 from __future__ import annotations
@@ -40,10 +38,11 @@ def share(every: list[list[int]], rank: int, ranks: int) -> list[list[int]]:
     return every[rank * each : (rank + 1) * each] if each else every
 
 
-def settle(rank: int, ranks: int) -> None:
-    """For one of several ranks that compute on the CPUs of a machine, before it computes: binds it,
-    and what threads it starts from now on, to its cores, and sets the number of threads unless
-    OMP_NUM_THREADS does. A rank that its launcher has bound (`--bind_cores_to_rank`) is left so."""
+def settle(rank: int, ranks: int, bind: bool) -> None:
+    """For one of several ranks, before it computes: takes its share of the threads unless
+    OMP_NUM_THREADS says how many, and keeps this process, and threads that it starts from now on,
+    to its share of the cores if it is to `bind`. A rank that its launcher has bound
+    (`deepspeed --bind_cores_to_rank`) is left as it is."""
     if ranks < 2 or not hasattr(os, "sched_setaffinity"):
         return
     if os.sched_getaffinity(0) != os.sched_getaffinity(os.getppid()):
@@ -51,7 +50,7 @@ def settle(rank: int, ranks: int) -> None:
     every = cores()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(every) // ranks))
-    if "OMP_PROC_BIND" not in os.environ and ranks <= len(every):
+    if bind and ranks <= len(every):
         own = share(every, rank, ranks)
         os.sched_setaffinity(0, [cpu for core in own for cpu in core])
 

@@ -149,7 +149,7 @@ def start(config: Config) -> Runtime:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
-        settle(int(os.environ["LOCAL_RANK"]), ranks_here())
+        settle(int(os.environ["LOCAL_RANK"]), ranks_here(), config.train.bind_cores)
     deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
     if device == "cpu":
         _unlink_buffer()

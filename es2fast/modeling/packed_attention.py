@@ -27,6 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from es2fast.data.packing import AttentionRows
+from es2fast.modeling.row_attention import causal_attention
 
 NAME = "es2fast_sdpa"
 
@@ -70,10 +71,7 @@ def packed_attention(
     outputs = []
     for row in to_rows(joined, attention_rows):
         q, k, v = (part.transpose(1, 2) for part in row.split([heads, groups, groups], 2))
-        out = nn.functional.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=heads != groups
-        )
-        outputs.append(out.transpose(1, 2))
+        outputs.append(causal_attention(q, k, v, scaling, dropout).transpose(1, 2))
     return from_rows(outputs, attention_rows)[None], None
 
 

@@ -14,6 +14,7 @@ IRRELEVANT = (
     "checkpoint.",
     "train.log_every",
     "train.report_to",
+    "train.bind_cores",
     "data.cache_dir",
     "safeguards.keep_every",
 )

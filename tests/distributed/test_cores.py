@@ -1,4 +1,4 @@
-"""Ranks on one CPU keep to their own cores."""
+"""Ranks on one machine share its cores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from es2fast.distributed.cores import cores, ranks_here, share
 RANK = """
 import json, os, sys
 from es2fast.distributed.cores import settle
-settle(int(sys.argv[1]), int(sys.argv[2]))
+settle(*map(int, sys.argv[1:]))
 import torch
 print(json.dumps([sorted(os.sched_getaffinity(0)), torch.get_num_threads()]))
 """
@@ -52,11 +52,13 @@ def test_ranks_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ranks_here() == 2
 
 
-def settled(rank: int, ranks: int, before: str = "", **environment: str) -> tuple[list[int], int]:
+def settled(
+    rank: int, ranks: int, bind: int = 1, before: str = "", **environment: str
+) -> tuple[list[int], int]:
     """CPUs and threads of a process that settles as a rank, behind `before` on its command line."""
-    known = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "OMP_PROC_BIND")}
+    known = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     done = subprocess.run(
-        [*before.split(), sys.executable, "-c", RANK, str(rank), str(ranks)],
+        [*before.split(), sys.executable, "-c", RANK, str(rank), str(ranks), str(bind)],
         env=known | environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
     cpus, threads = json.loads(done.stdout)
@@ -74,9 +76,9 @@ def test_a_rank_is_bound_to_its_share_alone() -> None:
 
 
 @several
-def test_who_binds_otherwise_is_left_alone() -> None:
-    assert settled(1, 2, OMP_PROC_BIND="false")[0] == OWN
+def test_what_is_said_elsewhere_counts() -> None:
+    assert settled(1, 2, bind=0) == (OWN, len(cores()) // 2)
     assert settled(1, 2, OMP_NUM_THREADS="2")[1] == 2
-    bound = settled(1, 2, f"taskset -c {OWN[0]}")  # as `deepspeed --bind_cores_to_rank` does
+    bound = settled(1, 2, before=f"taskset -c {OWN[0]}")  # as `deepspeed --bind_cores_to_rank` does
     assert bound[0] == [OWN[0]]
     assert settled(0, len(OWN) + 1)[0] == OWN
