@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # what stands elsewhere by its longer name; "es2fast" is the package's own __init__. A module may
 # import from lower lines and from its own name, not from its neighbours on the line.
 LAYERS = (
-    ("errors", "progress", "yaml_text"),
+    ("errors", "progress", "transfer", "yaml_text"),
     ("config", "endpoint"),
     ("run.files",),
     ("run.folder",),

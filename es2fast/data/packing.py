@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from es2fast.data.batches import MicroBatch
-from es2fast.data.transfer import to_device
+from es2fast.transfer import to_device
 
 
 @dataclass(frozen=True)

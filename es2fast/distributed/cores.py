@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 TOPOLOGY = Path("/sys/devices/system/cpu")
+SIBLINGS = ("core_cpus_list", "thread_siblings_list")  # the second before Linux 5.3
 
 
 def cores(topology: Path = TOPOLOGY) -> list[list[int]]:
@@ -25,9 +26,9 @@ def cores(topology: Path = TOPOLOGY) -> list[list[int]]:
         return [[cpu] for cpu in range(os.cpu_count() or 1)]
     found: dict[str, list[int]] = {}
     for cpu in sorted(os.sched_getaffinity(0)):
-        path = topology / f"cpu{cpu}" / "topology" / "core_cpus_list"
-        key = path.read_text().strip() if path.is_file() else str(cpu)
-        found.setdefault(key, []).append(cpu)
+        paths = [topology / f"cpu{cpu}" / "topology" / name for name in SIBLINGS]
+        known = [path.read_text().strip() for path in paths if path.is_file()]
+        found.setdefault(known[0] if known else str(cpu), []).append(cpu)
     return list(found.values())
 
 

@@ -12,7 +12,8 @@ a prefix, whose gradients add up; PyTorch's own backward of an index would add r
 
 Models reach it by a name of transformers' attention registry. A call without `attention_rows` is
 transformers' sdpa. 16-bit operands stay so, though on a CPU attention in fp32 is faster: it rounds
-less, and that is another model than the base model whose states a cache holds (DEVELOPING.md).
+less, and that is another model than the base model whose states a cache holds (DEVELOPING.md). The
+gradient alone may go through fp32 (`row_attention`).
 """
 
 from __future__ import annotations

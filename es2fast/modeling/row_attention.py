@@ -1,8 +1,8 @@
 """Causal attention of rows, and a gradient for short bfloat16 rows on a CPU.
 
-torch's own backward there takes four to ten times as long as products of the same size. Rows of a
-step are short, so the probabilities of one row fit into a core's cache: they are made again in
-float32, and the gradients are plain products of one row after the other,
+torch's own backward there takes several times as long as the products in it (DEVELOPING.md). Rows
+of a step are short, and the probabilities of one are little memory: they are made again in float32,
+and the gradients are plain products of one row after the other,
 
     dV = P^T dO    dP = dO V^T    dS = P * (dP - rowsum(P * dP)) * scale    dQ = dS K    dK = dS^T Q
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-LONGEST = 256  # tokens of a row: behind it torch's own is as fast
+WIDTHS = range(16, 257)  # tokens of a row where it is faster than torch's own
 
 
 def causal_attention(
@@ -37,10 +37,15 @@ def causal_attention(
     Returns:
         (R, heads, W, D).
     """
-    short = query.dtype == torch.bfloat16 and query.shape[2] <= LONGEST
-    if short and query.device.type == "cpu" and not dropout and query.requires_grad:
-        return _ShortRows.apply(query, key, value, scale or 1 / math.sqrt(query.shape[-1]))
-    return _attention(query, key, value, scale, dropout)
+    if dropout or not query.requires_grad or not _short(query) or torch.compiler.is_compiling():
+        return _attention(query, key, value, scale, dropout)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    return _ShortRows.apply(query, key, value, scale)
+
+
+def _short(query: Tensor) -> bool:
+    on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    return on_cpu and query.shape[2] in WIDTHS
 
 
 def _attention(

@@ -12,6 +12,8 @@ import contextlib
 import torch
 from torch import Tensor
 
+from es2fast.transfer import to_device
+
 REDUCTIONS = ("mean", "sum", "none")
 GPU_CHUNK = 1024  # at least: fewer rows would not fill the SMs of a big GPU in dX
 GPU_CHUNK_TRAINABLE = 2048  # at least: fewer passes over the float32 dW
@@ -41,13 +43,6 @@ def pack(
     overflow = (weights != 0).sum() > index.shape[0]
     kept = weights.index_select(0, index)
     return index, torch.where(overflow, float("nan"), kept)
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """x on ``device``; to a GPU from pinned memory, since a copy from pageable memory may wait."""
-    if device.type == "cuda" and x.device.type == "cpu":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
 
 
 class PackedTokens:

@@ -181,8 +181,9 @@ class _Over(Exception):
 class _Taken:
     """An optimizer step that was taken, whose numbers may still be on their way.
 
-    step: from 1; kl_weight, margin, attacked: that it was taken with; lr: after it; seconds: of the
-    host since the step before.
+    step: from 1; kl_weight, margin, attacked: that it was taken with; lr: after it; began:
+    `time.perf_counter()`; host_seconds: until all of it was on its way, which over many steps is
+    what they take.
     """
 
     step: int
@@ -191,16 +192,26 @@ class _Taken:
     margin: float | None
     attacked: bool
     lr: float
-    seconds: float
+    began: float
+    host_seconds: float
 
 
 class _Steps:
-    """All optimizer steps, those before a checkpoint apart, and the last look at the weights.
+    """All optimizer steps from the first, or the one after a checkpoint, and the last look at the
+    weights.
 
-    What a step's numbers decide is decided while the device computes the next step, before that
-    changes any weight: a run that ends by them ends with the weights of that step. Where they are
-    needed at once, by `kl.budget` for the next step's lambda, by a checkpoint, and at the end, the
-    host waits.
+    What a step's numbers decide is decided during the forward of the next step, before that changes
+    any weight: a run that ends by them ends with the weights of that step. Where they are needed at
+    once, by `kl.budget` for the next step's lambda, by a checkpoint, and at the end, the host waits
+    for them. On a CPU, where all of it gains nothing, it is the same, so that what runs on GPUs is
+    what runs everywhere.
+
+    Args:
+        config, engine, prepared, feed: of the run.
+        writer: of metrics.jsonl.
+        runtime: the ranks.
+        profiler, saver: told of every step, and when to save.
+        resumed: the checkpoint that the run goes on from.
     """
 
     def __init__(
@@ -249,7 +260,7 @@ class _Steps:
         """To the end.
 
         Raises:
-            RunInterrupted, UserError: see `Checkpoints.after`.
+            RunInterrupted, UserError: see `Checkpoints.save`.
         """
         while not self._ended:
             try:
@@ -259,17 +270,18 @@ class _Steps:
             last = self._step == self._config.train.steps
             due = self._stopping or self._saver.due(self._step)
             if last or due or self._config.kl.budget is not None:
-                self._decide()
+                self._decide(at_once=True)
             if not self._ended and (due or self._stopping):
-                self._saver.after(
+                self._saver.save(
                     self._engine, self._parts, self._step, asked_to_stop=self._stopping
                 )
         return self._finished()
 
     def _take(self) -> None:
         """The next optimizer step."""
-        started = time.perf_counter()
-        step, self._inputs = self._step + 1, self._inputs or self._made_ready(self._step + 1)
+        began, step = time.perf_counter(), self._step + 1
+        if self._inputs is None:
+            self._inputs = self._made_ready(step)
         attack, margin = self._simulated.for_step(step), margin_at(self._config, step)
         weight = self._dual.weight
 
@@ -277,8 +289,9 @@ class _Steps:
             self._decide()
             if self._ended:
                 raise _Over
-            self.good.before_step(step)
-            return self._made_ready(step + 1) if step < self._config.train.steps else None
+            following = self._made_ready(step + 1) if step < self._config.train.steps else None
+            self.good.before_step(step)  # where it copies weights the host waits for a GPU
+            return following
 
         numbers, self._inputs = train_step(
             self._engine,
@@ -294,22 +307,31 @@ class _Steps:
         )
         self._step = step
         self._profiler.step()
-        lr, seconds = float(self._engine.get_lr()[0]), time.perf_counter() - started
-        self._taken = _Taken(step, numbers, weight, margin, attack is not None, lr, seconds)
+        self._taken = _Taken(
+            step,
+            numbers,
+            weight,
+            margin,
+            attack is not None,
+            lr=float(self._engine.get_lr()[0]),
+            began=began,
+            host_seconds=time.perf_counter() - began,
+        )
 
     def _made_ready(self, step: int) -> StepInputs:
         """The rows of optimizer step `step`, from 1."""
         batches, where = self._feed(step - 1), self._simulated.where(step)
         return step_inputs(self._engine, batches, self._runtime.device, where)
 
-    def _decide(self) -> None:
+    def _decide(self, at_once: bool = False) -> None:
         """What the numbers of the step that was taken last say, once they are there."""
         taken, self._taken = self._taken, None
         if taken is None:
             return
         config, step = self._config, taken.step
         sums = taken.numbers.wait()
-        row = self._row = _row(taken, sums, self._prepared, config)
+        seconds = time.perf_counter() - taken.began if at_once else taken.host_seconds
+        row = self._row = _row(taken, sums, seconds, self._prepared, config)
         if config.separation.robust.probability:
             row["attacked"] = float(taken.attacked)
         row |= {"skipped": sums["skipped"], "spike": float(self._spikes.flag(row))}
@@ -379,7 +401,7 @@ def margin_at(config: Config, step: int) -> float | None:
 
 
 def _row(
-    taken: _Taken, sums: dict[str, float], prepared: Prepared, config: Config
+    taken: _Taken, sums: dict[str, float], seconds: float, prepared: Prepared, config: Config
 ) -> dict[str, Any]:
     kl = sums["kl_sum"] / sums["kl_tokens"]
     refusal = refusal_metrics(sums)
@@ -406,9 +428,9 @@ def _row(
     return row | {
         "grad_norm": sums["grad_norm"],
         "lr": taken.lr,
-        "step_seconds": taken.seconds,
-        "samples_per_second": sums["rows"] / taken.seconds,
-        "tokens_per_second": sums["tokens"] / taken.seconds,
+        "step_seconds": seconds,
+        "samples_per_second": sums["rows"] / seconds,
+        "tokens_per_second": sums["tokens"] / seconds,
         "padding": 1.0 - sums["computed"] / sums["places"],
         "shared": 1.0 - sums["computed"] / sums["tokens"],
         "peak_memory_bytes": _peak_memory(),

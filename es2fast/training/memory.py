@@ -19,6 +19,7 @@ from es2fast.modeling.skeleton import make_skeleton
 from es2fast.modeling.teacher import head_is_shared, resolve_teacher, set_trainable
 from es2fast.ops.tokens import CPU_CHUNK, GPU_CHUNK, GPU_CHUNK_TRAINABLE
 from es2fast.training.activations import Tokens, student_bytes
+from es2fast.training.robust import attacked_blocks
 from es2fast.training.shape import Shape, shape_of
 
 GB = 1e9
@@ -116,7 +117,7 @@ def estimate(
     held = item * (shape.total + (shape.trained if config.train.trainable == "lora" else 0))
     states = training_states(shape.trained, stage, item, world_size)
     offloaded = device == "cuda" and bool(zero.get("offload_optimizer"))
-    kept = _copies(config, shape, item, device, split)
+    kept = _copies(config, shape, item, device, split, world_size)
     return Estimate(
         stage=stage,
         weights=held / split,
@@ -197,10 +198,16 @@ def _head(shape: Shape, tokens: int, device: str, item: int, parts: int) -> floa
     return logits + states + trained
 
 
-def _copies(config: Config, shape: Shape, item: int, device: str, split: int) -> float:
-    """Of a CPU's own memory: those of the safeguards during, one of the model after a training."""
+def _copies(
+    config: Config, shape: Shape, item: int, device: str, split: int, ranks: int
+) -> float:  # fmt: skip
+    """Of a CPU's own memory: those of the safeguards during, one of the model after a training.
+    Of a GPU's: the states of both groups that simulated attacks are fitted on."""
     if device != "cpu":
-        return 0.0
+        robust = config.separation.robust
+        hit = len(attacked_blocks(config, [shape.deepest], len(shape.blocks)))
+        rows = -(-robust.states // ranks) if robust.probability else 0
+        return 2.0 * 4 * rows * hit * shape.hidden
     kept = 2 * item * shape.trained / split if config.safeguards.keep_every else 0.0
     return max(kept, float(item * shape.total))
 

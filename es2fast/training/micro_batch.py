@@ -1,7 +1,6 @@
 """What the objective gets of one micro-batch: padded rows, or the same rows packed.
 
-All of it follows from the rows alone, so it can be made, and sent to a GPU, while the GPU is at the
-step before.
+All of it follows from the rows alone, so it can be made while a GPU is at the step before.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ from torch import Tensor
 
 from es2fast.data import MicroBatch
 from es2fast.data.packing import Packed, pack, pays
-from es2fast.data.transfer import to_device
 from es2fast.modeling.packing import attends_by_rows, takes_packed
 from es2fast.modeling.taps import Where, attacked_positions
-from es2fast.ops.moments.cache import TeacherMoments
+from es2fast.ops.moments.cache import TENSORS, TeacherMoments
 from es2fast.training.refusals import RefusalTokens
+from es2fast.transfer import to_device
 
 
 def packed_form(
@@ -45,16 +44,14 @@ def packed_form(
 def objective_inputs(
     batch: MicroBatch,
     packed: Packed | None,
-    device: torch.device,
     anchored: bool = True,
     attack: Where | None = None,
 ) -> dict[str, Any]:
-    """Arguments of `ES2Objective.forward` that a micro-batch decides.
+    """Arguments of `ES2Objective.forward` that a micro-batch decides, on the CPU.
 
     Args:
         batch: on the CPU.
         packed: it, see `packed_form`.
-        device: where the tensors go.
         anchored: with the refusals that the batch holds.
         attack: where one may act on the harmful rows.
     """
@@ -69,26 +66,33 @@ def objective_inputs(
         last = packed.place[range(len(last)), last]
         if refusal is not None:
             refusal = _replaced(refusal, batch, packed)
-    ids = (batch if packed is None else packed).input_ids
     return {
-        "input_ids": to_device(ids, device),
-        "attention_mask": to_device(batch.attention_mask, device) if packed is None else None,
-        "prompt_last": to_device(last, device),
-        "kl_index": to_device(index, device),
-        "kl_weights": to_device(weights, device),
+        "input_ids": (batch if packed is None else packed).input_ids,
+        "attention_mask": batch.attention_mask if packed is None else None,
+        "prompt_last": last,
+        "kl_index": index,
+        "kl_weights": weights,
         "num_harmful": batch.num_harmful,
-        "refusal": None if refusal is None else refusal.to(device),
-        "target": None if target is None else _sent(target, device),
-        "packed": None if packed is None else packed.to(device),
-        "attacked": attacked and tuple(to_device(one, device) for one in attacked),
+        "refusal": refusal,
+        "target": target,
+        "packed": packed,
+        "attacked": attacked,
     }
 
 
-def _sent(target: Tensor | TeacherMoments, device: torch.device) -> Tensor | TeacherMoments:
-    if isinstance(target, Tensor):
-        return to_device(target, device)
-    pinned = target.pin_memory() if device.type == "cuda" else target
-    return pinned.to(device, non_blocking=True)
+def sent(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The same inputs on `device`, for whose tensors the host does not wait."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return to_device(value, device)
+        if isinstance(value, tuple):
+            return tuple(map(one, value))
+        if isinstance(value, TeacherMoments):
+            return dataclasses.replace(value, **{k: one(getattr(value, k)) for k in TENSORS})
+        return value.to(device) if isinstance(value, Packed | RefusalTokens) else value
+
+    return {name: one(value) for name, value in inputs.items()}
 
 
 def _attacked(batch: MicroBatch, packed: Packed | None, attack: Where) -> tuple[Tensor, Tensor]:

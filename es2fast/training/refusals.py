@@ -25,10 +25,10 @@ from torch import Tensor
 from es2fast.config import Config
 from es2fast.data import Formatter, MicroBatch, Prompt, Refusal
 from es2fast.data.sources import one_line
-from es2fast.data.transfer import to_device
 from es2fast.errors import UserError
 from es2fast.judges.rules import is_refusal
 from es2fast.modeling.head import CETask
+from es2fast.transfer import to_device
 
 ANSWER_TOKENS = 48  # of an answer to a harmful prompt: enough to see whether it refuses
 _SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)|[。！？]|\n")

@@ -123,7 +123,7 @@ class Checkpoints:
         """It is time to save after optimizer step `step`."""
         return bool(self.settings.every) and step % self.settings.every == 0
 
-    def after(
+    def save(
         self, engine: Any, parts: Mapping[str, Any], step: int, *, asked_to_stop: bool
     ) -> None:
         """Saves after optimizer step `step`; call on every rank.

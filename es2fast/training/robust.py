@@ -19,7 +19,8 @@ again; with a refusal anchor the answer has to refuse all the same.
 Additions are constants of the step, so their gradient is that of the state; a replaced state has
 none and an ablated one none along r, as it is for the attacker.
 
-Means and probes are those of recent clean steps over all ranks, fitted anew every few steps. Which
+Means and probes are those of recent clean steps over all ranks, fitted anew every few steps, by an
+all-reduce per block and, of probes, on rank 0's CPU, for which everyone waits. Which
 step is attacked, by what, where and how strongly is a function of (seed, step), so it is the same
 on all ranks.
 """
@@ -42,6 +43,7 @@ from es2fast.probing.probes import Probe
 from es2fast.training.bank import part_rows
 
 FEWEST = 4  # states per group that a probe is fitted on
+_WHERE: dict[str, Where] = {"replacement": "last", "ablation": "all"}  # others: onwards
 
 
 class SimulatedAttack:
@@ -86,7 +88,9 @@ class SimulatedAttack:
         self._fitted = state["fitted"]
         if state["probes"]:
             self._scav = Scav()
-            self._scav.probes = {int(k): Probe(**probe) for k, probe in state["probes"].items()}
+            self._scav.probes = {
+                int(k): _on(Probe(**probe), device) for k, probe in state["probes"].items()
+            }
 
     def parted(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
         """The state of `rank` from those of other ranks, in their order."""
@@ -195,10 +199,8 @@ class SimulatedAttack:
                     if shards := self._runtime.gather_rows(rows):
                         group[layer] = torch.cat(shards)
             self._scav = self._runtime.on_main(_fitted_scav, *groups)
-            self._scav.probes = {
-                layer: replace(probe, weight=probe.weight.to(self._runtime.device))
-                for layer, probe in self._scav.probes.items()
-            }
+            device = self._runtime.device
+            self._scav.probes = {k: _on(probe, device) for k, probe in self._scav.probes.items()}
 
 
 def attacked_blocks(config: Config, layers: Sequence[int], depth: int) -> list[int]:
@@ -220,7 +222,11 @@ def _reached(config: Config, layers: Sequence[int], depth: int | None) -> list[i
 
 def _where(name: str) -> Where:
     """Where an attack of this name acts."""
-    return {"replacement": "last", "ablation": "all"}.get(name, "onwards")  # type: ignore[return-value]
+    return _WHERE.get(name, "onwards")
+
+
+def _on(probe: Probe, device: torch.device) -> Probe:
+    return replace(probe, weight=probe.weight.to(device))
 
 
 def _fitted_scav(harmful: dict[int, Tensor], harmless: dict[int, Tensor]) -> Scav:

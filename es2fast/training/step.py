@@ -4,11 +4,11 @@
 all-reduce: of the step's metrics, so that every rank has the same numbers to decide from, together
 with the number of tokens of the step after it, which that one's losses are divided by.
 
-Nothing that the host has to do lies between two steps on a GPU. The rows of the next step are made
-ready while the GPU computes this one, and this one's metrics are on their way to the host while it
-computes the next. For one number the host waits: whether the gradients' norm is finite, which
-DeepSpeed asks for in `engine.step`, and by which a step is left out. (Of rows that are padded, not
-packed, transformers asks whether their mask hides anything.)
+A GPU has work while the host prepares: behind the forward of a step's first micro-batch the rows of
+the next step are made ready, and the numbers of the step before are read, which have arrived by
+then. Nothing here makes the host wait for a GPU, but DeepSpeed does: for the gradients' norm in
+`engine.step`, by which a step is left out, and under ZeRO 2 and 3 in `engine.backward` too; and
+transformers, about rows that are padded and not packed, whether their mask hides anything.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch import Tensor
 
 from es2fast.data import MicroBatch
 from es2fast.data.packing import Packed
-from es2fast.data.transfer import to_device
 from es2fast.distributed.runtime import Runtime
 from es2fast.modeling.taps import Intervention, Where, causal_lm
-from es2fast.training.micro_batch import objective_inputs, packed_form
+from es2fast.training.micro_batch import objective_inputs, packed_form, sent
 from es2fast.training.refusals import refusal_counts
+from es2fast.transfer import to_device
 
 # of a step, all ranks; computed: tokens that are no padding, those that rows share counted once
 COUNTS = (
@@ -45,10 +45,11 @@ SUMS = ("kl_sum", "refusal_sum", "refusal_hits", "harmless_hits")
 
 @dataclass(frozen=True)
 class StepInputs:
-    """One rank's rows of an optimizer step, on the device.
+    """One rank's rows of an optimizer step.
 
-    micro_batches: of each the arguments of `ES2Objective.forward` that it decides; counts:
-    (len(COUNTS),) fp32, this rank's; shared: all ranks', once they are known.
+    micro_batches: of each the arguments of `ES2Objective.forward` that it decides, on the CPU;
+    counts: (len(COUNTS),) fp64, this rank's, on the device; shared: all ranks', once they are
+    known.
     """
 
     micro_batches: list[dict[str, Any]]
@@ -87,7 +88,7 @@ def step_inputs(
     Args:
         engine: of an `ES2Objective`.
         batches: this rank's micro-batches, on the CPU.
-        device: where they go.
+        device: of the engine.
         attack: where a simulated one may act.
         anchored: with the refusals that the batches hold.
     """
@@ -96,10 +97,11 @@ def step_inputs(
     packings = [packed_form(batch, model, wanted, attack) for batch in batches]
     own = [_counts(batch, packed) for batch, packed in zip(batches, packings)]
     inputs = [
-        objective_inputs(batch, packed, device, anchored, attack)
+        objective_inputs(batch, packed, anchored, attack)
         for batch, packed in zip(batches, packings)
     ]
-    return StepInputs(inputs, to_device(torch.tensor(own).sum(0), device))
+    counts = torch.tensor(own, dtype=torch.float64).sum(0)
+    return StepInputs(inputs, to_device(counts, device))
 
 
 def _counts(batch: MicroBatch, packed: Packed | None) -> tuple[float, ...]:
@@ -139,8 +141,8 @@ def train_step(
         asked_to_stop: this rank; asked once, at the end of the step.
         skipped: called on every rank when the step was left out, with (n + m,) booleans per
             micro-batch: the row's tapped states are finite.
-        meanwhile: called while the device computes, before anything is updated; it returns the rows
-            of the next step, if there is one. What it raises ends the step without an update.
+        meanwhile: called behind the first forward; it returns the rows of the next step, if there
+            is one. What it raises ends the step without an update.
 
     Returns:
         the step's numbers, and what `meanwhile` returned, with the counts of all ranks. The numbers
@@ -148,7 +150,8 @@ def train_step(
         COUNTS; means of the objective's other metrics; `grad_norm` before clipping; `stop`, above 0
         when any rank was asked to stop; `skipped`, 1 when the step was left out.
     """
-    counts = runtime.sum(inputs.counts.clone()) if inputs.shared is None else inputs.shared
+    shared = runtime.sum(inputs.counts.clone()) if inputs.shared is None else inputs.shared
+    counts = shared.float()
     following: StepInputs | None = None
     metrics: dict[str, Tensor] = {}
     bank = engine.module.bank
@@ -157,11 +160,12 @@ def train_step(
     seen: list[dict[int, Tensor]] = []
     finite: list[Tensor] = []
     for number, own in enumerate(inputs.micro_batches):
-        loss, found = _forward(engine, own, kl_weight, counts, len(inputs.micro_batches), attack,
-                               margin)  # fmt: skip
-        engine.backward(loss)
+        loss, found = _forward(
+            engine, own, kl_weight, counts, len(inputs.micro_batches), runtime, attack, margin
+        )
         if number == 0 and meanwhile is not None:
             following = meanwhile()
+        engine.backward(loss)
         engine.step()
         taps = engine.module.taps
         seen.append(dict(taps.outputs))
@@ -186,13 +190,14 @@ def train_step(
     means["grad_norm"] = to_device(norm, runtime.device)
     means |= dict(zip(("skipped", "stop"), to_device(flags, runtime.device)))
     shares = [value / runtime.world_size for value in means.values()]
-    given = [torch.stack([*sums.values(), *shares])]
+    # in fp64, so that no other order of the sums, behind a checkpoint, gives other counts
+    given = [torch.stack([*sums.values(), *shares]).double()]
     if following is not None:
         given.append(following.counts)
     values, *upcoming = runtime.sum(torch.cat(given)).split([len(one) for one in given])
     if following is not None:
         following = replace(following, shared=upcoming[0])
-    numbers = StepNumbers([*sums, *means, *COUNTS], torch.cat([values, counts]))
+    numbers = StepNumbers([*sums, *means, *COUNTS], torch.cat([values, shared]))
     return numbers, following
 
 
@@ -202,12 +207,13 @@ def _forward(
     kl_weight: float,
     counts: Tensor,
     accumulation: int,
+    runtime: Runtime,
     attack: Intervention | None = None,
     margin: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The objective on one micro-batch."""
     return engine(
-        **inputs,
+        **sent(inputs, runtime.device),
         attack=attack,
         refusal_weights=counts[COUNTS.index("refusal_weights")],
         kl_weight=kl_weight,
@@ -228,9 +234,9 @@ def measure_kl(engine: Any, steps: list[list[MicroBatch]], runtime: Runtime) -> 
     total = torch.zeros(2, device=runtime.device)
     for batches in steps:
         inputs = step_inputs(engine, batches, runtime.device, anchored=False)
-        counts = runtime.sum(inputs.counts)
+        counts = runtime.sum(inputs.counts).float()
         for own in inputs.micro_batches:
-            _, found = _forward(engine, own, 0.0, counts, len(batches))
+            _, found = _forward(engine, own, 0.0, counts, len(batches), runtime)
             total[0] += found["kl_sum"]
         total[1] += counts[0] / runtime.world_size
     engine.train()

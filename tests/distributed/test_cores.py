@@ -20,16 +20,17 @@ import torch
 print(json.dumps([sorted(os.sched_getaffinity(0)), torch.get_num_threads()]))
 """
 OWN = sorted(os.sched_getaffinity(0))
-several = pytest.mark.skipif(len(OWN) < 2, reason="needs two CPUs that this process may use")
+several = pytest.mark.skipif(len(cores()) < 2, reason="needs two cores that this process may use")
 
 
+@pytest.mark.parametrize("name", ["core_cpus_list", "thread_siblings_list"])
 def test_logical_cpus_of_a_core_stay_together(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     for cpu in range(8):
         folder = tmp_path / f"cpu{cpu}" / "topology"
         folder.mkdir(parents=True)
-        (folder / "core_cpus_list").write_text(f"{cpu % 4},{cpu % 4 + 4}\n")
+        (folder / name).write_text(f"{cpu % 4},{cpu % 4 + 4}\n")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3, 4, 5, 7})
     assert cores(tmp_path) == [[0, 4], [1, 5], [2], [3, 7]]
     assert cores(tmp_path / "unknown") == [[0], [1], [2], [3], [4], [5], [7]]

@@ -15,8 +15,8 @@ pytestmark = [
 ]
 
 
-def test_the_host_waits_for_nothing_but_the_gradients_norm(tmp_path: Path) -> None:
-    for alone, ahead in ran(tmp_path, ("zero0", "anchored"), "cuda", "bf16").values():
+def test_the_host_waits_in_the_update_alone(tmp_path: Path) -> None:
+    for alone, ahead in ran(tmp_path, ("zero0", "anchored"), "cuda", "fp32").values():
         assert ahead["sums"] == [2, 1, 1, 1]
-        kl = [(one["numbers"][-1]["kl_sum"], one["numbers"][-1]["sep"]) for one in (alone, ahead)]
-        assert kl[0] == pytest.approx(kl[1], rel=0.05) and all(map(math.isfinite, kl[0]))
+        for one, other in zip(alone["numbers"], ahead["numbers"], strict=True):
+            assert other == pytest.approx(one, rel=1e-3) and all(map(math.isfinite, one.values()))

@@ -71,7 +71,8 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(tmp_path: Path) -> Non
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_stopped_after_every_step(tmp_path: Path, ranks: int) -> None:
     """LoRA with dropout under ZeRO-3, on one rank whole blocks under ZeRO-2 too, and in bf16 under
-    stage 0, with every state that there is."""
+    stage 0, with every state that there is; and without a budget, where a wish to stop is seen
+    during the next step."""
     save_tiny(tmp_path / "model")
     lora = {"trainable": "lora", "lora": {"r": 4, "dropout": 0.1}}
     paths = []
@@ -79,11 +80,14 @@ def test_stopped_after_every_step(tmp_path: Path, ranks: int) -> None:
         ("lora", lora, "zero3"),
         ("blocks", {"teacher": "cache"}, "zero2"),
         ("bf16", {}, "zero0"),
+        ("late", {}, "zero2"),
     ]
-    cases = cases[: 1 if ranks > 1 else 3]
+    cases = [cases[0], cases[3]] if ranks > 1 else cases
     for kind, train, stage in cases:
         model = {"name": str(tmp_path / "model"), "dtype": "bf16" if kind == "bf16" else "fp32"}
         changes = EVERYTHING | {"deepspeed": stage, "model": model}
+        if kind == "late":
+            changes |= {"kl": {"weight": 5.0}}
         paths += [case(tmp_path, f"{kind}-{every}", every, train, **changes) for every in (9, 0)]
         if kind == "lora":
             paths.append(case(tmp_path, "scaled", 9, train | {"update_scale": 0.25}, **changes))
@@ -99,11 +103,29 @@ def test_stopped_after_every_step(tmp_path: Path, ranks: int) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     for kind, *_ in cases:
         whole, parts = tmp_path / f"{kind}-9", tmp_path / f"{kind}-0"
-        assert f"{parts} took 3 starts" in done.stdout
+        assert f"{parts} took {2 if kind == 'late' else 3} starts" in done.stdout
         assert steps(whole) == steps(parts)
         assert weights(whole) == weights(parts)
         assert not (parts / "checkpoints").exists()
     check_scaled(tmp_path / "lora-9", tmp_path / "scaled")
+
+
+def test_a_run_that_meets_its_target_has_the_weights_of_that_step(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model")
+    train = {"lr": 1e-2, "weight_decay": 0.5, "schedule": "constant", "warmup_ratio": 0.0}
+    near = {"margin": 0.5}  # at rest from the start
+    met = case(tmp_path, "met", 9, train | {"steps": 9, "early_stop": True}, separation=near)
+    short = case(tmp_path, "short", 9, train | {"steps": 5}, separation=near)
+    done = subprocess.run(
+        [sys.executable, WORKER, met, short], env=ENVIRONMENT,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert (
+        steps(tmp_path / "met") == steps(tmp_path / "short") and len(steps(tmp_path / "met")) == 5
+    )
+    assert weights(tmp_path / "met") == weights(tmp_path / "short")
+    assert json.loads((tmp_path / "met" / "train.json").read_text())["stopped_early"]
 
 
 def check_scaled(whole: Path, scaled: Path) -> None:

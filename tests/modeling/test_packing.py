@@ -146,7 +146,7 @@ def test_an_attack_does_the_same_to_packed_rows(where: Any, inside: bool, keep: 
     )
     packed = packed_form(rows, model.config, True, where)
     assert packed is not None and packed.tokens == pack(rows).tokens + 3 * (where == "all")
-    given = objective_inputs(rows, packed, torch.device("cpu"), attack=where)
+    given = objective_inputs(rows, packed, attack=where)
     size = (packed.tokens, packed.harmful)
     taps.arm(given["prompt_last"], 2, attack, keep=keep, packed=size, attacked=given["attacked"])
     joined, found, its_slope = passed(

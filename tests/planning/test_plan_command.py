@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from tiny_models import save_tiny, write_prompts
 from transformers import AutoModelForCausalLM
@@ -166,7 +165,7 @@ def test_micro_batches_are_those_that_are_trained(
             pairs = [index.numel() * index.shape[1] for index in packed.rows.index]
             gathered = (sum(sizes), sizes[1])
             tokens = (size, size - packed.harmful, (sum(pairs), pairs[1]), gathered, 0)
-        given = objective_inputs(batch, packed, torch.device("cpu"))
+        given = objective_inputs(batch, packed)
         found.append((tokens, len(given["kl_index"])))
     known = [(dataclasses.astuple(work.tokens), work.kl_tokens) for _, work in works]
     assert known == found and [share for share, _ in works] == [pytest.approx(1 / 5)] * 5

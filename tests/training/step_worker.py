@@ -22,7 +22,7 @@ import torch
 import yaml
 from tiny_models import save_tiny, write_prompts
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from es2fast.config import Config, load_config
 from es2fast.distributed import runtime as runtimes
@@ -138,18 +138,19 @@ def run(config: Config, runtime: Counting, ahead: bool) -> dict[str, Any]:
     following: StepInputs | None = None
 
     def ready(step: int) -> StepInputs:
-        return step_inputs(engine, feed(step), runtime.device, simulated.where(step + 1))
+        with _disable_current_modes():  # on the CPU, wherever the engine is
+            return step_inputs(engine, feed(step), runtime.device, simulated.where(step + 1))
 
     for step in range(STEPS):
         inputs = following or ready(step)
         attack = simulated.for_step(step + 1)
-        upcoming = ready(step + 1) if ahead and step + 1 < STEPS else None
+        upcoming = (lambda after=step + 1: ready(after)) if ahead and step + 1 < STEPS else None
         runtime.sums.clear()
         waits = Waits()
         with waits, lists_told(waits), waiting_forbidden(engine, runtime.device if step else CPU):
             numbers, following = train_step(
                 engine, inputs, config.kl.weight, runtime, attack, simulated.observe,
-                meanwhile=lambda upcoming=upcoming: upcoming,
+                meanwhile=upcoming,
             )  # fmt: skip
         if step:  # at the first ZeRO-3 compares the order of the modules with the other ranks'
             found["waits"] += sorted(waits.found)

@@ -50,6 +50,16 @@ def test_the_same_steps_are_attacked_everywhere_and_none_before_states_are_known
     assert all(never.for_step(step) is None for step in range(1, 50))
 
 
+@pytest.mark.parametrize("name", ["mean_difference", "replacement", "ablation", "scav"])
+def test_where_a_step_is_attacked_is_known_before_it(name: str) -> None:
+    simulated = SimulatedAttack(config(attacks=[name]), [1, 3], ALONE)
+    before = [simulated.where(step) for step in range(1, 30)]
+    simulated.observe(states(), 40)
+    attacks = [simulated.for_step(step) for step in range(1, 30)]
+    assert before == [None if attack is None else attack.where for attack in attacks]
+    assert len(set(before)) == 2
+
+
 def test_steps_are_clean_until_a_probe_can_be_fitted() -> None:
     simulated = SimulatedAttack(config(attacks=["scav"], probability=0.9), [1, 3], ALONE)
     for _ in range(4):

@@ -113,10 +113,6 @@ class TeacherMoments:
         """The same moments on another device."""
         return self._with({n: t.to(device, non_blocking=non_blocking) for n, t in self._tensors()})
 
-    def pin_memory(self) -> TeacherMoments:
-        """The same moments in page-locked memory, out of which a GPU takes them by itself."""
-        return self._with({name: tensor.pin_memory() for name, tensor in self._tensors()})
-
     @staticmethod
     def cat(parts: Sequence[TeacherMoments]) -> TeacherMoments:
         """All tokens of ``parts``, in order. ValueError when they belong to different heads."""
