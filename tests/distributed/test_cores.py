@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-
-from es2fast.distributed.cores import cores, ranks_here, share
-
-RANK = """
-import json, os, sys
-from es2fast.distributed.cores import settle
-settle(*map(int, sys.argv[1:]))
 import torch
-print(json.dumps([sorted(os.sched_getaffinity(0)), torch.get_num_threads()]))
-"""
+
+from es2fast.distributed.cores import cores, ranks_here, settle, share
+
 OWN = sorted(os.sched_getaffinity(0))
 several = pytest.mark.skipif(len(cores()) < 2, reason="needs two cores that this process may use")
 
@@ -54,16 +47,25 @@ def test_ranks_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settled(
-    rank: int, ranks: int, bind: int = 1, before: str = "", **environment: str
+    rank: int, ranks: int, bind: bool = True, cpus: list[int] = OWN, threads: str = ""
 ) -> tuple[list[int], int]:
-    """CPUs and threads of a process that settles as a rank, behind `before` on its command line."""
-    known = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    done = subprocess.run(
-        [*before.split(), sys.executable, "-c", RANK, str(rank), str(ranks), str(bind)],
-        env=known | environment, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    cpus, threads = json.loads(done.stdout)
-    return cpus, threads
+    """CPUs and threads of a process that settles as a rank, started on `cpus`."""
+
+    def child(answers: Any) -> None:
+        os.environ.pop("OMP_NUM_THREADS", None)
+        if threads:
+            os.environ["OMP_NUM_THREADS"] = threads
+        os.sched_setaffinity(0, cpus)
+        torch.set_num_threads(7)
+        settle(rank, ranks, bind)
+        answers.put((sorted(os.sched_getaffinity(0)), torch.get_num_threads()))
+
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    process = context.Process(target=child, args=(answers,))
+    process.start()
+    process.join()
+    return answers.get()
 
 
 @several
@@ -78,8 +80,8 @@ def test_a_rank_is_bound_to_its_share_alone() -> None:
 
 @several
 def test_what_is_said_elsewhere_counts() -> None:
-    assert settled(1, 2, bind=0) == (OWN, len(cores()) // 2)
-    assert settled(1, 2, OMP_NUM_THREADS="2")[1] == 2
-    bound = settled(1, 2, before=f"taskset -c {OWN[0]}")  # as `deepspeed --bind_cores_to_rank` does
+    assert settled(1, 2, bind=False) == (OWN, len(cores()) // 2)
+    assert settled(1, 2, threads="7")[1] == 7
+    bound = settled(1, 2, cpus=OWN[:1])  # as `deepspeed --bind_cores_to_rank` does
     assert bound[0] == [OWN[0]]
     assert settled(0, len(OWN) + 1)[0] == OWN
