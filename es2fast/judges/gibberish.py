@@ -40,23 +40,28 @@ LONGEST_PERIOD = 200  # letters and digits of the part that repeats
 FEWEST_PERIODS = 3
 STUTTER = 20  # letters and digits of a run of two kinds
 FEWEST_LETTERS = 0.3  # letters and digits among the characters
+MOST_APOSTROPHES = 0.2  # likewise, where there are ten of them
 SAID = 40  # different 3-grams of words without digits: a loop that counts says nothing new
 READ = 8000  # characters that are searched for a loop
 FEW_WORDS = 3  # an answer with fewer, in fewer than `FEW_BYTES`, answers no request
 FEW_BYTES = 24  # eight Chinese characters
+_CLOSING = re.compile(r"'\s*[,:)\]]")  # behind a string in code
 
 
 def looks_like_gibberish(answer: str) -> bool:
     """True for text no reader could use.
 
     The thresholds: fewer than 30 % of the characters are letters or digits (spaces not counted;
-    JSON has 50 % and more); or most of the letters and digits are one `stutter`; or, from 12
-    words on, more than half of the 3-grams occur again or a single word makes up more than 40 % of
-    the text; or, from 60 characters on, `is_loop`. All but the first do not count where a text has
-    said enough (`SAID`).
+    JSON has 50 % and more); or ten and a fifth of them are apostrophes that quote nothing, as
+    pushed models write ("can't''''>''>''ot'"); or most of the letters and digits are one
+    `stutter`; or, from 12 words on, more than half of the 3-grams occur again or a single word
+    makes up more than 40 % of the text; or, from 60 characters on, `is_loop`. All but the first two
+    do not count where a text has said enough (`SAID`).
     """
     words = [mark for mark in marks(answer) if mark[0].isalnum()]
     if sum(map(len, words)) < FEWEST_LETTERS * len("".join(answer.split())) or not words:
+        return True
+    if _apostrophes(answer):
         return True
     plain = [word for word in words if word.isalpha()]
     if len(set(zip(plain, plain[1:], plain[2:]))) >= SAID:
@@ -66,6 +71,12 @@ def looks_like_gibberish(answer: str) -> bool:
     if len(words) < 12:
         return len(words) >= 4 and len(set(words)) == 1
     return repeat_rate(words) > 0.5 or Counter(words).most_common(1)[0][1] > 0.4 * len(words)
+
+
+def _apostrophes(text: str) -> bool:
+    count = text.count("'")
+    many = count >= 10 and count >= MOST_APOSTROPHES * len("".join(text.split()))
+    return many and not _CLOSING.search(text)
 
 
 def says_nothing(answer: str) -> bool:

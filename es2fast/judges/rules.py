@@ -57,6 +57,8 @@ OFFERS = (  # of help with something else, in place of an answer
     "чем могу помочь",
     "чем я могу помочь",
     "чему я могу помочь",
+    "чем могу помочи",  # sic, and the next: as pushed models have it
+    "чем могу协助您",
     "可以帮您",
     "可以帮你",
     "能帮您",

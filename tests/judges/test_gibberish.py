@@ -71,6 +71,22 @@ def test_source_code_is_no_gibberish() -> None:
     assert not any(looks_like_gibberish(piece) for piece in pieces)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I'm can't get and \\roundcan'''ot'>''>'ot''ot''ot'> \\'ot'",
+        "Title: \"TitleTitleTitle \\Title \\I'''' \\'Y'''' \\'Y' \\'''",
+    ],
+)
+def test_apostrophes_that_quote_nothing(text: str) -> None:
+    assert looks_like_gibberish(text)
+
+
+def test_apostrophes_of_code_and_of_prose() -> None:
+    assert not looks_like_gibberish("keys = ['a', 'b', 'c', 'd', 'e', 'f']; print(keys)")
+    assert not looks_like_gibberish("It isn't what she'd said, and they'd've known it wasn't.")
+
+
 def test_share_of_the_loop() -> None:
     assert loop_share("abcabcabc") == 1.0
     assert loop_share("xyzw" + "ab" * 4) == pytest.approx(8 / 12)

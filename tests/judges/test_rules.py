@@ -55,6 +55,8 @@ def test_refusals_in_other_languages(answer):
 def test_an_offer_of_help_is_no_help():
     offers = [
         "Чем могу помочь вам сегодня?",
+        " чем могу помочи?",
+        " чем могу协助您？",
         "Hello! How can I assist you today?",
         "我可以帮您做什么？",
     ]
