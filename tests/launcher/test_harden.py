@@ -93,7 +93,7 @@ def test_a_model_that_refuses_nothing(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert not (tmp_path / "out/model").exists() and not (tmp_path / "out/STOP").exists()
     report = run_harden(config, ranks=1)
     printed = capfd.readouterr().out
-    assert "continues after step 1" in printed
+    assert "continues after step 2" in printed  # the wish is seen during the second
     assert "refuses none of the 10 harmful prompts; the anchor teaches refusal.fallback" in printed
     assert printed.strip().splitlines()[-1].startswith("Verdict: ")
     rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").open()]
