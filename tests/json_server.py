@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ class Reply:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-class JsonServer(ThreadingHTTPServer):
+class JsonServer(ThreadingHTTPServer, ABC):
     """Keeps what it was asked: each body, with its `path` and API `key`."""
 
     def __init__(self) -> None:
@@ -32,9 +33,9 @@ class JsonServer(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
+    @abstractmethod
     def reply(self, body: dict[str, Any], number: int) -> Reply:
-        """What a subclass answers to the request of that number, from 1 on."""
-        raise NotImplementedError
+        """The answer to the request of that number, from 1 on."""
 
     @contextmanager
     def running(self) -> Iterator[None]:

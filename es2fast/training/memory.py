@@ -205,7 +205,8 @@ def _copies(
     Of a GPU's: the states of both groups that simulated attacks are fitted on."""
     if device != "cpu":
         robust = config.separation.robust
-        hit = len(attacked_blocks(config, [shape.deepest], len(shape.blocks)))
+        layers = [shape.deepest] if config.layers == "auto" else config.layers
+        hit = len(attacked_blocks(config, layers, len(shape.blocks)))
         rows = -(-robust.states // ranks) if robust.probability else 0
         return 2.0 * 4 * rows * hit * shape.hidden
     kept = 2 * item * shape.trained / split if config.safeguards.keep_every else 0.0

@@ -53,9 +53,11 @@ def needs(
     live: int = 10**8,
     sharded: bool = False,
     shape: Shape = SIZES,
+    robust: dict[str, Any] | None = None,
     **train: Any,
 ) -> Estimate:
-    config = parse_config({"model": {"name": "m"}, "train": {"micro_batch_size": 1} | train})
+    raw = {"model": {"name": "m"}, "layers": [0, 1], "separation": {"robust": robust or {}}}
+    config = parse_config(raw | {"train": {"micro_batch_size": 1} | train})
     zero = {"stage": stage, "reduce_bucket_size": 10**6, "stage3_max_live_parameters": live}
     return estimate(
         config, shape, zero, world_size=ranks, device=device, dtype=dtype,
@@ -198,6 +200,13 @@ def test_the_stage_is_chosen_by_what_a_sharded_head_takes(monkeypatch: Any) -> N
         config = parse_config({"model": {"name": "m"}, "train": {"zero3_head": way}})
         choose_stage(config, model, world_size=4, device="cpu", dtype="fp32", longest=32)
     assert seen[0].gathers - seen[1].gathers == pytest.approx(2 * 4 * 200_000 * 32)
+
+
+def test_states_that_attacks_are_fitted_on_lie_on_a_gpu() -> None:
+    robust = {"probability": 0.5, "attacks": ["mean_difference"], "states": 100}
+    for device, expected in (("cuda", 2 * 4 * 50 * 2 * SIZES.hidden), ("cpu", 0)):
+        seen = [needs(2, 2, device, "bf16", robust=one).workspace for one in (robust, None)]
+        assert seen[0] - seen[1] == pytest.approx(expected)
 
 
 def test_nothing_is_partitioned_where_nobody_gains_by_it() -> None:

@@ -49,9 +49,9 @@ from es2fast.ops.tokens import (
     row_scale,
     saved_dtype,
     scale_gradient,
-    to_device,
     without_autocast,
 )
+from es2fast.transfer import to_device
 
 # --- backends -------------------------------------------------------------------------------------
 
