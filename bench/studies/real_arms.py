@@ -39,6 +39,13 @@ LONG = merged(
     HELD, {"data": MORE | {"refused": "even"}, "kl": {"weight": 60.0}, "train": {"steps": 240}}
 )
 LONGER = merged(LONG, {"train": {"steps": 600, "teacher": "cache"}})
+VARIED = merged(
+    LONGER,
+    {
+        "data": {"harmful": {"limit": 600}},  # all that there are
+        "separation": {"robust": {"attacks": [*ROBUST["attacks"], "ablation"]}},
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -149,6 +156,11 @@ ARMS: dict[str, Arm] = {
     "longer_filtered": Arm(
         "longer, its update filtered (`train.update_filter` 1)", of="longer", filter=1.0
     ),
+    "varied": Arm(
+        "as longer, with all harmful prompts in place of 149; of four simulated attacks two are "
+        "ablations, and every harmful row has a block and a strength of its own",
+        merged(VARIED, {"model": {"dtype": "bf16"}}),
+    ),
     CIRCUIT_BREAKER: Arm(
         "circuit breaker, from its formula; all 390 harmless prompts, 120 steps",
         {"data": MORE, "train": {"steps": 120}},
@@ -177,6 +189,7 @@ ATTACKS: list[tuple[dict[str, Any], int]] = [
     ),
     ({"name": "ablation", "form": "zero", "layer": 12, "position": -1}, 100),
     ({"name": "scav", "trial_prompts": 4, "strengths": [1e-3], "steps": "prompt"}, 100),
+    ({"name": "ablation", "form": "zero"}, 50),
     ({"name": "template"}, 50),
     ({"name": "roleplay"}, 50),
     ({"name": "repe", "trial_prompts": 4}, 50),
@@ -192,8 +205,11 @@ ATTACKS: list[tuple[dict[str, Any], int]] = [
 
 
 def label(attack: dict[str, Any]) -> str:
-    """Of an attack in tables: its name, and whether one prompt has to serve for all."""
-    return attack["name"] + (", universal" if attack.get("universal") else "")
+    """Of an attack in tables: its name, whether one prompt has to serve for all, and whether it
+    searches the direction that elsewhere is given."""
+    searched = attack["name"] == "ablation" and "layer" not in attack
+    how = ", universal" * bool(attack.get("universal")) + ", searched" * searched
+    return str(attack["name"]) + how
 
 
 def answer_tokens(attack: dict[str, Any], tokens: int) -> int:

@@ -191,13 +191,14 @@ def add_row(
 
 def config_hash(config: Config) -> str:
     """12 hexadecimal digits over what of the defaults a model is not made with, and how many
-    harmless prompts, wherever its files lie; so a key that comes with a later version leaves it as
+    prompts, wherever its files lie; so a key that comes with a later version leaves it as
     it is."""
     elsewhere = {"model", "data", "output_dir", "evaluate"}
     plain = config.model_dump(mode="json", exclude=elsewhere, exclude_defaults=True)
-    limit = config.data.harmless[0].limit
-    prompts = {"refused": config.data.refused} if config.data.refused != "keep" else {}
-    plain |= prompts | ({"harmless": limit} if limit != PROMPTS else {})
+    plain |= {"refused": config.data.refused} if config.data.refused != "keep" else {}
+    for group in ("harmful", "harmless"):
+        limit = getattr(config.data, group)[0].limit
+        plain |= {group: limit} if limit != PROMPTS else {}
     plain |= {"dtype": config.model.dtype} if config.model.dtype != "fp32" else {}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -67,12 +67,12 @@ class RobustConfig(Section):
     )
     blocks: Literal["separated", "all"] = Field(
         "separated",
-        description="where mean_difference and replacement act, one block drawn per step; all "
+        description="where mean_difference and replacement act, one block drawn per row; all "
         "needs a refusal anchor, without which harmful rows end at the deepest separated block",
     )
     strength: tuple[float, float] = Field(
         (1.0, 1.0),
-        description="range of the mean difference's strength, drawn per step, in units of the "
+        description="range of the mean difference's strength, drawn per row, in units of the "
         "current gap between the groups' means",
     )
     states: int = Field(

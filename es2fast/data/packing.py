@@ -56,8 +56,8 @@ class AttentionRows:
 class Packed:
     """A micro-batch's tokens, packed; of a row's prefix all rows have the same places.
 
-    input_ids, position_ids: (1, S) int64. segment_ids: (1, S) int64, 0 in the prefix, -1 in one
-    that harmful rows have apart, row + 1 in a suffix. harmful: tokens that belong to harmful rows
+    input_ids, position_ids: (1, S) int64. segment_ids: (1, S) int64, 0 in the prefix, row + 1 in a
+    suffix, -(row + 1) in a row that has no part in the prefix. harmful: tokens of harmful rows
     alone. place: (n + m, T) int64, where a token of the padded batch is now; padding: undefined.
     rows: the harmful and the harmless ones, for attention.
     """
@@ -77,9 +77,7 @@ class Packed:
     def mask(self, dtype: torch.dtype) -> Tensor:
         """(1, 1, S, S) to be added to attention scores of `dtype`: 0 where a token sees another."""
         segment, position = self.segment_ids[0], self.position_ids[0]
-        harmful = torch.arange(self.tokens, device=segment.device) < self.harmful
-        prefix = -(harmful & (segment < 0).any()).long()  # the segment of each token's own
-        own = (segment == segment[:, None]) | (segment == prefix[:, None])
+        own = (segment == segment[:, None]) | ((segment == 0) & (segment[:, None] > 0))
         hidden = ~(own & (position <= position[:, None]))
         scores = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
         return scores.masked_fill_(hidden, torch.finfo(dtype).min)[None, None]
@@ -100,50 +98,49 @@ def pack(batch: MicroBatch, apart: bool = False) -> Packed:
 
     Args:
         batch: n harmful and m harmless rows, padded on the left.
-        apart: the harmful rows share no prefix with the harmless ones.
+        apart: the harmful rows share no prefix, neither with the harmless ones nor among them.
     """
     ids, mask, n = batch.input_ids, batch.attention_mask.bool(), batch.num_harmful
     width = ids.shape[1]
     start = width - mask.sum(1)  # first real column of each row
     shared = _prefix(ids, start, int((batch.prompt_last - start).min()))
+    begin = torch.full_like(start, shared)  # of each row's suffix, within the row
+    if apart:
+        begin[:n] = 0
     column = torch.arange(width)
-    suffix = column >= (start + shared)[:, None]
+    suffix = column >= (start + begin)[:, None]
     lengths = suffix.sum(1)
-    own = int(lengths[:n].sum())
-    harmful = own + shared * apart
-    before = lengths.cumsum(0) - lengths + shared * apart  # of each row's suffix
+    harmful = int(lengths[:n].sum())
+    before = lengths.cumsum(0) - lengths
     before[n:] += shared
     position = column - start[:, None]
-    prefix_place = position + harmful
-    if apart:
-        prefix_place[:n] = position[:n]
-    place = torch.where(suffix, before[:, None] + position - shared, prefix_place)
+    place = torch.where(suffix, (before - begin)[:, None] + position, position + harmful)
     rows, columns = suffix.nonzero(as_tuple=True)
     first = int(start[0])
-    common = ids[0, first : first + shared]
+    segment = torch.where(begin[rows] < shared, -1, 1) * (rows + 1)
 
-    def joined(suffixes: Tensor, prefix: Tensor, of_harmful: Tensor) -> Tensor:
-        front = of_harmful[: harmful - own]  # empty unless apart
-        return torch.cat([front, suffixes[:own], prefix, suffixes[own:]])[None]
+    def joined(suffixes: Tensor, prefix: Tensor) -> Tensor:
+        return torch.cat([suffixes[:harmful], prefix, suffixes[harmful:]])[None]
 
     prefix = torch.arange(shared)
-    zeros = torch.zeros_like(prefix)
     return Packed(
-        input_ids=joined(ids[rows, columns], common, common),
-        position_ids=joined(position[rows, columns], prefix, prefix),
-        segment_ids=joined(rows + 1, zeros, zeros - 1),
+        input_ids=joined(ids[rows, columns], ids[0, first : first + shared]),
+        position_ids=joined(position[rows, columns], prefix),
+        segment_ids=joined(segment, torch.zeros_like(prefix)),
         harmful=harmful,
         place=place,
-        rows=_attention_rows(place, lengths + shared, shared, n),
+        rows=_attention_rows(place, lengths + begin, begin, n),
     )
 
 
-def _attention_rows(place: Tensor, lengths: Tensor, shared: int, n: int) -> AttentionRows:
-    """Of rows padded on the left: place (R, T), lengths (R,), P, and the number of harmful rows."""
+def _attention_rows(place: Tensor, lengths: Tensor, begin: Tensor, n: int) -> AttentionRows:
+    """Of rows padded on the left: place (R, T), lengths (R,), where their suffixes begin (R,), and
+    the number of harmful rows."""
     width = place.shape[1]
     tokens = int(place[:, -1].max()) + 1
     index, prefixes, home, before = [], [], torch.zeros(tokens, dtype=torch.int64), 0
-    for rows, length in ((place[:n], lengths[:n]), (place[n:], lengths[n:])):
+    for group in (slice(0, n), slice(n, None)):
+        rows, length, shared = place[group], lengths[group], int(begin[group][0])
         column = torch.arange(int(length.max()))
         own = column < length[:, None]
         one = rows.gather(1, (width - length[:, None] + column).clamp_max(width - 1))

@@ -29,15 +29,16 @@ Where = Literal["last", "onwards", "all"]
 class Intervention:
     """What a simulated attack makes of the harmful rows' block outputs.
 
-    layers: blocks at whose output it acts; change: (layer, states (k, H) fp32) -> the states in
-    their place, (k, H); where: at the last prompt token, at it and all later ones (an answer's,
-    which an attack changes while it is decoded), or at every token; name: of the attack; inside: it
-    also acts on what attention and MLP of these blocks add to the stream, and on the first block's
-    input, so that nothing in a block reads another one.
+    layers: blocks at whose output it acts; change: (layer, states (k, H) fp32, the number in the
+    step of the harmful row that each belongs to (k,)) -> the states in their place, (k, H); where:
+    at the last prompt token, at it and all later ones (an answer's, which an attack changes while
+    it is decoded), or at every token; name: of the attack; inside: it also acts on what attention
+    and MLP of these blocks add to the stream, and on the first block's input, so that nothing in a
+    block reads another one.
     """
 
     layers: frozenset[int]
-    change: Callable[[int, Tensor], Tensor]
+    change: Callable[[int, Tensor, Tensor], Tensor]
     where: Where = "onwards"
     name: str = ""
     inside: bool = False
@@ -280,7 +281,7 @@ class SeparationTaps:
         self._rows = 0
         self._num_harmful = 0
         self._packed: tuple[int, int] | None = None
-        self._attacked: tuple[Tensor, Tensor] | None = None
+        self._attacked: tuple[Tensor, Tensor, Tensor] | None = None
         self._keep_all = False
         every, points = blocks(model), tap_points(model, layers, space)
         hit = layers if attacked is None else attacked
@@ -303,7 +304,7 @@ class SeparationTaps:
         *,
         keep: bool = False,
         packed: tuple[int, int] | None = None,
-        attacked: tuple[Tensor, Tensor] | None = None,
+        attacked: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> None:
         """Before the student's pass.
 
@@ -320,9 +321,10 @@ class SeparationTaps:
             keep: let the harmful rows run to the end.
             packed: the rows are one sequence of so many tokens, of which so many at the beginning
                 belong to harmful rows alone.
-            attacked: rows and columns of the states that the attack changes, each (k,) and none
-                twice; default: where `attacked_positions` finds them in padded rows, for which the
-                host waits.
+            attacked: rows and columns of the states that the attack changes, none twice, and the
+                number in the step of each one's harmful row, (k,) each; default: where
+                `attacked_positions` finds them in padded rows, for which the host waits, rows
+                numbered from 0.
 
         Raises:
             ValueError: an attack on a packed sequence without its places.
@@ -399,10 +401,11 @@ class SeparationTaps:
         assert self._positions is not None
         if self._attacked is None:
             last = self._positions[: self._num_harmful]
-            self._attacked = attacked_positions(attack.where, last, hidden.shape[1])
-        rows, columns = self._attacked
-        place = (rows.to(hidden.device), columns.to(hidden.device))
-        changed = attack.change(layer, hidden[place].float())
+            found = attacked_positions(attack.where, last, hidden.shape[1])
+            self._attacked = (*found, found[0])
+        rows, columns, owner = (one.to(hidden.device) for one in self._attacked)
+        place = (rows, columns)
+        changed = attack.change(layer, hidden[place].float(), owner)
         return hidden.index_put(place, changed.to(hidden.dtype))
 
     def _keep(self, layer: int) -> Callable[..., None]:

@@ -81,7 +81,7 @@ def _micro_batches(
 ) -> Iterator[tuple[list[int], list[int], list[tuple[float, Tokens]]]]:
     """Harmful and harmless rows of rank 0's micro-batches of the first steps, and in which forms
     each is computed how often: padded or packed, and where an attack on every token is simulated
-    packed with a prefix of the harmful rows' own."""
+    packed with harmful rows that have no part in the prefix."""
     config = plan.config
     model: Any = make_skeleton(config.model, plan.model).config  # knows its attention
     hidden, robust = model.get_text_config().hidden_size, config.separation.robust

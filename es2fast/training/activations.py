@@ -59,10 +59,10 @@ class Tokens:
             harmful, harmless: tokens of each row, the prefix included.
             shared: tokens of the prefix.
             by_rows: each is attended for itself; otherwise densely, under a mask.
-            apart: harmful and harmless rows have a prefix each.
+            apart: the harmful rows have no part in the prefix.
         """
         upper = sum(harmless) - shared * (len(harmless) - 1)
-        lower = sum(harmful) - shared * (len(harmful) - apart) + upper
+        lower = sum(harmful) - (0 if apart else shared * len(harmful)) + upper
         if not by_rows:
             return cls(lower, upper, (lower**2, upper**2), mask=lower**2)
         groups = [(len(rows) * max(rows), max(rows)) for rows in (harmful, harmless)]

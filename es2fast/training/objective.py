@@ -141,7 +141,7 @@ class ES2Objective(nn.Module):
         refusal_weights: Tensor | None = None,
         target: Tensor | TeacherMoments | None = None,
         packed: Packed | None = None,
-        attacked: tuple[Tensor, Tensor] | None = None,
+        attacked: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One micro-batch.
 
@@ -164,7 +164,7 @@ class ES2Objective(nn.Module):
             target: what a cache holds of the base model at the tokens of kl_index; default: it
                 runs here.
             packed: the rows are one sequence.
-            attacked: rows and columns that the attack changes, see `SeparationTaps.arm`.
+            attacked: what the attack changes, see `SeparationTaps.arm`.
 
         Returns:
             the loss to call backward on (scaled so that DeepSpeed's averages come out right), and

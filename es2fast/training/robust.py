@@ -19,10 +19,14 @@ again; with a refusal anchor the answer has to refuse all the same.
 Additions are constants of the step, so their gradient is that of the state; a replaced state has
 none and an ablated one none along r, as it is for the attacker.
 
+That one block, and c, are every harmful row's own: a step meets as many of an attacker's choices
+as it has rows. With one choice for all rows, a run of 600 steps met each direction of ablation some
+seven times, and four of the fourteen got through it afterwards (docs/real_models.md).
+
 Means and probes are those of recent clean steps over all ranks, fitted anew every few steps, by an
-all-reduce per block and, of probes, on rank 0's CPU, for which everyone waits. Which
-step is attacked, by what, where and how strongly is a function of (seed, step), so it is the same
-on all ranks.
+all-reduce per block and, of probes, on rank 0's CPU, for which everyone waits. Which step is
+attacked, by what, and each row where and how strongly, is a function of (seed, step), so it is the
+same however the rows are shared out.
 """
 
 from __future__ import annotations
@@ -41,6 +45,7 @@ from es2fast.distributed.runtime import Runtime
 from es2fast.modeling.taps import Intervention, Where
 from es2fast.probing.probes import Probe
 from es2fast.training.bank import part_rows
+from es2fast.transfer import to_device
 
 FEWEST = 4  # states per group that a probe is fitted on
 _WHERE: dict[str, Where] = {"replacement": "last", "ablation": "all"}  # others: onwards
@@ -62,6 +67,8 @@ class SimulatedAttack:
     ):
         self._settings = config.separation.robust
         self._seed = config.train.seed
+        train = config.train
+        self._rows = train.micro_batch_size * train.gradient_accumulation * runtime.world_size
         self._layers = list(layers)
         self._runtime = runtime
         self._reached = _reached(config, layers, depth)
@@ -113,27 +120,28 @@ class SimulatedAttack:
         drawn = self._drawn(step)
         return None if drawn is None else _where(drawn[0])
 
-    def _drawn(self, step: int) -> tuple[str, int, float] | None:
-        """Attack, block and strength of a step."""
+    def _drawn(self, step: int) -> tuple[str, list[int], list[float]] | None:
+        """Attack of a step, and the blocks and strengths that its rows have in turn."""
         settings = self._settings
         if not settings.probability:
             return None
         draw = random.Random(f"{self._seed}/robust/{step}")
         attacked = draw.random() < settings.probability
         name = draw.choice(settings.attacks)
-        layer = draw.choice(self._candidates(name))
-        strength = draw.uniform(*settings.strength)
-        return (name, layer, strength) if attacked else None
+        layers = self._candidates(name)
+        draw.shuffle(layers)
+        strengths = [draw.uniform(*settings.strength) for _ in layers]
+        return (name, layers[: self._rows], strengths[: self._rows]) if attacked else None
 
     def _candidates(self, name: str) -> list[int]:
         """Blocks of which one is drawn. An ablated direction is found in the middle, as the
         attacker finds it: the first blocks' does nothing, and the last ones' is not looked at
         (arXiv 2406.11717, l < 0.8 L)."""
         if self._settings.blocks == "separated":
-            return self._layers
+            return list(self._layers)
         depth = len(self._reached)
         middle = [i for i in self._reached if 0.25 * depth <= i < 0.8 * depth]
-        return middle if name == "ablation" and middle else self._reached
+        return middle if name == "ablation" and middle else list(self._reached)
 
     def _known(self) -> bool:
         """There are states to fit on; as many on every rank, so all ranks say the same."""
@@ -152,37 +160,37 @@ class SimulatedAttack:
             a, b = (torch.cat(pair)[-most:] for pair in zip(old, new))
             self._kept[layer] = (a, b)
 
-    def _made(self, name: str, layer: int, strength: float) -> Intervention:
-        harmful, harmless = self._means[layer]
-        if name == "replacement":
+    def _made(self, name: str, layers: list[int], strengths: list[float]) -> Intervention:
+        if name == "scav":
+            scav = self._scav
+            assert scav is not None
             return Intervention(
-                frozenset([layer]),
-                lambda i, states: harmless.to(states.device).expand_as(states),
+                frozenset(scav.layers()),
+                lambda i, states, rows: states + scav.push(i, states.detach()),
                 _where(name),
                 name,
             )
+        harmful, harmless = (torch.stack([self._means[i][side] for i in layers]) for side in (0, 1))
+        turns = len(layers)
         if name == "ablation":
             gap = harmful - harmless
-            unit = gap / gap.norm().clamp_min(1e-12)
+            units = gap / gap.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
-            def ablated(i: int, states: Tensor) -> Tensor:
-                r = unit.to(states.device)
-                return states - (states @ r)[:, None] * r
+            def ablated(i: int, states: Tensor, rows: Tensor) -> Tensor:
+                r = units.to(states.device)[rows % turns]
+                return states - (states * r).sum(1, keepdim=True) * r
 
             return Intervention(frozenset(self._reached), ablated, _where(name), name, inside=True)
-        if name == "mean_difference":
-            shift = strength * (harmless - harmful)
-            return Intervention(
-                frozenset([layer]),
-                lambda i, states: states + shift.to(states.device),
-                _where(name),
-                name,
-            )
-        scav = self._scav
-        assert scav is not None
-        return Intervention(
-            frozenset(scav.layers()), lambda i, x: x + scav.push(i, x.detach()), _where(name), name
-        )
+        block = to_device(torch.tensor(layers), harmful.device)
+        shift = to_device(torch.tensor(strengths), harmful.device)[:, None] * (harmless - harmful)
+
+        def changed(i: int, states: Tensor, rows: Tensor) -> Tensor:
+            turn = rows % turns
+            to, by, at = (one.to(states.device)[turn] for one in (harmless, shift, block))
+            new = to if name == "replacement" else states + by
+            return torch.where((at == i)[:, None], new, states)
+
+        return Intervention(frozenset(layers), changed, _where(name), name)
 
     def _fit(self) -> None:
         """Means of all ranks' states; probes on rank 0, sent to the others."""

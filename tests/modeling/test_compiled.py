@@ -18,8 +18,8 @@ from es2fast.modeling.taps import Intervention, SeparationTaps, backbone, blocks
 
 HARMFUL = 2
 CLEAN = None
-OUTSIDE = Intervention(frozenset([0]), lambda layer, states: 0.5 * states)
-INSIDE = Intervention(frozenset([0]), lambda layer, states: 0.5 * states, "all", inside=True)
+OUTSIDE = Intervention(frozenset([0]), lambda layer, states, rows: 0.5 * states)
+INSIDE = Intervention(frozenset([0]), lambda layer, states, rows: 0.5 * states, "all", inside=True)
 
 
 def loss_and_gradient(

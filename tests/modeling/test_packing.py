@@ -55,11 +55,11 @@ def test_the_common_beginning_is_there_once_and_harmful_suffixes_come_first() ->
         assert packed.input_ids[0, place[mask.bool()]].tolist() == row
 
 
-def test_a_beginning_of_the_harmful_rows_own_is_cut_off_with_them() -> None:
+def test_harmful_rows_that_are_whole_are_cut_off() -> None:
     packed = pack(batch(), apart=True)
-    assert packed.harmful == 3 + 5 and packed.tokens == pack(batch()).tokens + 3
-    assert packed.input_ids.tolist()[0][:11] == [1, 4, 8, 12, 5, 7, 9, 5, 1, 4, 8]
-    assert packed.segment_ids.tolist()[0][:11] == [-1] * 3 + [1] * 2 + [2] * 3 + [0] * 3
+    assert packed.harmful == 5 + 6 and packed.tokens == pack(batch()).tokens + 2 * 3
+    assert packed.input_ids.tolist()[0][:14] == [*ROWS[0], *ROWS[1], 1, 4, 8]
+    assert packed.segment_ids.tolist()[0][:14] == [-1] * 5 + [-2] * 6 + [0] * 3
     for row, place, mask in zip(ROWS, packed.place, batch().attention_mask):
         assert packed.input_ids[0, place[mask.bool()]].tolist() == row
     upper = packed.rows.without_first(packed.harmful)
@@ -125,7 +125,10 @@ def test_an_attack_does_the_same_to_packed_rows(where: Any, inside: bool, keep: 
     packed_attention.install(model)
     rows = batch()
     attack = Intervention(
-        frozenset({0, 1, 2}), lambda i, x: 0.5 * x + 0.1 * (i + 1), where, inside=inside
+        frozenset({0, 1, 2}),
+        lambda i, x, rows: 0.5 * x + 0.1 * (i + 1 + rows[:, None]),
+        where,
+        inside=inside,
     )
     every = backbone(model).layers
     parts = [(i, part) for i, b in enumerate(every) for part in (b.self_attn, b.mlp)]
@@ -145,8 +148,10 @@ def test_an_attack_does_the_same_to_packed_rows(where: Any, inside: bool, keep: 
         input_ids=rows.input_ids, attention_mask=mask, position_ids=position_ids(mask)
     )
     packed = packed_form(rows, model.config, True, where)
-    assert packed is not None and packed.tokens == pack(rows).tokens + 3 * (where == "all")
+    assert packed is not None and packed.tokens == pack(rows).tokens + 6 * (where == "all")
     given = objective_inputs(rows, packed, attack=where)
+    later = objective_inputs(rows, packed, attack=where, before=6)["attacked"][2]
+    assert later.unique().tolist() == [6, 7]
     size = (packed.tokens, packed.harmful)
     taps.arm(given["prompt_last"], 2, attack, keep=keep, packed=size, attacked=given["attacked"])
     joined, found, its_slope = passed(

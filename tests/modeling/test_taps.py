@@ -150,7 +150,7 @@ def test_an_answer_is_pushed_at_all_of_its_positions() -> None:
     handle = blocks(model)[1].register_forward_hook(
         lambda module, args, output: outputs.append(hidden_of(output).detach())
     )
-    doubled = Intervention(frozenset([1]), lambda layer, states: 2 * states + 1.0)
+    doubled = Intervention(frozenset([1]), lambda layer, states, rows: 2 * states + 1.0)
     for attack in (None, doubled):
         taps.arm(torch.tensor([3, 5, 4]), 2, attack, keep=True)
         run(model)

@@ -73,6 +73,11 @@ def attacks_of(simulated: SimulatedAttack, count: int = 200) -> list[Interventio
     return [attack for attack in found if attack is not None]
 
 
+def changed(attack: Intervention, layer: int, sample: Tensor, row: int = 0) -> Tensor:
+    """States (k, H) of the step's harmful row `row`."""
+    return attack.change(layer, sample, torch.full((len(sample),), row))
+
+
 @pytest.mark.parametrize("name", ["mean_difference", "scav"])
 def test_the_push_is_that_of_the_evaluations_attack(name: str) -> None:
     simulated = SimulatedAttack(config(attacks=[name]), [1, 3], ALONE)
@@ -81,15 +86,17 @@ def test_the_push_is_that_of_the_evaluations_attack(name: str) -> None:
     reference.fit(*({i: v[part] for i, v in states().items()}
                     for part in (slice(0, 40), slice(40, 80))))  # fmt: skip
     found = attacks_of(simulated)
-    if name == "scav":
-        assert {attack.layers for attack in found} == {frozenset({1, 3})}
-    else:  # one block at a time, both in turn
-        assert {attack.layers for attack in found} == {frozenset({1}), frozenset({3})}
-    attack = next(attack for attack in found if 1 in attack.layers)
-    assert attack.where == "onwards" and attack.name == name
+    assert {attack.layers for attack in found} == {frozenset({1, 3})}
     sample = states()[1][:5]
-    torch.testing.assert_close(attack.change(1, sample) - sample, reference.push(1, sample),
-                               rtol=1e-4, atol=1e-5)  # fmt: skip
+    for attack in found:
+        assert attack.where == "onwards" and attack.name == name
+        pushes = [changed(attack, 1, sample, row) - sample for row in range(4)]
+        pushed = [row for row, push in enumerate(pushes) if push.any()]
+        for row in pushed:
+            torch.testing.assert_close(pushes[row], reference.push(1, sample),
+                                       rtol=1e-4, atol=1e-5)  # fmt: skip
+        # each row at a block of its own, in turn
+        assert pushed in ([[0, 1, 2, 3]] if name == "scav" else [[0, 2], [1, 3]])
 
 
 def test_strengths_are_drawn_from_the_range() -> None:
@@ -98,10 +105,14 @@ def test_strengths_are_drawn_from_the_range() -> None:
     rows = states()
     sizes = []
     for attack in attacks_of(simulated):
-        (layer,) = attack.layers
-        gap = (rows[layer][40:].mean(0) - rows[layer][:40].mean(0)).norm()
-        zero = torch.zeros(1, 8)
-        sizes.append(float(attack.change(layer, zero).norm() / gap))
+        own = []
+        for layer in (1, 3):
+            gap = (rows[layer][40:].mean(0) - rows[layer][:40].mean(0)).norm()
+            two = [changed(attack, layer, torch.zeros(1, 8), row).norm() / gap for row in (0, 1)]
+            assert min(two) == 0.0  # the other row's block
+            own.append(float(max(two)))
+        assert own[0] != own[1]
+        sizes += own
     assert 0.5 <= min(sizes) < 0.7 and 1.8 < max(sizes) <= 2.0
 
 
@@ -118,13 +129,20 @@ def test_ablation_leaves_no_component_and_replacement_only_the_mean() -> None:
     for attack in found:
         if attack.name == "ablation":
             assert attack.where == "all" and attack.layers == frozenset(range(4))
-            left = [(attack.change(0, sample) @ r).abs().max() / r.norm() for r in directions]
-            assert min(left) < 1e-5
+            gone = []
+            for row in range(2):
+                along = changed(attack, 0, sample, row)
+                left = [(along @ r).abs().max() / r.norm() for r in directions]
+                gone.append([one < 1e-5 for one in left])
+            assert sorted(gone) == [[False, True], [True, False]]  # a direction for each row
         else:
             assert attack.where == "last"
-            (layer,) = attack.layers
-            expected = rows[layer][40:].mean(0).expand(6, 8)
-            torch.testing.assert_close(attack.change(layer, sample), expected)
+            for layer in attack.layers:
+                expected = rows[layer][40:].mean(0).expand(6, 8)
+                two = [changed(attack, layer, sample, row) for row in (0, 1)]
+                assert sum(torch.equal(one, sample) for one in two) == 1
+                one = next(one for one in two if not torch.equal(one, sample))
+                torch.testing.assert_close(one, expected)
 
 
 def test_attacks_reach_every_block_only_with_an_anchor() -> None:
@@ -148,8 +166,8 @@ def test_only_the_most_recent_states_are_kept() -> None:
     simulated.observe(states(shift=50.0), 40)
     simulated.observe(states(shift=2.0), 40)
     attack = attacks_of(simulated)[0]
-    (layer,) = attack.layers
-    assert attack.change(layer, torch.zeros(1, 8)).mean() == pytest.approx(-2.0, abs=0.5)
+    pushes = [changed(attack, 1, torch.zeros(1, 8), row).mean() for row in (0, 1)]
+    assert min(pushes) == pytest.approx(-2.0, abs=0.5) and max(pushes) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -161,7 +179,7 @@ def test_an_intervention_changes_harmful_rows_at_its_positions_alone(
 ) -> None:
     model = tiny_model("llama").double()
     ids = torch.tensor([[1, 4, 10, 16], [1, 4, 8, 12]])
-    attack = Intervention(frozenset({2}), lambda layer, states: states * 0.0 + 7.0, where)
+    attack = Intervention(frozenset({2}), lambda layer, states, rows: states * 0.0 + 7.0, where)
     seen: list[Tensor] = []
     taps = SeparationTaps(model, [0, 2], attacked=[0, 1, 2])
     handle = model.model.layers[2].register_forward_hook(
@@ -187,7 +205,7 @@ def test_the_simulated_ablation_is_that_of_the_evaluation(family: str) -> None:
     generator = torch.Generator().manual_seed(0)
     simulated.observe({i: torch.randn(8, 32, generator=generator) for i in range(4)}, 4)
     attack = next(a for a in map(simulated.for_step, range(1, 50)) if a is not None)
-    unit = attack.change(0, torch.eye(32)) - torch.eye(32)  # -r r^T
+    unit = changed(attack, 0, torch.eye(32)) - torch.eye(32)  # -r r^T
     unit = unit[:, unit.diagonal().abs().argmax()]
     parts = [(i, part) for i, b in enumerate(model.model.layers) for part in (b.self_attn, b.mlp)]
     taps = SeparationTaps(model, [1, 2], attacked=range(4), parts=parts)
@@ -204,6 +222,7 @@ def test_the_simulated_ablation_is_that_of_the_evaluation(family: str) -> None:
 
 def test_ablated_directions_are_those_of_the_middle_blocks() -> None:
     raw: dict[str, Any] = {"model": {"name": "m"}, "refusal": {"weight": 1.0}}
+    raw["train"] = {"micro_batch_size": 2, "gradient_accumulation": 2}
     raw["separation"] = {"robust": {"probability": 0.9, "blocks": "all",
                                     "attacks": ["ablation", "mean_difference"]}}  # fmt: skip
     simulated = SimulatedAttack(parse_config(raw), [1, 2], ALONE, depth=10)
@@ -214,9 +233,12 @@ def test_ablated_directions_are_those_of_the_middle_blocks() -> None:
     ablated_along, pushed = set(), set()
     for attack in attacks_of(simulated, 300):
         if attack.name == "ablation":
-            left = attack.change(0, torch.eye(10)).diagonal()
-            ablated_along.add(int(left.argmin()))
+            own = [int(changed(attack, 0, torch.eye(10), row).diagonal().argmin())
+                   for row in range(4)]  # fmt: skip
+            assert len(set(own)) == 4
+            ablated_along |= {*own}
         else:
+            assert len(attack.layers) == 4  # as many as rows
             pushed |= attack.layers
     assert ablated_along == {3, 4, 5, 6, 7} and pushed == set(range(10))
 
@@ -243,7 +265,7 @@ def test_blocks_above_read_the_pushed_state_and_the_gradient_goes_through(space:
     ids = torch.tensor([[1, 4, 10, 16, 5, 23], [1, 4, 8, 12, 13, 5]])
     taps = SeparationTaps(model, [0, 2], space)
     both = Intervention(
-        frozenset({0, 2}), lambda i, states: states + (states * 0.3 + 0.1 * (i + 1)).detach()
+        frozenset({0, 2}), lambda i, states, rows: states + (states * 0.3 + 0.1 * (i + 1)).detach()
     )
     taps.arm(torch.tensor([5, 5]), 1, both)
     backbone(model)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
