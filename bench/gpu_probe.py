@@ -30,10 +30,10 @@ from es2fast import linear_kl_div
 from es2fast.ops.gemms import (
     add_weight_gradient,
     input_gradient,
-    logit_rows,
     logits_into,
     weight_gradient,
 )
+from es2fast.ops.scratch import logit_rows
 
 SHAPE, QUICK_SHAPE = (8192, 4096, 128256), (96, 32, 300)
 CHUNKS, QUICK_CHUNKS = (1024, 2048, 4096, 8192), (32, 96)

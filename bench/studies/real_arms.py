@@ -52,13 +52,14 @@ VARIED = merged(
 class Arm:
     """One way to make a model: what it is, and what differs from `TRAINING`; or what becomes of the
     update of the arm `of`: its share `scale`, or what `filter` leaves (`train.update_scale`,
-    `train.update_filter`)."""
+    `train.update_filter`). contrast: the unsafe half of XSTest is among the harmful prompts."""
 
     words: str
     changes: dict[str, Any] = field(default_factory=dict)
     of: str | None = None
     scale: float = 1.0
     filter: float = 0.0
+    contrast: bool = False
 
 
 # Steps and batch are what two CPU cores can do.
@@ -160,6 +161,11 @@ ARMS: dict[str, Arm] = {
         "as longer, with all harmful prompts in place of 149; of four simulated attacks two are "
         "ablations, and every harmful row has a block and a strength of its own",
         merged(VARIED, {"model": {"dtype": "bf16"}}),
+    ),
+    "contrast": Arm(
+        "as varied, the unsafe half of XSTest among the harmful prompts",
+        merged(VARIED, {"model": {"dtype": "bf16"}}),
+        contrast=True,
     ),
     CIRCUIT_BREAKER: Arm(
         "circuit breaker, from its formula; all 390 harmless prompts, 120 steps",

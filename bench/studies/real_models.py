@@ -81,6 +81,9 @@ def configuration(
         arm = ARMS[name]
         raw = merged(raw, ARMS[arm.of or name].changes)
         raw["train"] |= {"update_scale": arm.scale, "update_filter": arm.filter}
+        if arm.contrast:
+            unsafe = {"source": str(arguments.borderline), "where": {"label": "unsafe"}}
+            raw["data"]["harmful"] = [raw["data"]["harmful"], unsafe]
     raw = merged(raw, changes or {})
     raw["train"]["seed"] = arguments.seed
     return parse_config(raw)
@@ -197,8 +200,9 @@ def config_hash(config: Config) -> str:
     plain = config.model_dump(mode="json", exclude=elsewhere, exclude_defaults=True)
     plain |= {"refused": config.data.refused} if config.data.refused != "keep" else {}
     for group in ("harmful", "harmless"):
-        limit = getattr(config.data, group)[0].limit
-        plain |= {group: limit} if limit != PROMPTS else {}
+        first, *more = getattr(config.data, group)
+        plain |= {group: first.limit} if first.limit != PROMPTS else {}
+        plain |= {f"more {group}": [one.where for one in more]} if more else {}
     plain |= {"dtype": config.model.dtype} if config.model.dtype != "fp32" else {}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 

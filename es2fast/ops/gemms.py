@@ -21,13 +21,6 @@ UPCAST_ROWS = 4096  # weight rows upcast at a time where no mixed-precision GEMM
 # Tiles of 128 x 256 from which on cuBLAS has no use for splitting k, whose parts it would add up in
 # 16 bits (torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction): waves of any GPU.
 TILES_WITHOUT_SPLIT = 512
-LINE = 128  # logit rows start at multiples of this many elements, so that odd V stay aligned
-
-
-def logit_rows(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An empty (rows, vocab) buffer whose row stride is vocab rounded up to a multiple of LINE."""
-    pitch = -(-vocab // LINE) * LINE
-    return torch.empty(rows, pitch, dtype=dtype, device=device)[:, :vocab]
 
 
 def has_mixed_gemm(x: Tensor) -> bool:

@@ -29,9 +29,9 @@ from es2fast.ops.gemms import (
     add_weight_gradient,
     has_mixed_gemm,
     input_gradient,
-    logit_rows,
     logits_into,
 )
+from es2fast.ops.scratch import Scratch
 from es2fast.ops.tokens import default_chunk, saved_dtype, without_autocast
 
 
@@ -164,21 +164,22 @@ def run(p: CEProblem) -> CEResult:
     dx = torch.empty_like(hidden, dtype=p.saved_dtype) if needs[0] else None
     dw = torch.zeros(weight.shape, dtype=acc, device=device) if needs[1] else None
     db = torch.zeros(weight.shape[0], dtype=acc, device=device) if needs[2] else None
-    buffer = logit_rows(min(p.chunk_tokens, count), weight.shape[0], acc, device)
-    for start in range(0, count, p.chunk_tokens):
-        part = slice(start, min(start + p.chunk_tokens, count))
-        x, z = hidden[part].contiguous(), buffer[: part.stop - start]
-        logits_into(x, weight, z)
-        if bias is not None:
-            z.add_(bias.to(acc))
-        rows[part], hits[part] = _row_pass(z, p.targets[part], p.scale[part], p)
-        g = z.to(torch.bfloat16) if has_mixed_gemm(z) and x.dtype == torch.bfloat16 else z
-        if dx is not None:
-            dx[part] = input_gradient(g, weight, acc)
-        if dw is not None:
-            add_weight_gradient(dw, g, x, start == 0)
-        if db is not None:
-            db.add_(g.sum(0, dtype=acc))
+    with Scratch() as scratch:
+        buffer = scratch.logit_rows(min(p.chunk_tokens, count), weight.shape[0], acc, device)
+        for start in range(0, count, p.chunk_tokens):
+            part = slice(start, min(start + p.chunk_tokens, count))
+            x, z = hidden[part].contiguous(), buffer[: part.stop - start]
+            logits_into(x, weight, z)
+            if bias is not None:
+                z.add_(bias.to(acc))
+            rows[part], hits[part] = _row_pass(z, p.targets[part], p.scale[part], p)
+            g = z.to(torch.bfloat16) if has_mixed_gemm(z) and x.dtype == torch.bfloat16 else z
+            if dx is not None:
+                dx[part] = input_gradient(g, weight, acc)
+            if dw is not None:
+                add_weight_gradient(dw, g, x, start == 0)
+            if db is not None:
+                db.add_(g.sum(0, dtype=acc))
     return CEResult(rows, hits, dx, dw, db)
 
 

@@ -29,8 +29,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from es2fast.ops.gemms import TORCH_GEMMS, Gemms, has_mixed_gemm, logit_rows
+from es2fast.ops.gemms import TORCH_GEMMS, Gemms, has_mixed_gemm
 from es2fast.ops.linear_kl.rows import KLSpec, base_and_difference, row_divergence
+from es2fast.ops.scratch import Scratch, logit_rows
 from es2fast.ops.tokens import PackedTokens, saved_dtype
 
 # Below this many deciding tokens a bfloat16 G has two parts. One part errs by at most 0.29 % in a
@@ -215,32 +216,33 @@ def run_chunked(problem: KLProblem, backend: RowBackend) -> KLResult:
     kept = buffered_rows(p, dtype, chunk)
     head = _HeadGradient(p, gemms, logit_rows(kept, vocab, dtype, device) if kept else None)
     in_place = kept > 0 and dtype == acc  # the student's logits are made where G will be
-    raw_t = logit_rows(chunk, vocab, acc, device)
-    raw_s = raw_t if in_place else logit_rows(chunk, vocab, acc, device)
-    two_parts = 0 if not p.exact else p.rows if p.exact_rows is None else p.exact_rows
-    one_part = replace(p, exact=False)
-    result = KLResult(torch.empty(p.rows, dtype=acc, device=device))
-    if p.need_dx:
-        result.dx = p.empty_dx()
-    if p.need_db:
-        result.db = torch.zeros(vocab, dtype=acc, device=device)
-    for start in range(0, p.rows, chunk):
-        stop = min(start + chunk, p.rows)
-        x = p.take(p.hidden, start, stop)
-        place = head.place(start, stop)
-        zt = raw_t[: stop - start]
-        zs = place if in_place and place is not None else raw_s[: stop - start]
-        _chunk_logits(p, gemms, x, start, stop, zt, zs)
-        own = p if start < two_parts else one_part
-        result.rows[start:stop], gradient = backend.row_pass(
-            zt, zs, p.scale[start:stop], place, own
-        )
-        if gradient is not None:
-            if gradient.low is not None:
-                gradient.low = gradient.low[: two_parts - start]
-            _chunk_gradients(p, gemms, result, gradient, start, stop)
-            if p.need_dw:
-                head.add(gradient, x, start, stop)
+    with Scratch() as scratch:
+        raw_t = scratch.logit_rows(chunk, vocab, acc, device)
+        raw_s = raw_t if in_place else scratch.logit_rows(chunk, vocab, acc, device)
+        two_parts = 0 if not p.exact else p.rows if p.exact_rows is None else p.exact_rows
+        one_part = replace(p, exact=False)
+        result = KLResult(torch.empty(p.rows, dtype=acc, device=device))
+        if p.need_dx:
+            result.dx = p.empty_dx()
+        if p.need_db:
+            result.db = torch.zeros(vocab, dtype=acc, device=device)
+        for start in range(0, p.rows, chunk):
+            stop = min(start + chunk, p.rows)
+            x = p.take(p.hidden, start, stop)
+            place = head.place(start, stop)
+            zt = raw_t[: stop - start]
+            zs = place if in_place and place is not None else raw_s[: stop - start]
+            _chunk_logits(p, gemms, x, start, stop, zt, zs)
+            own = p if start < two_parts else one_part
+            result.rows[start:stop], gradient = backend.row_pass(
+                zt, zs, p.scale[start:stop], place, own
+            )
+            if gradient is not None:
+                if gradient.low is not None:
+                    gradient.low = gradient.low[: two_parts - start]
+                _chunk_gradients(p, gemms, result, gradient, start, stop)
+                if p.need_dw:
+                    head.add(gradient, x, start, stop)
     if p.need_dw:
         result.dw = head.finish()
     if p.rows == 0 and result.dx is not None:

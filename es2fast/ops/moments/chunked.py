@@ -17,7 +17,7 @@ A *row pass* is what differs between backends. Contract (see :data:`RowPass`):
 
     row_pass(zs, row_gain, top_ids, top_probs, problem) -> (row_max, row_sum, g)
       zs         (C, V) raw products x W^T in the accumulation dtype, without bias; strided rows
-                 (:func:`es2fast.ops.gemms.logit_rows`). Scratch: it may be overwritten, and what
+                 (:func:`es2fast.ops.scratch.logit_rows`). Scratch: it may be overwritten, and what
                  lies between V and the stride may be anything.
       row_gain   (C,) accumulation dtype; z[i, v] = row_gain[i] zs[i, v] + problem.gain bias[v]
       top_ids    (C, K) int32, distinct within a row; K may be 0
@@ -38,7 +38,8 @@ import torch
 from torch import Tensor
 
 from es2fast.ops.checks import HALVES
-from es2fast.ops.gemms import TORCH_GEMMS, Gemms, input_gradient, logit_rows
+from es2fast.ops.gemms import TORCH_GEMMS, Gemms, input_gradient
+from es2fast.ops.scratch import Scratch
 from es2fast.ops.tokens import PackedTokens
 
 MOMENT_BLOCK = 2048  # tokens of the vocabulary summed in float32 before float64 takes over
@@ -170,15 +171,16 @@ def make_moments(
         torch.zeros(n, 3, dtype=torch.float64, device=device),
     )
     chunk = max(1, min(chunk_tokens, n))
-    z_rows = logit_rows(chunk, vocab, acc, device)
-    p_rows = logit_rows(chunk, vocab, acc, device)
-    for start in range(0, n, chunk):
-        rows = slice(start, min(start + chunk, n))
-        count = rows.stop - rows.start
-        z, p = z_rows[:count], p_rows[:count]
-        x = teacher_hidden[rows].contiguous()
-        add_gain(z, raw_logits(x, teacher_weight, z, gain), teacher_bias, gain)
-        _chunk_moments(z, p, x if shared else None, weight, bias, gain, made, rows)
+    with Scratch() as scratch:
+        z_rows = scratch.logit_rows(chunk, vocab, acc, device)
+        p_rows = scratch.logit_rows(chunk, vocab, acc, device)
+        for start in range(0, n, chunk):
+            rows = slice(start, min(start + chunk, n))
+            count = rows.stop - rows.start
+            z, p = z_rows[:count], p_rows[:count]
+            x = teacher_hidden[rows].contiguous()
+            add_gain(z, raw_logits(x, teacher_weight, z, gain), teacher_bias, gain)
+            _chunk_moments(z, p, x if shared else None, weight, bias, gain, made, rows)
     return made
 
 
@@ -230,23 +232,24 @@ def run_moments(
     """(KL of every packed row (M,), dX (N, H) scaled by ``scale`` or None)."""
     vocab, acc = p.weight.shape[0], p.accum_dtype
     chunk = max(1, min(p.chunk_tokens, p.rows))
-    raw = logit_rows(chunk, vocab, acc, p.hidden.device)
-    values = torch.empty(p.rows, dtype=acc, device=p.hidden.device)
-    dx = p.empty_dx() if p.need_dx else None
-    for start in range(0, p.rows, chunk):
-        stop = min(start + chunk, p.rows)
-        x = p.take(p.hidden, start, stop)
-        ids, probs = p.take(p.top_ids, start, stop), p.take(p.top_probs, start, stop)
-        tail = p.take(p.tail_moment, start, stop)
-        zs = raw[: stop - start]
-        row_gain = raw_logits(x, p.weight, zs, p.gain, gemms)
-        top_z = _anchor_logits(p, zs, row_gain, ids)  # before the row pass, which may overwrite
-        row_max, row_sum, g = row_pass(zs, row_gain, ids, probs, p)
-        sums = p.take(p.tail_sums, start, stop)
-        values[start:stop] = _value(x, tail, sums, probs, top_z, row_max, row_sum, p.gain)
-        if dx is not None and g is not None:
-            made = gemms.input_gradient(g, p.weight, acc).div_(grad_unit(g.dtype)).sub_(tail)
-            p.put(dx, start, stop, made.mul_(p.scale[start:stop, None] * p.gain))
+    with Scratch() as scratch:
+        raw = scratch.logit_rows(chunk, vocab, acc, p.hidden.device)
+        values = torch.empty(p.rows, dtype=acc, device=p.hidden.device)
+        dx = p.empty_dx() if p.need_dx else None
+        for start in range(0, p.rows, chunk):
+            stop = min(start + chunk, p.rows)
+            x = p.take(p.hidden, start, stop)
+            ids, probs = p.take(p.top_ids, start, stop), p.take(p.top_probs, start, stop)
+            tail = p.take(p.tail_moment, start, stop)
+            zs = raw[: stop - start]
+            row_gain = raw_logits(x, p.weight, zs, p.gain, gemms)
+            top_z = _anchor_logits(p, zs, row_gain, ids)  # before the row pass, which may overwrite
+            row_max, row_sum, g = row_pass(zs, row_gain, ids, probs, p)
+            sums = p.take(p.tail_sums, start, stop)
+            values[start:stop] = _value(x, tail, sums, probs, top_z, row_max, row_sum, p.gain)
+            if dx is not None and g is not None:
+                made = gemms.input_gradient(g, p.weight, acc).div_(grad_unit(g.dtype)).sub_(tail)
+                p.put(dx, start, stop, made.mul_(p.scale[start:stop, None] * p.gain))
     return values, dx
 
 

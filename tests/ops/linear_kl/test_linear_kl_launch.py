@@ -22,11 +22,11 @@ if triton.knobs.runtime.interpret:
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from es2fast.ops.gemms import logit_rows  # noqa: E402
 from es2fast.ops.linear_kl import triton as kernels  # noqa: E402
 from es2fast.ops.linear_kl.chunked import KLProblem, run_chunked  # noqa: E402
 from es2fast.ops.linear_kl.rows import KLSpec  # noqa: E402
 from es2fast.ops.linear_kl.triton_sharded import sharded_row_pass  # noqa: E402
+from es2fast.ops.scratch import logit_rows  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
