@@ -81,7 +81,7 @@ def configuration(
         arm = ARMS[name]
         raw = merged(raw, ARMS[arm.of or name].changes)
         raw["train"] |= {"update_scale": arm.scale, "update_filter": arm.filter}
-        if arm.contrast:
+        if ARMS[arm.of or name].contrast:
             unsafe = {"source": str(arguments.borderline), "where": {"label": "unsafe"}}
             raw["data"]["harmful"] = [raw["data"]["harmful"], unsafe]
     raw = merged(raw, changes or {})

@@ -43,6 +43,7 @@ class MicroBatch:
     num_harmful: int  # n
     num_tokens: int  # non-padding tokens of all rows
     refusal_weights: Tensor | None = None  # (n, T) float32, of the prediction made at a column
+    places: Sequence[int] | None = None  # of the harmful rows among the step's, of all ranks; 0 ..
     teacher: Any = None  # what a cache holds of the tokens whose kl_weights are above 0, row by row
 
     def to(self, device: torch.device | str) -> MicroBatch:

@@ -54,10 +54,10 @@ class AttentionRows:
 
 @dataclass(frozen=True)
 class Packed:
-    """A micro-batch's tokens, packed; of a row's prefix all rows have the same places.
+    """A micro-batch's tokens, packed; rows that share the prefix have the same places for it.
 
     input_ids, position_ids: (1, S) int64. segment_ids: (1, S) int64, 0 in the prefix, row + 1 in a
-    suffix, -(row + 1) in a row that has no part in the prefix. harmful: tokens of harmful rows
+    suffix, -(row + 1) in a row that is whole beside a prefix. harmful: tokens of harmful rows
     alone. place: (n + m, T) int64, where a token of the padded batch is now; padding: undefined.
     rows: the harmful and the harmless ones, for attention.
     """

@@ -86,17 +86,23 @@ class PairedSampler:
         if step < 0:
             raise UserError(f"step: {step} is negative")
         world = self.micro_batch_size * self.world_size
-        batches = []
-        for j in range(self.gradient_accumulation):
-            start = (step * self.gradient_accumulation + j) * world
-            if self._lengths:
-                places = range(start + self.rank, start + world, self.world_size)
-            else:
-                start += self.rank * self.micro_batch_size
-                places = range(start, start + self.micro_batch_size)
-            harmful = [self._row("harmful", self.sizes["harmful"], p) for p in places]
-            batches.append((harmful, [self._harmless(p) for p in places]))
+        start, batches = step * self.gradient_accumulation * world, []
+        for places in self.places():
+            harmful = [self._row("harmful", self.sizes["harmful"], start + p) for p in places]
+            batches.append((harmful, [self._harmless(start + p) for p in places]))
         return batches
+
+    def places(self) -> list[range]:
+        """Per micro-batch of a step, which of the step's rows of either group are this rank's:
+        0 .. (micro_batch_size x world_size x gradient_accumulation - 1), over all ranks."""
+        world, found = self.micro_batch_size * self.world_size, []
+        for start in range(0, self.gradient_accumulation * world, world):
+            if self._lengths:
+                found.append(range(start + self.rank, start + world, self.world_size))
+            else:
+                own = start + self.rank * self.micro_batch_size
+                found.append(range(own, own + self.micro_batch_size))
+        return found
 
     def epochs(self, steps: int) -> dict[str, float]:
         """How often `steps` optimizer steps go through each group."""

@@ -29,12 +29,12 @@ Where = Literal["last", "onwards", "all"]
 class Intervention:
     """What a simulated attack makes of the harmful rows' block outputs.
 
-    layers: blocks at whose output it acts; change: (layer, states (k, H) fp32, the number in the
-    step of the harmful row that each belongs to (k,)) -> the states in their place, (k, H); where:
-    at the last prompt token, at it and all later ones (an answer's, which an attack changes while
-    it is decoded), or at every token; name: of the attack; inside: it also acts on what attention
-    and MLP of these blocks add to the stream, and on the first block's input, so that nothing in a
-    block reads another one.
+    layers: blocks at whose output it acts; change: (layer, states (k, H) fp32, the place among the
+    step's of the harmful row that each belongs to (k,)) -> the states in their place, (k, H);
+    where: at the last prompt token, at it and all later ones (an answer's, which an attack changes
+    while it is decoded), or at every token; name: of the attack; inside: it also acts on what
+    attention and MLP of these blocks add to the stream, and on the first block's input, so that
+    nothing in a block reads another one.
     """
 
     layers: frozenset[int]
@@ -322,7 +322,7 @@ class SeparationTaps:
             packed: the rows are one sequence of so many tokens, of which so many at the beginning
                 belong to harmful rows alone.
             attacked: rows and columns of the states that the attack changes, none twice, and the
-                number in the step of each one's harmful row, (k,) each; default: where
+                place among the step's of each one's harmful row, (k,) each; default: where
                 `attacked_positions` finds them in padded rows, for which the host waits, rows
                 numbered from 0.
 

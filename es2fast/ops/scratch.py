@@ -2,7 +2,7 @@
 
 A chunk of logits is the largest block of a training step, and malloc takes every block of more than
 32 MB from the kernel, which clears it, and returns it when it is freed: some 310 MB a step with
-V = 151936 and 256 tokens (what it costs: DEVELOPING.md). A GPU's caching allocator needs no help.
+V = 151936 and 256 tokens. A GPU's caching allocator needs no help.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ _kept = _Kept()
 
 class Scratch:
     """The buffers of one call, as a context: at its end they are kept for this thread's next one,
-    so no view of them may outlive it. As many stay as a call has had at once, of the largest size
-    that was asked for, but none above MOST."""
+    so no view of them may outlive it. As many stay as a call has had at once, none above MOST."""
 
     def __init__(self) -> None:
         self._held: list[Tensor] = []
@@ -53,7 +52,7 @@ class Scratch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _kept.buffers += [buffer for buffer in self._held if len(buffer) <= MOST]
+        _kept.buffers += [one for one in self._held if len(one) <= MOST and type(one) is Tensor]
         self._held = []
 
     def logit_rows(self, rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -75,5 +74,7 @@ def _taken(size: int) -> Tensor:
     for i, buffer in enumerate(kept):
         if len(buffer) >= size:
             return kept.pop(i)
-    del kept[:1]
-    return torch.empty(size, dtype=torch.uint8)
+    if size <= MOST:
+        del kept[:1]
+    with torch.inference_mode(False):  # or no later call could write into it
+        return torch.empty(size, dtype=torch.uint8)

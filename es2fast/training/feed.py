@@ -59,8 +59,12 @@ class Feed:
 
     def __call__(self, step: int) -> list[MicroBatch]:
         """The micro-batches of optimizer step `step`, from 0."""
-        pairs = self._sampler.indices(step)
-        return [self._batch(step, a, [self._rows[i] for i in b]) for a, b in pairs]
+        batches = []
+        for (a, b), places in zip(self._sampler.indices(step), self._sampler.places()):
+            batch = self._batch(step, a, [self._rows[i] for i in b])
+            batch.places = places
+            batches.append(batch)
+        return batches
 
     def filter(self, student: nn.Module, runtime: Runtime) -> None:
         """Filters the trained LoRA update on the rows of the run (`train.update_filter`)."""

@@ -321,9 +321,7 @@ class _Steps:
     def _made_ready(self, step: int) -> StepInputs:
         """The rows of optimizer step `step`, from 1."""
         batches, where = self._feed(step - 1), self._simulated.where(step)
-        return step_inputs(
-            self._engine, batches, self._runtime.device, where, rank=self._runtime.rank
-        )
+        return step_inputs(self._engine, batches, self._runtime.device, where)
 
     def _decide(self, at_once: bool = False) -> None:
         """What the numbers of the step that was taken last say, once they are there."""

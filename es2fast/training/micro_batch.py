@@ -46,7 +46,6 @@ def objective_inputs(
     packed: Packed | None,
     anchored: bool = True,
     attack: Where | None = None,
-    before: int = 0,
 ) -> dict[str, Any]:
     """Arguments of `ES2Objective.forward` that a micro-batch decides, on the CPU.
 
@@ -55,13 +54,12 @@ def objective_inputs(
         packed: it, see `packed_form`.
         anchored: with the refusals that the batch holds.
         attack: where one may act on the harmful rows.
-        before: harmful rows of the step, of all ranks and micro-batches, before these.
     """
     index = batch.kl_weights.flatten().nonzero().squeeze(1)
     weights = batch.kl_weights.flatten()[index]
     target, last = batch.teacher, batch.prompt_last
     refusal = RefusalTokens.of(batch) if anchored else None
-    attacked = None if attack is None else _attacked(batch, packed, attack, before)
+    attacked = None if attack is None else _attacked(batch, packed, attack)
     if packed is not None:
         index, weights, first = _once(_harmless_places(batch, packed)[index], weights)
         target = None if target is None else target[first]
@@ -98,17 +96,18 @@ def sent(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def _attacked(
-    batch: MicroBatch, packed: Packed | None, attack: Where, before: int
+    batch: MicroBatch, packed: Packed | None, attack: Where
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows and columns of the states that an attack changes, each once, and the number in the step
-    of the harmful row that each belongs to."""
+    """Rows and columns of the states that an attack changes, each once, and the place among the
+    step's of the harmful row that each belongs to."""
     n, width = batch.num_harmful, batch.input_ids.shape[1]
     rows, columns = attacked_positions(attack, batch.prompt_last[:n], width)
+    owner = torch.tensor(range(n) if batch.places is None else batch.places)[rows]
     if packed is None:
-        return rows, columns, before + rows
+        return rows, columns, owner
     real = batch.attention_mask[rows, columns].bool()
     places = packed.place[rows, columns][real]
-    return torch.zeros_like(places), places, before + rows[real]
+    return torch.zeros_like(places), places, owner[real]
 
 
 def _harmless_places(batch: MicroBatch, packed: Packed) -> Tensor:

@@ -20,8 +20,8 @@ Additions are constants of the step, so their gradient is that of the state; a r
 none and an ablated one none along r, as it is for the attacker.
 
 That one block, and c, are every harmful row's own: a step meets as many of an attacker's choices
-as it has rows. With one choice for all rows, a run of 600 steps met each direction of ablation some
-seven times, and four of the fourteen got through it afterwards (docs/real_models.md).
+as it has rows. With one choice for all rows a run of 600 steps met each of fourteen directions of
+ablation some seven times.
 
 Means and probes are those of recent clean steps over all ranks, fitted anew every few steps, by an
 all-reduce per block and, of probes, on rank 0's CPU, for which everyone waits. Which step is
@@ -37,7 +37,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from es2fast.attacks.states.scav import Scav
 from es2fast.config import Config
@@ -55,7 +55,7 @@ class SimulatedAttack:
     """Decides, per step, whether and how the harmful states are attacked.
 
     Args:
-        config: `separation.robust` and the seed.
+        config: `separation.robust`, the seed, and how many rows a step has.
         layers: the separated blocks.
         runtime: ranks that share the states.
         depth: number of the model's blocks, for `blocks: all` and the ablation; default: no more
@@ -121,7 +121,7 @@ class SimulatedAttack:
         return None if drawn is None else _where(drawn[0])
 
     def _drawn(self, step: int) -> tuple[str, list[int], list[float]] | None:
-        """Attack of a step, and the blocks and strengths that its rows have in turn."""
+        """Attack of a step, the blocks that its rows have in turn, and the strength of each."""
         settings = self._settings
         if not settings.probability:
             return None
@@ -130,13 +130,13 @@ class SimulatedAttack:
         name = draw.choice(settings.attacks)
         layers = self._candidates(name)
         draw.shuffle(layers)
-        strengths = [draw.uniform(*settings.strength) for _ in layers]
-        return (name, layers[: self._rows], strengths[: self._rows]) if attacked else None
+        strengths = [draw.uniform(*settings.strength) for _ in range(self._rows)]
+        return (name, layers[: self._rows], strengths) if attacked else None
 
     def _candidates(self, name: str) -> list[int]:
-        """Blocks of which one is drawn. An ablated direction is found in the middle, as the
-        attacker finds it: the first blocks' does nothing, and the last ones' is not looked at
-        (arXiv 2406.11717, l < 0.8 L)."""
+        """Blocks that rows take in turn, in an order drawn per step. An ablated direction is found
+        in the middle, as the attacker finds it: the first blocks' does nothing, and the last ones'
+        is not looked at (arXiv 2406.11717, l < 0.8 L)."""
         if self._settings.blocks == "separated":
             return list(self._layers)
         depth = len(self._reached)
@@ -171,24 +171,27 @@ class SimulatedAttack:
                 name,
             )
         harmful, harmless = (torch.stack([self._means[i][side] for i in layers]) for side in (0, 1))
-        turns = len(layers)
+        gaps, turns = harmless - harmful, len(layers)
         if name == "ablation":
-            gap = harmful - harmless
-            units = gap / gap.norm(dim=1, keepdim=True).clamp_min(1e-12)
+            units = gaps / gaps.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
             def ablated(i: int, states: Tensor, rows: Tensor) -> Tensor:
-                r = units.to(states.device)[rows % turns]
-                return states - (states * r).sum(1, keepdim=True) * r
+                r = units.to(states.device)
+                own = nn.functional.one_hot(rows % turns, turns).to(states.dtype)
+                return states - (states @ r.t() * own) @ r  # no (k, H) is kept for the backward
 
             return Intervention(frozenset(self._reached), ablated, _where(name), name, inside=True)
-        block = to_device(torch.tensor(layers), harmful.device)
-        shift = to_device(torch.tensor(strengths), harmful.device)[:, None] * (harmless - harmful)
+        block = to_device(torch.tensor(layers), gaps.device)
+        strength = to_device(torch.tensor(strengths), gaps.device)
 
         def changed(i: int, states: Tensor, rows: Tensor) -> Tensor:
-            turn = rows % turns
-            to, by, at = (one.to(states.device)[turn] for one in (harmless, shift, block))
-            new = to if name == "replacement" else states + by
-            return torch.where((at == i)[:, None], new, states)
+            turn, device = rows % turns, states.device
+            if name == "replacement":
+                new = harmless.to(device)[turn]
+            else:
+                size = strength.to(device)[rows % len(strengths)]
+                new = states + size[:, None] * gaps.to(device)[turn]
+            return torch.where((block.to(device)[turn] == i)[:, None], new, states)
 
         return Intervention(frozenset(layers), changed, _where(name), name)
 

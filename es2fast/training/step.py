@@ -83,7 +83,6 @@ def step_inputs(
     device: torch.device,
     attack: Where | None = None,
     anchored: bool = True,
-    rank: int = 0,
 ) -> StepInputs:
     """Makes a step's rows ready; no rank waits for another one.
 
@@ -93,17 +92,14 @@ def step_inputs(
         device: of the engine.
         attack: where a simulated one may act.
         anchored: with the refusals that the batches hold.
-        rank: this one, which numbers the rows that are attacked.
     """
     objective = engine.module
     wanted, model = objective.config.train.packing, causal_lm(objective.student).config
     packings = [packed_form(batch, model, wanted, attack) for batch in batches]
     own = [_counts(batch, packed) for batch, packed in zip(batches, packings)]
     inputs = [
-        objective_inputs(
-            batch, packed, anchored, attack, (rank * len(batches) + i) * batch.num_harmful
-        )
-        for i, (batch, packed) in enumerate(zip(batches, packings))
+        objective_inputs(batch, packed, anchored, attack)
+        for batch, packed in zip(batches, packings)
     ]
     counts = torch.tensor(own, dtype=torch.float64).sum(0)
     return StepInputs(inputs, to_device(counts, device))

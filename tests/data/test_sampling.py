@@ -66,6 +66,38 @@ def test_ranks_slice_the_same_global_micro_batch(world, micro):
             assert [row for part in parts for row in part[j][1]] == harmless
 
 
+@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize("world, micro, accumulation", [(1, 4, 2), (2, 2, 2), (4, 1, 2), (2, 4, 1)])
+def test_a_row_of_a_step_has_one_place_however_rows_are_shared_out(
+    world, micro, accumulation, window
+):
+    def placed(world: int, micro: int, accumulation: int) -> dict[int, int]:
+        """Place -> harmful row, of step 3."""
+        found = {}
+        for rank in range(world):
+            one = PairedSampler(
+                30,
+                30,
+                seed=0,
+                micro_batch_size=micro,
+                gradient_accumulation=accumulation,
+                rank=rank,
+                world_size=world,
+                lengths=([7 * i % 30 for i in range(30)], [5] * 30),
+                window=window,
+            )
+            for places, (harmful, _) in zip(one.places(), one.indices(3), strict=True):
+                found |= dict(zip(places, harmful, strict=True))
+        return found
+
+    found = placed(world, micro, accumulation)
+    assert sorted(found) == list(range(8))
+    if window == 1:
+        assert found == placed(1, 8, 1)
+    else:  # sorted within global micro-batches
+        assert found == placed(1, micro * world, accumulation)
+
+
 def test_groups_smaller_than_a_batch_still_give_full_micro_batches():
     made = sampler(harmful=1, harmless=3)
     for harmful, harmless in made.indices(4):

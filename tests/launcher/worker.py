@@ -133,7 +133,7 @@ def run_case(case: dict[str, Any], runtime: runtimes.Runtime) -> dict[str, Any]:
         attack = simulated.for_step(index + 1)
         with wire() as received:
             where = None if attack is None else attack.where
-            inputs = step_inputs(engine, feed(index), runtime.device, where, rank=runtime.rank)
+            inputs = step_inputs(engine, feed(index), runtime.device, where)
             numbers, _ = train_step(
                 engine, inputs, config.kl.weight, runtime, attack, simulated.observe
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -150,8 +151,8 @@ def test_an_attack_does_the_same_to_packed_rows(where: Any, inside: bool, keep: 
     packed = packed_form(rows, model.config, True, where)
     assert packed is not None and packed.tokens == pack(rows).tokens + 6 * (where == "all")
     given = objective_inputs(rows, packed, attack=where)
-    later = objective_inputs(rows, packed, attack=where, before=6)["attacked"][2]
-    assert later.unique().tolist() == [6, 7]
+    elsewhere = objective_inputs(replace(rows, places=(6, 9)), packed, attack=where)
+    assert elsewhere["attacked"][2].unique().tolist() == [6, 9]
     size = (packed.tokens, packed.harmful)
     taps.arm(given["prompt_last"], 2, attack, keep=keep, packed=size, attacked=given["attacked"])
     joined, found, its_slope = passed(

@@ -45,6 +45,13 @@ def test_the_next_call_gets_what_a_call_leaves() -> None:
     assert sizes() == [2048, 2048, 4096]
 
 
+def test_a_call_in_inference_mode_leaves_what_others_can_write() -> None:
+    with torch.inference_mode(), Scratch() as own:
+        own.logit_rows(4, 100, torch.float32, CPU)
+    with Scratch() as own:
+        assert not own.logit_rows(4, 100, torch.float32, CPU).zero_().is_inference()
+
+
 def test_huge_ones_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scratch, "MOST", 2048)
     with Scratch() as own:

@@ -194,7 +194,7 @@ def linear_kl_div(
         chunk_tokens: rows of logits that exist at once; extra memory is about
             ``8 * chunk_tokens * V`` bytes (triton). None: on a GPU what fills its SMs, 1024 to
             2048 rows, twice that when its head is trained; on a CPU 32 per thread, 256 at least,
-            and the thread keeps these bytes for its next call (two buffers, of 1 GiB at most).
+            and the thread keeps these bytes for its next call (two buffers, each of 1 GiB at most).
         grad_buffer_bytes: what a trained head's G, 2 V bytes per token in 16 bits, may take so that
             dW is one GEMM straight to the weight's dtype. None: 4 V H, the bytes of the float32 dW
             which that saves: enough for N = 2H tokens in 16 bits. With more tokens dW is added up
