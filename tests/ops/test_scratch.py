@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from es2fast import linear_kl_div
+from es2fast import linear_kl_div, moment_kl_div, teacher_moments
 from es2fast.ops import scratch
 from es2fast.ops.linear_ce import linear_cross_entropy
 from es2fast.ops.scratch import Scratch
@@ -72,20 +72,29 @@ def test_a_call_that_fails_leaves_them_too_and_threads_share_none() -> None:
     assert seen == [[]] and sizes() == [512]
 
 
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("backend", ["native", "torch"])
-def test_what_lies_in_a_kept_buffer_changes_nothing(backend: str) -> None:
+def test_what_lies_in_a_kept_buffer_changes_nothing(
+    backend: str, dtype: torch.dtype, trains: bool
+) -> None:
     torch.manual_seed(0)
-    weight, teacher = torch.randn(300, 16), torch.randn(40, 16)
+    weight, teacher = torch.randn(300, 16, dtype=dtype), torch.randn(40, 16, dtype=dtype)
+    weight.requires_grad_(trains)
+    sums = teacher_moments(teacher, weight.detach(), chunk_tokens=16)
     targets = torch.randint(0, 300, (40,))
 
     def results() -> list[torch.Tensor]:
         hidden = teacher.clone().mul_(1.1).requires_grad_()
         kl = linear_kl_div(hidden, weight, teacher, chunk_tokens=16, backend=backend)
         ce, hits = linear_cross_entropy(hidden, weight, targets, torch.ones(40), chunk_tokens=16)
-        return [kl, ce, hits, *torch.autograd.grad(kl + ce, hidden)]
+        moments = moment_kl_div(hidden, weight.detach(), sums, chunk_tokens=16, backend=backend)
+        loss = kl + ce + moments
+        wanted = [hidden, weight] if trains else [hidden]
+        return [kl, ce, hits, moments, *torch.autograd.grad(loss, wanted)]
 
     fresh = results()
-    assert len(sizes()) == 2
+    assert len(sizes()) >= 1
     for buffer in scratch._kept.buffers:
         buffer.fill_(0xFF)  # nan in every dtype
     for one, other in zip(results(), fresh, strict=True):
