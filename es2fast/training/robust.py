@@ -37,7 +37,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from es2fast.attacks.states.scav import Scav
 from es2fast.config import Config
@@ -177,7 +177,7 @@ class SimulatedAttack:
 
             def ablated(i: int, states: Tensor, rows: Tensor) -> Tensor:
                 r = units.to(states.device)
-                own = nn.functional.one_hot(rows % turns, turns).to(states.dtype)
+                own = rows[:, None] % turns == torch.arange(turns, device=rows.device)
                 return states - (states @ r.t() * own) @ r  # no (k, H) is kept for the backward
 
             return Intervention(frozenset(self._reached), ablated, _where(name), name, inside=True)
