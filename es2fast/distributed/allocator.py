@@ -1,10 +1,10 @@
 """Memory of a process that computes on CPUs: what it frees it keeps, and large blocks lie in huge
 pages.
 
-At the end of every training step malloc returns a gigabyte of activations to the kernel, which
-clears it, 4 KiB at a time, when the next step asks for it. Blocks of more than 32 MB, which are
-few, go to and fro as ever: glibc before 2.38 does not find a freed block again that was aligned to
-64 bytes, as PyTorch's are, and would take more and more (`ops.scratch` keeps the largest).
+Left alone, malloc returns large blocks to the kernel as they are freed, which clears them again, 4
+KiB at a time, for the next step (what that costs: DEVELOPING.md). Blocks of more than 32 MB, which
+are few, go to and fro as ever: kept too, one that came and went took more and more memory (glibc
+2.36). `ops.scratch` keeps the largest.
 """
 
 from __future__ import annotations
