@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -23,6 +24,7 @@ from es2fast.progress import verbose
 
 T = TypeVar("T")
 MINUTE = 60.0
+LET_GO = 0.05  # seconds; the interpreter's lock changes hands after 0.005
 
 
 @dataclass(frozen=True)
@@ -181,9 +183,17 @@ def _unlink_buffer() -> None:
 
 
 def stop() -> None:
-    """Leaves the process group."""
+    """Leaves the process group.
+
+    A thread of gloo's that has ended a collective lets its tensors go with the interpreter's lock;
+    one that waits for the lock while the interpreter ends aborts the process ("terminate called
+    without an active exception"). So the lock is free for a moment.
+    """
     if dist.is_initialized():
+        gloo = dist.get_backend() == "gloo"
         dist.destroy_process_group()
+        if gloo:
+            time.sleep(LET_GO)
 
 
 def _quiet(rank: int) -> None:

@@ -34,7 +34,7 @@ from es2fast.attacks.base import Attack
 from es2fast.attacks.direct import Direct
 from es2fast.config import EvaluateConfig
 from es2fast.data import Prompt
-from es2fast.distributed.runtime import Runtime, resolve_device
+from es2fast.distributed.runtime import Runtime, resolve_device, stop
 from es2fast.errors import UserError
 from es2fast.evaluation.answering import (
     EvaluationPrompts,
@@ -80,7 +80,7 @@ def ranks(device: str, device_map: Any = None) -> Iterator[Runtime]:
     try:
         yield Runtime(dist.get_rank(), dist.get_world_size(), torch.device(kind), "")
     finally:
-        dist.destroy_process_group()
+        stop()
 
 
 def answer_shares(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from es2fast.config import DataConfig
 from es2fast.data import Formatter, Prompt
-from es2fast.distributed.runtime import Runtime
+from es2fast.distributed.runtime import Runtime, stop
 from es2fast.modeling.states import states_by_block
 
 COUNT = 10_000
@@ -61,4 +61,4 @@ def worker(rank: int, world: int, folder: str) -> None:
     growth = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     Path(folder, f"{rank}.json").write_text(json.dumps({"growth": growth}))
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    stop()

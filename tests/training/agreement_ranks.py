@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from es2fast.config import load_config
-from es2fast.distributed.runtime import Runtime
+from es2fast.distributed.runtime import Runtime, stop
 from es2fast.errors import UserError
 from es2fast.training.agreement import check_agreement
 from es2fast.training.plan import make_plan
@@ -32,4 +32,4 @@ def worker(rank: int, cases: list[list[str]], folder: str) -> None:
         except UserError as error:
             said.append(str(error))
     Path(f"{folder}/{rank}.txt").write_text("\n".join(said))
-    dist.destroy_process_group()
+    stop()

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from bench._harness import restart_peak, status_bytes
+from es2fast.distributed.runtime import stop
 from es2fast.ops.linear_kl.zero3 import zero3_linear_kl_div
 
 
@@ -29,4 +30,4 @@ def worker(rank: int, tokens: int, vocab: int, width: int, folder: str) -> None:
     assert before is not None
     call(tokens)
     Path(f"{folder}/peak-{rank}").write_text(str(status_bytes("VmHWM") - before))
-    dist.destroy_process_group()
+    stop()

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from es2fast.config import load_config
 from es2fast.distributed import memory
+from es2fast.distributed.runtime import stop
 from es2fast.training.plan import make_plan
 
 
@@ -26,4 +27,4 @@ def worker(rank: int, available: list[int], folder: str) -> None:
     plan = make_plan(config, world_size=len(available))
     found = {"alone": alone, "stage": plan.zero_stage, "line": plan.why_stage}
     Path(f"{folder}/{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    stop()

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from es2fast import vocab_parallel_linear_kl_div
+from es2fast.distributed.runtime import stop
 from tests.ops.linear_kl.matrix import (
     BF16,
     DIRECTIONS,
@@ -131,7 +132,7 @@ def worker(rank: int, world: int, folder: str) -> None:
     for direction in ("forward", "jsd"):
         found[f"bytes {direction}"] = wire_bytes(direction, rank, "torch")
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    stop()
 
 
 def triton_worker(rank: int, world: int, folder: str) -> None:
@@ -142,7 +143,7 @@ def triton_worker(rank: int, world: int, folder: str) -> None:
     for direction in ("forward", "jsd"):
         found[f"bytes {direction}"] = wire_bytes(direction, rank, "triton")
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    stop()
 
 
 def wire_bytes(direction: str, rank: int, backend: str) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from es2fast import pairwise_separation
+from es2fast.distributed.runtime import stop
 from tests.ops.separation.matrix import CASES, FP32, make_problem
 
 H = 24
@@ -72,4 +73,4 @@ def worker(rank: int, world: int, folder: str) -> None:
     except ValueError as error:
         found["mismatch"] = str(error)
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    stop()
