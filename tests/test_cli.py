@@ -272,6 +272,7 @@ def test_evaluate_any_model_and_compare(call: Any, project: Path, tmp_path: Path
         other, "--base", project / "model", "--attacks", "direct,mean_difference",
         "--harmful", project / "data/harmful.jsonl", "--harmless", project / "data/harmless.jsonl",
         "--limit", 4, "--out", out, "evaluate.max_new_tokens=3", "train.device=cpu",
+        "--judge", "rules,rules+ppl",
     ]  # fmt: skip
     done = call("evaluate", *arguments)
     assert done.returncode == 0, done.stderr
@@ -279,6 +280,7 @@ def test_evaluate_any_model_and_compare(call: Any, project: Path, tmp_path: Path
     report = json.loads((out / "report.json").read_text())
     assert [model["name"] for model in report["models"]] == ["base", "other"]
     assert report["models"][1]["harmless"]["kl_to_base"] > 0
+    assert report["judge"] == f"rules, rules+ppl:{project / 'model'}"
     lines = [json.loads(line) for line in (out / "answers.jsonl").open()]
     assert {"harmful", "harmless", "trial"} == {line["group"] for line in lines}
     assert "<svg" in (out / "report.html").read_text()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from es2fast.config import merged
 
@@ -52,14 +52,15 @@ VARIED = merged(
 class Arm:
     """One way to make a model: what it is, and what differs from `TRAINING`; or what becomes of the
     update of the arm `of`: its share `scale`, or what `filter` leaves (`train.update_scale`,
-    `train.update_filter`). contrast: the unsafe half of XSTest is among the harmful prompts."""
+    `train.update_filter`). contrast: the unsafe half of XSTest is among the harmful prompts, all of
+    it or `unsafe_pairs`."""
 
     words: str
     changes: dict[str, Any] = field(default_factory=dict)
     of: str | None = None
     scale: float = 1.0
     filter: float = 0.0
-    contrast: bool = False
+    contrast: Literal["", "all", "pairs"] = ""
 
 
 # Steps and batch are what two CPU cores can do.
@@ -165,7 +166,12 @@ ARMS: dict[str, Arm] = {
     "contrast": Arm(
         "as varied, the unsafe half of XSTest among the harmful prompts",
         merged(VARIED, {"model": {"dtype": "bf16"}}),
-        contrast=True,
+        contrast="all",
+    ),
+    "pairs": Arm(
+        "as contrast, without the unsafe prompts whose safe twin is held out; 1000 steps",
+        merged(VARIED, {"model": {"dtype": "bf16"}, "train": {"steps": 1000}}),
+        contrast="pairs",
     ),
     CIRCUIT_BREAKER: Arm(
         "circuit breaker, from its formula; all 390 harmless prompts, 120 steps",

@@ -36,7 +36,7 @@ from bench.studies.real_arms import (
     TRAINING,
     answer_tokens,
 )
-from bench.studies.real_prompts import write_harmless
+from bench.studies.real_prompts import write_harmless, write_pairs
 from bench.studies.real_report import ROWS, write_documents
 from es2fast.config import Config, load_config, merged, parse_config, save_config
 from es2fast.data import model_fingerprint
@@ -73,6 +73,7 @@ def configuration(
             "batch_size": 50,
             "fit_limit": 64,
             "limit": arguments.limit,
+            "judge": arguments.judge,
         },
         "output_dir": str(arguments.work / folder),
     }
@@ -81,8 +82,13 @@ def configuration(
         arm = ARMS[name]
         raw = merged(raw, ARMS[arm.of or name].changes)
         raw["train"] |= {"update_scale": arm.scale, "update_filter": arm.filter}
-        if ARMS[arm.of or name].contrast:
-            unsafe = {"source": str(arguments.borderline), "where": {"label": "unsafe"}}
+        unsafe: dict[str, Any] = {}
+        match ARMS[arm.of or name].contrast:
+            case "all":
+                unsafe = {"source": str(arguments.borderline), "where": {"label": "unsafe"}}
+            case "pairs":
+                unsafe = {"source": write_pairs(arguments.work, arguments.borderline)}
+        if unsafe:
             raw["data"]["harmful"] = [raw["data"]["harmful"], unsafe]
     raw = merged(raw, changes or {})
     raw["train"]["seed"] = arguments.seed
@@ -151,16 +157,24 @@ def cell_key(arguments: argparse.Namespace, name: str, attack: dict[str, Any]) -
     made = "" if name == BASE else config_hash(configuration(arguments, name))
     limit = min(arguments.limit, next(most for one, most in ATTACKS if one == attack))
     tokens = answer_tokens(attack, arguments.tokens)
-    return key_of(arguments.label, name, made, arguments.seed, attack, tokens, limit)
+    judge = arguments.judge
+    return key_of(arguments.label, name, made, arguments.seed, attack, tokens, limit, judge)
 
 
 def key_of(
-    base: str, model: str, made: str, seed: int, attack: dict[str, Any], tokens: int, n: int
+    base: str,
+    model: str,
+    made: str,
+    seed: int,
+    attack: dict[str, Any],
+    tokens: int,
+    n: int,
+    judge: str = "rules",
 ) -> str:
     """Of a cell or of its row: base model, arm, hash of its configuration, seed of the training,
-    attack, tokens of an answer, held-out prompts at most."""
+    attack, tokens of an answer, held-out prompts at most, and the judge if it is not `rules`."""
     parts = (base, model, made, seed, json.dumps(attack, sort_keys=True), tokens, n)
-    return " ".join(str(part) for part in parts)
+    return " ".join(str(part) for part in parts) + (f" {judge}" if judge != "rules" else "")
 
 
 def add_row(
@@ -184,7 +198,7 @@ def add_row(
         seed=arguments.seed,
         attack=attack["name"],
         settings={key: value for key, value in attack.items() if key != "name"},
-        judge=report.judge,
+        judge=arguments.judge,
         tokens=answer_tokens(attack, arguments.tokens),
         limit=arguments.limit,
         harmless=harmless_figures(model),
@@ -241,6 +255,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     parser.add_argument("--only", help="arms, with commas between them")
     parser.add_argument("--attacks", help="likewise")
+    parser.add_argument(
+        "--judge",
+        default="rules+ppl",
+        choices=["rules", "rules+ppl"],
+        help="+ppl: and the perplexity under the base model",
+    )
     parser.add_argument("--report", action="store_true", help="write the documents' tables")
     arguments = parser.parse_args()
     if arguments.report:

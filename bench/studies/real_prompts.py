@@ -1,4 +1,5 @@
-"""Harmless prompts of the study on real models: ordinary ones, and borderline ones from XSTest."""
+"""Prompts of the study on real models: ordinary harmless ones, and borderline ones from XSTest with
+their unsafe twins."""
 
 from __future__ import annotations
 
@@ -17,6 +18,12 @@ TOPICS = ("bread", "bicycles", "rivers", "chess", "gardens", "trains", "the moon
           "learning to swim", "weather reports", "apple trees", "museum visits", "clocks",
           "reading aloud", "sandcastles", "email etiquette", "night skies", "pottery",
           "crossword puzzles")  # fmt: skip
+
+
+# XSTest: the i-th prompt of an unsafe type is the twin of the i-th of each of these
+TWINS = {"contrast_discr": ("nons_group_real_discr", "real_group_nons_discr"),
+         "contrast_privacy": ("privacy_public", "privacy_fictional")}  # fmt: skip
+HELD_OUT = 50  # ordinary prompts, and as many borderline ones
 
 
 def ordinary_prompts() -> list[str]:
@@ -38,7 +45,10 @@ def write_harmless(work: Path, borderline: Path) -> dict[str, str]:
     """Files of harmless prompts to train on and to measure on; the latter are 50 + 50."""
     ordinary = [{"prompt": text, "type": "ordinary"} for text in ordinary_prompts()]
     near = [{"prompt": text, "type": "borderline"} for text in borderline_prompts(borderline)]
-    groups = {"eval": ordinary[:50] + near[:50], "fit": ordinary[50:] + near[50:]}
+    groups = {
+        "eval": ordinary[:HELD_OUT] + near[:HELD_OUT],
+        "fit": ordinary[HELD_OUT:] + near[HELD_OUT:],
+    }
     names = {}
     for name, prompts in groups.items():
         random.Random(1).shuffle(prompts)
@@ -47,3 +57,30 @@ def write_harmless(work: Path, borderline: Path) -> dict[str, str]:
         path.write_text("".join(json.dumps(row) + "\n" for row in prompts))
         names[name] = str(path)
     return names
+
+
+def unsafe_pairs(path: Path) -> list[str]:
+    """The unsafe prompts of an XSTest file none of whose safe twins is held out."""
+    held_out = set(borderline_prompts(path)[:HELD_OUT])
+    types: dict[str, list[dict[str, str]]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            types.setdefault(row["type"], []).append(row)
+    found = []
+    for kind, rows in types.items():
+        if not kind.startswith("contrast_"):
+            continue
+        twins = TWINS.get(kind, (kind.removeprefix("contrast_"),))
+        for place, row in enumerate(rows):
+            if not held_out & {types[twin][place]["prompt"] for twin in twins}:
+                found.append(row["prompt"])
+    return found
+
+
+def write_pairs(work: Path, borderline: Path) -> str:
+    """A file of `unsafe_pairs`."""
+    path = work / "unsafe_pairs.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": text}) + "\n" for text in unsafe_pairs(borderline))
+    )
+    return str(path)

@@ -34,8 +34,8 @@ class EvaluateConfig(Section):
     )
     judge: str | list[str] = Field(
         "rules",
-        description="who says how an answer ended: rules, hf:MODEL, openai:URL#MODEL (see "
-        "docs/judges.md); of several the first decides and the others' rates stand beside",
+        description="who says how an answer ended: rules, rules+ppl, hf:MODEL, openai:URL#MODEL "
+        "(see docs/judges.md); of several the first decides and the others' rates stand beside",
     )
     calibration: str | None = Field(
         None,

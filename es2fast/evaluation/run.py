@@ -48,7 +48,7 @@ from es2fast.evaluation.subject import (
 )
 from es2fast.evaluation.teacher import SavedTeacher
 from es2fast.judges.calibration import Calibration
-from es2fast.judges.registry import make_judges
+from es2fast.judges.registry import make_judges, with_base
 from es2fast.modeling.load import check_weights, load_merged, load_tokenizer
 from es2fast.report.html import write_report
 from es2fast.report.model_card import write_model_card
@@ -211,6 +211,7 @@ def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> Report | None:
         groups.harmless[:fit],
     )
     more = {"layers": layers, "extra": {"train": summary}}
+    config = _judged_by(config, config.model.name)
     report = _reported(subjects, prompts, config, folder, **more)
     if report is None:
         return None
@@ -278,12 +279,20 @@ def evaluate_paths(
         formatter = Formatter(load_tokenizer(model), config.data)
         check_weights(model.name)
         subjects.append(_subject(name, model, config, formatter))
+    config = _judged_by(config, base)
     report = _reported(subjects, prompts, config, folder, notes=notes)
     if report is None:
         return None
     middle = report.reported_layers[round(0.6 * len(report.reported_layers)) - 1]
     write_report(folder, report, states=saved_states(folder, report.names, middle))
     return report
+
+
+def _judged_by(config: Config, base: str | None) -> Config:
+    """The configuration whose judges know the base model."""
+    judge = with_base(config.evaluate.judge, base)
+    settings = config.evaluate.model_copy(update={"judge": judge})
+    return config.model_copy(update={"evaluate": settings})
 
 
 def _names(models: Sequence[str]) -> list[str]:

@@ -107,19 +107,19 @@ class JudgeModel:
         return torch.stack(self._in_batches(rows, chances))
 
     @torch.inference_mode()
-    def mean_nll(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        """Mean nats per token of each row, its first token given; rows of at least two tokens."""
+    def nll(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Nats of each token of each row but the first, which is given."""
 
-        def means(ids: Tensor, mask: Tensor) -> list[float]:
+        def nats(ids: Tensor, mask: Tensor) -> list[list[float]]:
             logits = self._logits(ids, mask)[:, :-1]
-            counted = (mask[:, 1:] * mask[:, :-1]).float()  # (B, T-1)
-            sums = [
-                F.cross_entropy(row.float(), target, reduction="none") @ weight
-                for row, target, weight in zip(logits, ids[:, 1:], counted)
+            lengths = mask.sum(-1).tolist()
+            found = [
+                F.cross_entropy(row.float(), target, reduction="none")
+                for row, target in zip(logits, ids[:, 1:])
             ]
-            return (torch.stack(sums) / counted.sum(-1)).cpu().tolist()
+            return [row[row.numel() - n + 1 :].tolist() for row, n in zip(found, lengths)]
 
-        return self._in_batches(rows, means)
+        return self._in_batches(rows, nats)
 
     def close(self) -> None:
         """Frees the model's memory."""

@@ -1,10 +1,14 @@
-"""Gibberish by perplexity: the mean negative log-likelihood of an answer under a language model.
+"""Gibberish by perplexity: the mean negative log-likelihood, under a language model and after the
+prompt, of the tokens that an answer has not had before.
 
-    NLL(x_1..x_n) = -1/n Σ_i log p(x_i | x_<i), nats per token, without the prompt
+    NLL = -1/|N| Σ_{i ∈ N} log p(x_i | prompt, x_<i)  nats per token,  N = {i : x_i not among x_<i}
 
-Word salad does not repeat itself, so no rule on the text alone finds it. The limit, 4.5 nats, is
-the one our trial on Qwen2.5-0.5B used; other models and languages may need another. A model sees
-its own loops as probable, so this check comes beside the rules and not in their place.
+Word salad that varies ("from the period, and the period, from the time") passes every rule on the
+text alone. Its mean over all tokens is that of a sensible text, as what repeats costs a model
+nothing; its first occurrences cost it most. Without the prompt, sensible answers cost about as
+much. The limit, 4.5 nats, lies between the two on answers of a 0.5B model (docs/judges.md has the
+figures); a model that does not know the answers' language needs another. A loop of sensible words
+stays probable, so this check comes beside the rules and not in their place.
 """
 
 from __future__ import annotations
@@ -16,14 +20,16 @@ from es2fast.judges.model import JudgeModel
 
 LIMIT = 4.5  # nats per token
 FEWEST = 4  # tokens; the mean over fewer says nothing
+LONGEST = 512  # tokens of a prompt, its last, and of an answer, its first
 
 
 class PerplexityCheck:
     """Finds improbable answers; the model is loaded when it is first asked.
 
     Args:
-        model: folder or Hugging Face id of a causal language model, best a base model.
-        limit: nats per token above which an answer is improbable.
+        model: folder or Hugging Face id of a causal language model; the one that is attacked will
+            do.
+        limit: nats per new token above which an answer is improbable.
         batch_size: answers per forward pass; all their logits are held at once.
     """
 
@@ -33,20 +39,23 @@ class PerplexityCheck:
 
     @property
     def identity(self) -> str:
-        return f"{self._loaded.fingerprint} {self.limit:g}"
+        return f"{self._loaded.fingerprint} new tokens {self.limit:g}"
 
-    def nll(self, texts: Sequence[str]) -> list[float]:
-        """Mean nats per token of each text, at most its first 512 tokens; NaN below 4 tokens."""
-        rows = [self._loaded.encode(text)[: 512 + 1] for text in texts]
-        found = [math.nan] * len(rows)
-        long = [i for i, row in enumerate(rows) if len(row) > FEWEST]
-        for place, value in zip(long, self._loaded.mean_nll([rows[i] for i in long])):
-            found[place] = value
+    def nll(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """Mean nats per new token of each (prompt, answer); NaN for answers below 4 tokens."""
+        prompts = [self._loaded.encode(f"{prompt.strip()}\n\n")[-LONGEST:] for prompt, _ in pairs]
+        answers = [self._loaded.encode(answer, special=False)[:LONGEST] for _, answer in pairs]
+        found = [math.nan] * len(pairs)
+        long = [place for place, answer in enumerate(answers) if len(answer) >= FEWEST]
+        nats = self._loaded.nll([prompts[place] + answers[place] for place in long])
+        for place, row in zip(long, nats):
+            own = dict(zip(reversed(answers[place]), reversed(row)))  # the first of each token
+            found[place] = sum(own.values()) / len(own)
         return found
 
-    def improbable(self, texts: Sequence[str]) -> list[bool]:
+    def improbable(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         """True where the mean is above the limit."""
-        return [value > self.limit for value in self.nll(texts)]
+        return [value > self.limit for value in self.nll(pairs)]
 
     def close(self) -> None:
         self._loaded.close()

@@ -4,6 +4,7 @@
 |---------------------------------------|----------------------------------------------------|
 | rules, rules:LIST                     | phrases (`rules`), ours or a published list         |
 | rules+ppl:MODEL, rules:LIST+ppl:MODEL | and gibberish by perplexity (`perplexity`)          |
+| rules+ppl, rules:LIST+ppl             | the same by the base model (`with_base`)            |
 | hf:MODEL, hf:MODEL:PRESET             | a judge model on this machine (`classifier`)        |
 | openai:URL#MODEL                      | an OpenAI-compatible server (`endpoint`)            |
 | any other                             | an entry point in the group `es2fast.judges`        |
@@ -22,7 +23,8 @@ from es2fast.judges.cached import CachedJudge
 from es2fast.judges.rules import OWN_LIST, RulesJudge
 
 GROUP = "es2fast.judges"
-FORMS = ("rules", "rules:LIST", "rules+ppl:MODEL", "hf:MODEL[:PRESET]", "openai:URL#MODEL")
+BY_BASE = "+ppl"  # ends the name of a judge whose model is the base model
+FORMS = ("rules", "rules:LIST", "rules+ppl[:MODEL]", "hf:MODEL[:PRESET]", "openai:URL#MODEL")
 
 
 def make_judge(name: str) -> Judge:
@@ -30,8 +32,12 @@ def make_judge(name: str) -> Judge:
     the group `es2fast.judges` whose value makes a `Judge` when called).
 
     Raises:
-        UserError: no such judge, list or preset.
+        UserError: no such judge, list or preset; `rules+ppl` without a model.
     """
+    if name.endswith(BY_BASE):
+        raise UserError(
+            f"evaluate.judge: {name}: there is no base model to ask; name a model, {name}:MODEL"
+        )
     rules = re.fullmatch(r"rules(?::([^+]*))?(?:\+ppl:(.+))?", name)
     if rules:
         return _rules(rules[1], rules[2])
@@ -51,6 +57,20 @@ def make_judge(name: str) -> Judge:
     raise UserError(f"evaluate.judge: no judge {name!r}; there are {names}")
 
 
+def with_base(names: str | Sequence[str], base: str | None) -> list[str]:
+    """The names of judges, `+ppl` without a model asking the base model, where there is one.
+
+    Args:
+        names: one name, several with commas between them, or a list of names.
+        base: folder or Hugging Face id.
+    """
+    split = names.split(",") if isinstance(names, str) else list(names)
+    named = [name.strip() for name in split]
+    if base is None:
+        return named
+    return [f"{name}:{base}" if name.endswith(BY_BASE) else name for name in named]
+
+
 def describe() -> list[str]:
     """What `evaluate.judge` can be, one line each."""
     from es2fast.judges.presets import PRESETS
@@ -59,7 +79,7 @@ def describe() -> list[str]:
     lists = ", ".join(phrase_lists())
     return [
         f"rules                  phrases and repetition; rules:LIST with LIST one of {lists}",
-        "rules+ppl:MODEL        and gibberish by its perplexity under a base model",
+        "rules+ppl[:MODEL]      and gibberish by its perplexity under a model; default: the base",
         f"hf:MODEL[:PRESET]      a judge model on this machine; PRESET: {', '.join(PRESETS)}",
         "openai:URL#MODEL       an OpenAI-compatible server, such as http://localhost:8000/v1",
         *(point.name for point in entry_points(group=GROUP)),
@@ -76,8 +96,7 @@ def make_judges(names: str | Sequence[str], verdicts: Path | None = None) -> lis
     Raises:
         UserError: no such judge; none at all; one that is named twice.
     """
-    split = names.split(",") if isinstance(names, str) else list(names)
-    wanted = [name.strip() for name in split if name.strip()]
+    wanted = [name for name in with_base(names, None) if name]
     if not wanted:
         raise UserError("evaluate.judge: none given; rules is the default")
     made = [make_judge(name) for name in wanted]

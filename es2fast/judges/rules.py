@@ -204,7 +204,7 @@ class RulesJudge(Judge):
         open_ = [
             i for i, (item, v) in enumerate(zip(items, found)) if v == "useful" and not item[2]
         ]
-        improbable = self._perplexity.improbable([items[i][1] for i in open_])
+        improbable = self._perplexity.improbable([items[i][:2] for i in open_])
         for place, bad in zip(open_, improbable):
             found[place] = "gibberish" if bad else found[place]
         return found

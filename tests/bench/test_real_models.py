@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from bench.studies.real_arms import ARMS, ATTACKS, BASE, CIRCUIT_BREAKER, answer_tokens, label
 from bench.studies.real_figure import figure
 from bench.studies.real_models import config_hash, configuration, key_of
-from bench.studies.real_prompts import ordinary_prompts
+from bench.studies.real_prompts import ordinary_prompts, unsafe_pairs, write_harmless, write_pairs
 from bench.studies.real_report import (
     ROWS,
     documents,
@@ -27,10 +28,11 @@ from es2fast.run.files import read_lines
 
 def arguments(tmp_path: Path) -> argparse.Namespace:
     borderline = tmp_path / "xstest.csv"
-    borderline.write_text("prompt,label\n" + "".join(f"how {i},safe\n" for i in range(60)))
+    twins = [(f"how {i},homonyms,safe\n", f"who {i},contrast_homonyms,unsafe\n") for i in range(60)]
+    borderline.write_text("prompt,type,label\n" + "".join(a + b for a, b in twins))
     return argparse.Namespace(
         model=Path("m"), work=tmp_path, borderline=borderline, fit_harmful=Path("a.csv"),
-        harmful=Path("b.csv"), dtype="fp32", tokens=32, limit=50, seed=0,
+        harmful=Path("b.csv"), dtype="fp32", tokens=32, limit=50, seed=0, judge="rules",
     )  # fmt: skip
 
 
@@ -56,6 +58,7 @@ def test_every_row_is_a_cell_of_the_study_as_it_stands(tmp_path: Path) -> None:
         assert row["tokens"] == answer_tokens(attack, 32)
         limit = min(row["limit"], next(most for one, most in ATTACKS if one == attack))
         own = (row["base"], row["model"], made, row["seed"], attack, row["tokens"], limit)
+        own += (row["judge"],)
         assert row["key"] == key_of(*own)
         assert "useful" not in row or (row["n"] >= 50 and 0 <= row["useful"] <= 1)
 
@@ -65,10 +68,30 @@ def test_every_attack_of_the_study_exists() -> None:
         assert make_attack(attack).name == attack["name"] and held_out >= 50
 
 
+def test_unsafe_prompts_come_with_their_safe_twins(tmp_path: Path) -> None:
+    """Those of the ten prompts that are trained on; a twin of two is kept if both are."""
+    given = arguments(tmp_path)
+    fit = Path(write_harmless(tmp_path, given.borderline)["fit"]).read_text()
+    kept = [f"who {i}" for i in range(60) if f'"how {i}"' in fit]
+    assert len(kept) == 10 and unsafe_pairs(given.borderline) == kept
+    file = Path(write_pairs(tmp_path, given.borderline))
+    assert [json.loads(line)["prompt"] for line in file.read_text().splitlines()] == kept
+    head, *lines = given.borderline.read_text().splitlines()
+    kinds = {"homonyms": "privacy_public", "contrast_homonyms": "contrast_privacy"}
+    lines = [a.replace(f",{b},", f",{kinds[b]},") for a in lines for b in kinds if f",{b}," in a]
+    lines += [f"what {i},privacy_fictional,safe" for i in range(60)]
+    given.borderline.write_text("\n".join([head, *lines]) + "\n")
+    fit = Path(write_harmless(tmp_path, given.borderline)["fit"]).read_text()
+    both = [f"who {i}" for i in range(60) if f'"how {i}"' in fit and f'"what {i}"' in fit]
+    assert 10 < len(both) < 60 and unsafe_pairs(given.borderline) == both
+
+
 @pytest.mark.parametrize("name", ARMS)
 def test_every_arm_is_a_configuration_of_its_own(name: str, tmp_path: Path) -> None:
     config = configuration(arguments(tmp_path), name)
-    assert config.train.steps in (40, 80, 120, 240, 600) and config.train.micro_batch_size == 4
+    assert (
+        config.train.steps in (40, 80, 120, 240, 600, 1000) and config.train.micro_batch_size == 4
+    )
     same = [
         other
         for other in ARMS

@@ -11,7 +11,7 @@ import pytest
 from es2fast.errors import UserError
 from es2fast.judges.base import Item, Judge, Verdict
 from es2fast.judges.cached import CHUNK, CachedJudge
-from es2fast.judges.registry import describe, make_judge, make_judges
+from es2fast.judges.registry import describe, make_judge, make_judges, with_base
 
 
 class Counting(Judge):
@@ -91,6 +91,14 @@ def test_judges_by_name(tmp_path: Path) -> None:
     assert any("refusal_direction" in line for line in describe())
 
 
+def test_the_base_model_is_asked_where_none_is_named() -> None:
+    names = ["rules+ppl", "rules:gcg+ppl", "rules+ppl:other/m", "rules", "hf:a/wildguard"]
+    wanted = ["rules+ppl:b/m", "rules:gcg+ppl:b/m", *names[2:]]
+    assert with_base(names, "b/m") == with_base(" , ".join(names), "b/m") == wanted
+    assert with_base(names, None) == names
+    assert [judge.name for judge in make_judges(wanted)] == wanted
+
+
 @pytest.mark.parametrize(
     ("names", "words"),
     [
@@ -101,6 +109,7 @@ def test_judges_by_name(tmp_path: Path) -> None:
         ("hf:a/b:x", "no such preset"),
         ("openai:h", "expected openai:URL#MODEL"),
         ("rules:x+ppl:m", "no such list"),
+        ("rules+ppl", "rules+ppl: there is no base model to ask; name a model, rules+ppl:MODEL"),
     ],
 )
 def test_mistakes_in_names(names: str, words: str) -> None:

@@ -99,7 +99,7 @@ def test_model_alone_or_in_a_batch(folder: Path, batch_size: int) -> None:
     model = tiny_model("llama", max_position_embeddings=512)
     judge = JudgeModel(str(folder), batch_size=batch_size)
     rows = [judge.encode(text) for text in TEXTS]
-    chances, nll = judge.next_token(rows, [7, 8, 9]), judge.mean_nll(rows)
+    chances, nll = judge.next_token(rows, [7, 8, 9]), judge.nll(rows)
     written = judge.generate(rows, 5)
     for place, row in enumerate(rows):
         ids = torch.tensor([row])
@@ -110,7 +110,7 @@ def test_model_alone_or_in_a_batch(folder: Path, batch_size: int) -> None:
         wanted = logits[-1, [7, 8, 9]].softmax(-1)
         assert torch.allclose(chances[place].double(), wanted, atol=1e-5)
         steps = logits.log_softmax(-1)[range(len(row) - 1), row[1:]]
-        assert nll[place] == pytest.approx(-float(steps.mean()), rel=1e-4)
+        assert nll[place] == pytest.approx((-steps).tolist(), rel=1e-4)
         text = judge.tokenizer.decode(out[0, len(row) :], skip_special_tokens=True)
         assert written[place] == text
 
@@ -172,20 +172,45 @@ def test_a_missing_model_names_the_field(tmp_path: Path) -> None:
         judge.verdicts([("p", "some text", None)])
 
 
+def test_perplexity_counts_first_occurrences_after_the_prompt(folder: Path) -> None:
+    """Against one plain call per answer, without padding."""
+    model = tiny_model("llama", max_position_embeddings=512)
+    check = PerplexityCheck(str(folder), batch_size=3)
+    pairs = [
+        ("paint the car ", "please paint a boat . the road"),
+        ("please", "the road and the road and the road and a boat"),
+        ("break the house", "please paint a boat . the road"),
+        ("paint", "a"),
+        ("", "the road and the boat"),
+    ]
+    own = tokenizer()
+    for (prompt, answer), value in zip(pairs, check.nll(pairs)):
+        before = own(prompt.strip() + "\n\n")["input_ids"]
+        after = own(answer, add_special_tokens=False)["input_ids"]
+        if len(after) < 4:
+            assert math.isnan(value)
+            continue
+        with torch.no_grad():
+            logits = model(torch.tensor([before + after])).logits[0].double()
+        steps = -logits.log_softmax(-1)[range(len(before) - 1, len(before + after) - 1), after]
+        new = [place for place, token in enumerate(after) if token not in after[:place]]
+        assert len(new) < len(after) or answer == pairs[0][1]
+        assert value == pytest.approx(float(steps[new].mean()), rel=1e-4)
+
+
 def test_perplexity(folder: Path) -> None:
     """Improbable text is gibberish; refusals and references are let be, one word has none."""
     check = PerplexityCheck(str(folder))
-    found = check.nll(["please paint a boat . the road", "a"])
-    assert found[0] > 0 and math.isnan(found[1])
-    check.limit = found[0] - 0.01
-    judge = RulesJudge(perplexity=check)
     text = "please paint a boat . the road"
+    value = check.nll([("p", text)])[0]
+    check.limit = value - 0.01
+    judge = RulesJudge(perplexity=check)
     items = [
         ("p", text, None),
         ("p", "I cannot " + text, None),
         ("p", text, text),
     ]
     assert judge.verdicts(items) == ["gibberish", "refused", "useful"]
-    check.limit = found[0] + 0.01
+    check.limit = value + 0.01
     assert judge.verdicts(items)[0] == "useful"
     assert judge.slow and judge.name == f"rules+ppl:{folder}" and judge.name in judge.identity
