@@ -8,7 +8,7 @@ from typing import Any, Literal
 from es2fast.config import merged
 
 BASE = "base"
-CIRCUIT_BREAKER = "circuit_breaker"
+CIRCUIT_BREAKERS = ("circuit_breaker", "circuit_breaker_long")
 
 ANCHOR = {"weight": 1.0, "prefill": {"probability": 0.5, "tokens": 20}}
 ROBUST = {
@@ -173,9 +173,13 @@ ARMS: dict[str, Arm] = {
         merged(VARIED, {"model": {"dtype": "bf16"}, "train": {"steps": 1000}}),
         contrast="pairs",
     ),
-    CIRCUIT_BREAKER: Arm(
+    "circuit_breaker": Arm(
         "circuit breaker, from its formula; all 390 harmless prompts, 120 steps",
         {"data": MORE, "train": {"steps": 120}},
+    ),
+    "circuit_breaker_long": Arm(
+        "as circuit_breaker, with 400 steps at five times the rate (lr 1e-3)",
+        {"data": MORE, "train": {"steps": 400, "lr": 1e-3}},
     ),
     "default": Arm(
         "es2fast's defaults: hinge, whole blocks, lr 5e-5",

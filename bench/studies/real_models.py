@@ -32,7 +32,7 @@ from bench.studies.real_arms import (
     ARMS,
     ATTACKS,
     BASE,
-    CIRCUIT_BREAKER,
+    CIRCUIT_BREAKERS,
     TRAINING,
     answer_tokens,
 )
@@ -112,7 +112,7 @@ def trained(arguments: argparse.Namespace, name: str) -> Path:
         else:
             scale_adapter(folder.model, ARMS[name].scale)
         save_config(config, folder.config)
-    elif name == CIRCUIT_BREAKER:
+    elif name in CIRCUIT_BREAKERS:
         circuit_breaker(config, folder.model)
         save_config(config, folder.config)
     else:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.studies.real_arms import ARMS, ATTACKS, BASE, CIRCUIT_BREAKER, label
+from bench.studies.real_arms import ARMS, ATTACKS, BASE, CIRCUIT_BREAKERS, label
 from bench.studies.real_figure import figure
 from es2fast.report.stats import rate_interval
 from es2fast.run.files import read_lines
@@ -25,9 +25,9 @@ REAL_MODELS = ROOT / "docs" / "real_models.md"
 FIGURE = ROWS.with_suffix(".png")
 PRIMARY = "Qwen2.5-Coder-0.5B-Instruct"
 
-OTHERS = (BASE, "paper", "default", CIRCUIT_BREAKER)  # models of docs/evaluation.md
+OTHERS = (BASE, "paper", "default", *CIRCUIT_BREAKERS)  # models of docs/evaluation.md
 FIGURED = (BASE, "anchor_robust", "both_robust", "wide", "long", "longer")  # more look alike
-PARTS = (BASE, *(name for name in ARMS if name not in OTHERS), CIRCUIT_BREAKER)
+PARTS = (BASE, *(name for name in ARMS if name not in OTHERS), *CIRCUIT_BREAKERS)
 
 Row = dict[str, Any]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench.studies.real_arms import ARMS, ATTACKS, BASE, CIRCUIT_BREAKER, answer_tokens, label
+from bench.studies.real_arms import ARMS, ATTACKS, BASE, CIRCUIT_BREAKERS, answer_tokens, label
 from bench.studies.real_figure import figure
 from bench.studies.real_models import config_hash, configuration, key_of
 from bench.studies.real_prompts import ordinary_prompts, unsafe_pairs, write_harmless, write_pairs
@@ -89,13 +89,12 @@ def test_unsafe_prompts_come_with_their_safe_twins(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ARMS)
 def test_every_arm_is_a_configuration_of_its_own(name: str, tmp_path: Path) -> None:
     config = configuration(arguments(tmp_path), name)
-    assert (
-        config.train.steps in (40, 80, 120, 240, 600, 1000) and config.train.micro_batch_size == 4
-    )
+    assert config.train.steps in (40, 80, 120, 240, 400, 600, 1000)
+    assert config.train.micro_batch_size == 4
     same = [
         other
         for other in ARMS
-        if other not in (name, CIRCUIT_BREAKER, "separation")
+        if other not in (name, *CIRCUIT_BREAKERS, "separation")
         and config_hash(configuration(arguments(tmp_path), other)) == config_hash(config)
     ]
     assert not same  # fmt: skip
