@@ -166,9 +166,10 @@ def work(arguments: argparse.Namespace, job: dict[str, Any]) -> dict[str, Any]:
         return prepared(arguments, job["prepare"])
     entry = Entry(**job["entry"])
     if entry.kind == "es2fast" and arguments.device == "cpu":
-        from es2fast.distributed.allocator import keep_freed_memory
+        from es2fast.distributed.allocator import keep_few_products, keep_freed_memory
 
         keep_freed_memory()  # before any tensor, as in a run
+        keep_few_products()
     d0 = {int(layer): value for layer, value in job["base"]["d0"].items()}
     norm0 = {int(layer): value for layer, value in job["base"]["norm0"].items()}
     before = _memory_before(arguments.device)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from es2fast.config import Config
-from es2fast.distributed.allocator import keep_freed_memory
+from es2fast.distributed.allocator import keep_few_products, keep_freed_memory
 from es2fast.distributed.cores import ranks_here, settle
 from es2fast.distributed.operators import drop_stale_locks
 from es2fast.errors import UserError
@@ -135,6 +135,7 @@ def start(config: Config) -> Runtime:
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
         keep_freed_memory()
+        keep_few_products()
     for name in ("RANK", "LOCAL_RANK"):
         os.environ.setdefault(name, "0")
     os.environ.setdefault("WORLD_SIZE", "1")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 CHILD = """
@@ -32,6 +34,28 @@ with open("/proc/self/smaps") as file:
 print(faults, huge)
 """
 PAGES = 9 * 24 * 256  # of 4 KiB
+PRODUCTS = """
+import ctypes, sys
+import torch
+from es2fast.config import parse_config
+from es2fast.distributed.runtime import start
+
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks",
+                "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]
+
+mallinfo2 = ctypes.CDLL(None).mallinfo2
+mallinfo2.restype = Info
+if sys.argv[1] == "start":
+    start(parse_config({"model": {"name": "m"}, "train": {"device": "cpu"}}))
+torch.set_num_threads(1)
+weight = torch.ones(256, 256, dtype=torch.bfloat16)
+used = []
+for tokens in range(64, 64 + 600):
+    torch.ones(tokens, 256, dtype=torch.bfloat16) @ weight
+    used.append(mallinfo2().uordblks)
+print((used[-1] - used[299]) // 300)
+"""
 
 
 def measured(how: str, **environment: str) -> tuple[int, int]:
@@ -47,6 +71,22 @@ def measured(how: str, **environment: str) -> tuple[int, int]:
     )
     faults, huge = done.stdout.split()[-2:]
     return int(faults), int(huge)
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported() or not hasattr(ctypes.CDLL(None), "mallinfo2"),
+    reason="needs a CPU whose bfloat16 products are oneDNN's, and glibc 2.33",
+)
+@pytest.mark.parametrize(
+    ("how", "least", "most"), [("leave", 20_000, 2**30), ("start", -9999, 2000)]
+)
+def test_the_code_of_products_does_not_add_up(how: str, least: int, most: int) -> None:
+    """Bytes that stay in use per number of tokens, from the 300th on."""
+    plain = {k: v for k, v in os.environ.items() if "CACHE_CAPACITY" not in k}
+    done = subprocess.run(
+        [sys.executable, "-c", PRODUCTS, how], env=plain, capture_output=True, text=True, check=True
+    )
+    assert least < int(done.stdout.split()[-1]) < most
 
 
 asks = pytest.mark.skipif(
