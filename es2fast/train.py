@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from es2fast.config import Config, load_config
 from es2fast.distributed.failures import report
 from es2fast.distributed.interrupt import StopWish, die_with_launcher
-from es2fast.distributed.runtime import stop
+from es2fast.distributed.runtime import let_go, stop
 from es2fast.errors import STOPPED, RunInterrupted, RunStopped, UserError
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return STOPPED
     except Exception as error:
         report(error)
+        let_go()  # not every rank may be here
         return 2 if isinstance(error, UserError) else 1
     return 0
 

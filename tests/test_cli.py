@@ -281,6 +281,8 @@ def test_evaluate_any_model_and_compare(call: Any, project: Path, tmp_path: Path
     assert [model["name"] for model in report["models"]] == ["base", "other"]
     assert report["models"][1]["harmless"]["kl_to_base"] > 0
     assert report["judge"] == f"rules, rules+ppl:{project / 'model'}"
+    kept = [json.loads(line) for line in (out / "verdicts.jsonl").open()]
+    assert kept and len(report["models"][1]["attacks"]["direct"]["judges"]) == 2
     lines = [json.loads(line) for line in (out / "answers.jsonl").open()]
     assert {"harmful", "harmless", "trial"} == {line["group"] for line in lines}
     assert "<svg" in (out / "report.html").read_text()

@@ -173,6 +173,14 @@ ARMS: dict[str, Arm] = {
         merged(VARIED, {"model": {"dtype": "bf16"}, "train": {"steps": 1000}}),
         contrast="pairs",
     ),
+    "pairs_90": Arm("pairs, of whose update nine tenths are kept", of="pairs", scale=0.9),
+    "pairs_80": Arm("pairs, of whose update four fifths are kept", of="pairs", scale=0.8),
+    "firm": Arm(
+        "as pairs, with 600 steps, kl.weight 120, and the first four tokens of a response with "
+        "eight times the weight in the KL",
+        merged(VARIED, {"model": {"dtype": "bf16"}, "kl": {"weight": 120.0, "first_weight": 8.0}}),
+        contrast="pairs",
+    ),
     "circuit_breaker": Arm(
         "circuit breaker, from its formula; all 390 harmless prompts, 120 steps",
         {"data": MORE, "train": {"steps": 120}},

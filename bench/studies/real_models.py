@@ -11,7 +11,8 @@ of the models, and the models, stay in the working folder.
 
 The base model's weights are given on the command line; the tuned ones are trained from it. Ordinary
 harmless prompts are made here from a few verbs and topics; harmless prompts, to train on and held
-out, are half ordinary and half borderline (XSTest, safe).
+out, are half ordinary and half borderline (XSTest, safe). Some arms train on XSTest's unsafe half
+as well. The judge is `rules`; with `--judge rules+ppl` attacks that search are fitted by it.
 """
 
 from __future__ import annotations
@@ -216,7 +217,9 @@ def config_hash(config: Config) -> str:
     for group in ("harmful", "harmless"):
         first, *more = getattr(config.data, group)
         plain |= {group: first.limit} if first.limit != PROMPTS else {}
-        plain |= {f"more {group}": [one.where for one in more]} if more else {}
+        plain |= (
+            {f"more {group}": [one.where or Path(one.source).name for one in more]} if more else {}
+        )
     plain |= {"dtype": config.model.dtype} if config.model.dtype != "fp32" else {}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -247,7 +250,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--fit-harmful", type=Path, help="harmful prompts to train and fit on")
     parser.add_argument("--harmful", type=Path, help="held-out harmful prompts")
-    parser.add_argument("--borderline", type=Path, help="an XSTest file: prompt, label")
+    parser.add_argument("--borderline", type=Path, help="an XSTest file: prompt, type, label")
     parser.add_argument("--work", type=Path, default=Path("runs/real_models"))
     parser.add_argument("--out", type=Path, default=ROWS)
     parser.add_argument("--tokens", type=int, default=32, help="of every answer")

@@ -24,7 +24,7 @@ from es2fast.progress import verbose
 
 T = TypeVar("T")
 MINUTE = 60.0
-LET_GO = 0.05  # seconds; the interpreter's lock changes hands after 0.005
+LET_GO = 0.05  # seconds in which the interpreter's lock is free
 
 
 @dataclass(frozen=True)
@@ -184,17 +184,22 @@ def _unlink_buffer() -> None:
 
 
 def stop() -> None:
-    """Leaves the process group.
-
-    A thread of gloo's that has ended a collective lets its tensors go with the interpreter's lock;
-    one that waits for the lock while the interpreter ends aborts the process ("terminate called
-    without an active exception"). So the lock is free for a moment.
-    """
+    """Leaves the process group."""
     if dist.is_initialized():
         gloo = dist.get_backend() == "gloo"
         dist.destroy_process_group()
         if gloo:
-            time.sleep(LET_GO)
+            let_go()
+
+
+def let_go() -> None:
+    """Gives gloo's threads a moment before the interpreter ends.
+
+    One that has ended a collective lets its tensors go with the interpreter's lock; if it waits for
+    the lock while the interpreter ends, it aborts the process ("terminate called without an active
+    exception").
+    """
+    time.sleep(LET_GO)
 
 
 def _quiet(rank: int) -> None:

@@ -36,7 +36,7 @@ from es2fast.config import Config, load_config
 from es2fast.data import Formatter, Prompt, load_groups
 from es2fast.distributed.runtime import resolve_device, resolve_dtype
 from es2fast.errors import UserError
-from es2fast.judges.registry import make_judges, with_base
+from es2fast.judges.registry import judges_of, make_judges
 from es2fast.modeling.batch_size import starting_rows
 from es2fast.modeling.load import load_merged, load_tokenizer
 from es2fast.run.folder import RunFolder
@@ -134,7 +134,7 @@ def _target(config: Config, place: str, *, fitted: bool) -> Target:
         formatter,
         groups.harmful[: settings.fit_limit] if groups else [],
         groups.harmless[: settings.fit_limit] if groups else [],
-        make_judges(with_base(settings.judge, config.model.name))[0],
+        make_judges(judges_of(config, config.model.name))[0],
         max_new_tokens=settings.max_new_tokens,
         batch_size=size if isinstance(size, int) else starting_rows(model, tokens),
         halves=size == "auto",

@@ -48,7 +48,7 @@ from es2fast.evaluation.subject import (
 )
 from es2fast.evaluation.teacher import SavedTeacher
 from es2fast.judges.calibration import Calibration
-from es2fast.judges.registry import make_judges, with_base
+from es2fast.judges.registry import judges_of, make_judges
 from es2fast.modeling.load import check_weights, load_merged, load_tokenizer
 from es2fast.report.html import write_report
 from es2fast.report.model_card import write_model_card
@@ -273,13 +273,11 @@ def evaluate_paths(
     named = [*([(BASE, base)] if base is not None else []), *zip(names, models)]
     subjects = []
     for name, place in named:
-        run = RunFolder(place)
-        path = str(run.model) if run.finished else place
-        model = config.model.model_copy(update={"name": path, "revision": None})
+        model = config.model.model_copy(update={"name": _weights(place), "revision": None})
         formatter = Formatter(load_tokenizer(model), config.data)
         check_weights(model.name)
         subjects.append(_subject(name, model, config, formatter))
-    config = _judged_by(config, base)
+    config = _judged_by(config, None if base is None else _weights(base))
     report = _reported(subjects, prompts, config, folder, notes=notes)
     if report is None:
         return None
@@ -288,9 +286,21 @@ def evaluate_paths(
     return report
 
 
+def _weights(place: str) -> str:
+    """A model folder or id; of a run's folder the trained model in it."""
+    run = RunFolder(place)
+    return str(run.model) if run.finished else place
+
+
 def _judged_by(config: Config, base: str | None) -> Config:
-    """The configuration whose judges know the base model."""
-    judge = with_base(config.evaluate.judge, base)
+    """The configuration whose judges know the base model.
+
+    Raises:
+        UserError: a judge asks a base model that needs more than its name.
+    """
+    judge = judges_of(config, base)
+    if judge == config.evaluate.judge:
+        return config
     settings = config.evaluate.model_copy(update={"judge": judge})
     return config.model_copy(update={"evaluate": settings})
 

@@ -106,20 +106,26 @@ class JudgeModel:
 
         return torch.stack(self._in_batches(rows, chances))
 
+    @property
+    def begin(self) -> int:
+        """What stands before a text: BOS, or where there is none EOS."""
+        ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        return next((i for i in ids if i is not None), self._pad)
+
     @torch.inference_mode()
-    def nll(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Nats of each token of each row but the first, which is given."""
+    def nll(self, rows: Sequence[Sequence[int]], last: Sequence[int]) -> list[list[float]]:
+        """Nats of each of the `last[i]` last tokens of row i, which are fewer than its tokens."""
+        keep = max(last, default=0) + 1
 
         def nats(ids: Tensor, mask: Tensor) -> list[list[float]]:
-            logits = self._logits(ids, mask)[:, :-1]
-            lengths = mask.sum(-1).tolist()
-            found = [
-                F.cross_entropy(row.float(), target, reduction="none")
-                for row, target in zip(logits, ids[:, 1:])
+            logits = self._logits(ids, mask, keep=keep)[:, :-1]
+            targets = ids[:, ids.shape[1] - logits.shape[1] :]
+            return [
+                F.cross_entropy(row.float(), target, reduction="none").tolist()
+                for row, target in zip(logits, targets)
             ]
-            return [row[row.numel() - n + 1 :].tolist() for row, n in zip(found, lengths)]
 
-        return self._in_batches(rows, nats)
+        return [row[-n:] for row, n in zip(self._in_batches(rows, nats), last)]
 
     def close(self) -> None:
         """Frees the model's memory."""

@@ -17,13 +17,14 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from es2fast.config import Config
 from es2fast.errors import UserError
 from es2fast.judges.base import Judge
 from es2fast.judges.cached import CachedJudge
 from es2fast.judges.rules import OWN_LIST, RulesJudge
 
 GROUP = "es2fast.judges"
-BY_BASE = "+ppl"  # ends the name of a judge whose model is the base model
+BY_BASE = re.compile(r"rules(:[^+]*)?\+ppl")  # a judge whose model is the base model
 FORMS = ("rules", "rules:LIST", "rules+ppl[:MODEL]", "hf:MODEL[:PRESET]", "openai:URL#MODEL")
 
 
@@ -34,9 +35,10 @@ def make_judge(name: str) -> Judge:
     Raises:
         UserError: no such judge, list or preset; `rules+ppl` without a model.
     """
-    if name.endswith(BY_BASE):
+    if BY_BASE.fullmatch(name):
         raise UserError(
-            f"evaluate.judge: {name}: there is no base model to ask; name a model, {name}:MODEL"
+            f"evaluate.judge: {name}: there is no base model to ask; give one (--base) or name a "
+            f"model, {name}:MODEL"
         )
     rules = re.fullmatch(r"rules(?::([^+]*))?(?:\+ppl:(.+))?", name)
     if rules:
@@ -66,9 +68,33 @@ def with_base(names: str | Sequence[str], base: str | None) -> list[str]:
     """
     split = names.split(",") if isinstance(names, str) else list(names)
     named = [name.strip() for name in split]
-    if base is None:
+    if not base:
         return named
-    return [f"{name}:{base}" if name.endswith(BY_BASE) else name for name in named]
+    return [f"{name}:{base}" if BY_BASE.fullmatch(name) else name for name in named]
+
+
+def judges_of(config: Config, base: str | None) -> str | list[str]:
+    """`evaluate.judge`, with the base model's name where it is asked for.
+
+    Raises:
+        UserError: more than the name is needed to load that model.
+    """
+    named = config.evaluate.judge
+    full = with_base(named, base)
+    if full == with_base(named, None):
+        return named
+    given = {
+        "model.revision": config.model.revision,
+        "model.trust_remote_code": config.model.trust_remote_code,
+        "evaluate.device_map": config.evaluate.device_map,
+    }
+    for field, value in given.items():
+        if value:
+            raise UserError(
+                f"evaluate.judge: +ppl loads the base model by its name alone, and {field} is "
+                f"{value!r}; name another model, rules+ppl:MODEL"
+            )
+    return full
 
 
 def describe() -> list[str]:

@@ -20,7 +20,7 @@ from es2fast.data.checks import prompt_lengths
 from es2fast.distributed.deepspeed_config import AUTO, build_deepspeed
 from es2fast.distributed.runtime import resolve_device, resolve_dtype
 from es2fast.errors import UserError
-from es2fast.judges.registry import make_judges, with_base
+from es2fast.judges.registry import judges_of, make_judges
 from es2fast.modeling.compiled import check_stage
 from es2fast.modeling.head import read_transform
 from es2fast.modeling.load import check_weights, load_model_config, load_tokenizer
@@ -194,7 +194,7 @@ def make_plan(config: Config, *, world_size: int = 1) -> Plan:
     make_attacks(
         config.evaluate.attacks, steps=config.evaluate.attack_steps
     )  # not after the training
-    make_judges(with_base(config.evaluate.judge, config.model.name))
+    make_judges(judges_of(config, config.model.name))
     device = resolve_device(config.train.device)
     dtype = resolve_dtype(config.model.dtype, device)
     model = load_model_config(config.model)

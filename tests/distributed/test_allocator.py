@@ -17,7 +17,7 @@ import resource, sys
 import torch
 from es2fast.config import parse_config
 from es2fast.distributed.allocator import keep_freed_memory
-from es2fast.distributed.runtime import start
+from es2fast.distributed.runtime import start, stop
 
 if sys.argv[1] == "keep":
     keep_freed_memory()
@@ -32,13 +32,14 @@ for _ in range(6):
 with open("/proc/self/smaps") as file:
     huge = sum(int(line.split()[1]) for line in file if line.startswith("AnonHuge"))
 print(faults, huge)
+stop()
 """
 PAGES = 9 * 24 * 256  # of 4 KiB
 PRODUCTS = """
 import ctypes, sys
 import torch
 from es2fast.config import parse_config
-from es2fast.distributed.runtime import start
+from es2fast.distributed.runtime import start, stop
 
 class Info(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks",
@@ -55,6 +56,7 @@ for tokens in range(64, 64 + 600):
     torch.ones(tokens, 256, dtype=torch.bfloat16) @ weight
     used.append(mallinfo2().uordblks)
 print((used[-1] - used[299]) // 300)
+stop()
 """
 
 
@@ -73,8 +75,13 @@ def measured(how: str, **environment: str) -> tuple[int, int]:
     return int(faults), int(huge)
 
 
+def onednn_in_bfloat16() -> bool:
+    there = torch.backends.mkldnn.is_available() and hasattr(ctypes.CDLL(None), "mallinfo2")
+    return there and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 @pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported() or not hasattr(ctypes.CDLL(None), "mallinfo2"),
+    not onednn_in_bfloat16(),
     reason="needs a CPU whose bfloat16 products are oneDNN's, and glibc 2.33",
 )
 @pytest.mark.parametrize(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from es2fast.config import parse_config
 from es2fast.errors import UserError
 from es2fast.judges.base import Item, Judge, Verdict
 from es2fast.judges.cached import CHUNK, CachedJudge
-from es2fast.judges.registry import describe, make_judge, make_judges, with_base
+from es2fast.judges.registry import describe, judges_of, make_judge, make_judges, with_base
 
 
 class Counting(Judge):
@@ -92,11 +94,33 @@ def test_judges_by_name(tmp_path: Path) -> None:
 
 
 def test_the_base_model_is_asked_where_none_is_named() -> None:
-    names = ["rules+ppl", "rules:gcg+ppl", "rules+ppl:other/m", "rules", "hf:a/wildguard"]
+    names = [
+        "rules+ppl", "rules:gcg+ppl", "rules+ppl:other/m", "rules", "hf:a/wildguard",
+        "openai:http://h/v1#m+ppl", "rules+ppl:x+ppl",
+    ]  # fmt: skip
     wanted = ["rules+ppl:b/m", "rules:gcg+ppl:b/m", *names[2:]]
     assert with_base(names, "b/m") == with_base(" , ".join(names), "b/m") == wanted
-    assert with_base(names, None) == names
+    assert with_base(names, None) == with_base(names, "") == names
     assert [judge.name for judge in make_judges(wanted)] == wanted
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("model.revision", "v2"), ("model.trust_remote_code", True), ("evaluate.device_map", "auto")],
+)
+def test_a_base_model_that_needs_more_than_its_name(field: str, value: Any) -> None:
+    raw: dict[str, dict[str, Any]] = {"model": {"name": "m"}, "evaluate": {"judge": "rules"}}
+    section, key = field.split(".")
+    raw[section][key] = value
+    config = parse_config(raw)
+    assert judges_of(config, "m") == "rules"
+    config.evaluate.judge = "rules,rules+ppl"
+    with pytest.raises(UserError, match=rf"^evaluate\.judge: .*{field} is {value!r}.*MODEL"):
+        judges_of(config, "m")
+    raw[section].pop(key)
+    raw["evaluate"]["judge"] = "rules,rules+ppl"
+    assert judges_of(parse_config(raw), "m") == ["rules", "rules+ppl:m"]
+    assert judges_of(parse_config(raw), None) == "rules,rules+ppl"
 
 
 @pytest.mark.parametrize(
@@ -109,7 +133,11 @@ def test_the_base_model_is_asked_where_none_is_named() -> None:
         ("hf:a/b:x", "no such preset"),
         ("openai:h", "expected openai:URL#MODEL"),
         ("rules:x+ppl:m", "no such list"),
-        ("rules+ppl", "rules+ppl: there is no base model to ask; name a model, rules+ppl:MODEL"),
+        (
+            "rules+ppl",
+            "no base model to ask; give one (--base) or name a model, rules+ppl:MODEL",
+        ),
+        ("rule+ppl", "no judge 'rule+ppl'"),
     ],
 )
 def test_mistakes_in_names(names: str, words: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,10 @@ def test_model_alone_or_in_a_batch(folder: Path, batch_size: int) -> None:
     model = tiny_model("llama", max_position_embeddings=512)
     judge = JudgeModel(str(folder), batch_size=batch_size)
     rows = [judge.encode(text) for text in TEXTS]
-    chances, nll = judge.next_token(rows, [7, 8, 9]), judge.nll(rows)
+    chances, nll = (
+        judge.next_token(rows, [7, 8, 9]),
+        judge.nll(rows, [min(3, len(row) - 1) for row in rows]),
+    )
     written = judge.generate(rows, 5)
     for place, row in enumerate(rows):
         ids = torch.tensor([row])
@@ -110,7 +114,8 @@ def test_model_alone_or_in_a_batch(folder: Path, batch_size: int) -> None:
         wanted = logits[-1, [7, 8, 9]].softmax(-1)
         assert torch.allclose(chances[place].double(), wanted, atol=1e-5)
         steps = logits.log_softmax(-1)[range(len(row) - 1), row[1:]]
-        assert nll[place] == pytest.approx((-steps).tolist(), rel=1e-4)
+        wanted = (-steps).tolist()[-3:]
+        assert nll[place] == pytest.approx(wanted, rel=1e-4)
         text = judge.tokenizer.decode(out[0, len(row) :], skip_special_tokens=True)
         assert written[place] == text
 
@@ -172,21 +177,32 @@ def test_a_missing_model_names_the_field(tmp_path: Path) -> None:
         judge.verdicts([("p", "some text", None)])
 
 
-def test_perplexity_counts_first_occurrences_after_the_prompt(folder: Path) -> None:
-    """Against one plain call per answer, without padding."""
+@pytest.mark.parametrize("bos", [True, False])
+def test_perplexity_counts_first_occurrences_after_the_prompt(
+    folder: Path, tmp_path: Path, bos: bool
+) -> None:
+    """Against one plain call per answer, without padding; of a long prompt the end, of a long
+    answer the beginning."""
+    shutil.copytree(folder, tmp_path / "m")
+    own = tokenizer()
+    if not bos:
+        own.bos_token = None
+        own.save_pretrained(tmp_path / "m")
     model = tiny_model("llama", max_position_embeddings=512)
-    check = PerplexityCheck(str(folder), batch_size=3)
+    check = PerplexityCheck(str(tmp_path / "m"), batch_size=3)
     pairs = [
         ("paint the car ", "please paint a boat . the road"),
         ("please", "the road and the road and the road and a boat"),
         ("break the house", "please paint a boat . the road"),
         ("paint", "a"),
         ("", "the road and the boat"),
+        ("paint the car and " * 200, "please paint a boat . the road " * 20),
     ]
-    own = tokenizer()
     for (prompt, answer), value in zip(pairs, check.nll(pairs)):
-        before = own(prompt.strip() + "\n\n")["input_ids"]
-        after = own(answer, add_special_tokens=False)["input_ids"]
+        after = own(answer, add_special_tokens=False)["input_ids"][:32]
+        room = 512 - 1 - len(after)
+        before = own(prompt.strip() + "\n\n", add_special_tokens=False)["input_ids"][-room:]
+        before = [own.bos_token_id if bos else own.eos_token_id, *before]
         if len(after) < 4:
             assert math.isnan(value)
             continue
