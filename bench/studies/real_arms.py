@@ -173,8 +173,6 @@ ARMS: dict[str, Arm] = {
         merged(VARIED, {"model": {"dtype": "bf16"}, "train": {"steps": 1000}}),
         contrast="pairs",
     ),
-    "pairs_90": Arm("pairs, of whose update nine tenths are kept", of="pairs", scale=0.9),
-    "pairs_80": Arm("pairs, of whose update four fifths are kept", of="pairs", scale=0.8),
     "firm": Arm(
         "as pairs, with 600 steps, kl.weight 120, and the first four tokens of a response with "
         "eight times the weight in the KL",

@@ -50,6 +50,7 @@ from es2fast.run.folder import RunFolder
 from es2fast.training.update_filter import filter_adapter
 
 PROMPTS = 160  # training prompts per group: what the steps of an arm can see
+JUDGE = "rules"  # whose rates the documents have
 
 
 def configuration(
@@ -170,12 +171,12 @@ def key_of(
     attack: dict[str, Any],
     tokens: int,
     n: int,
-    judge: str = "rules",
+    judge: str = JUDGE,
 ) -> str:
     """Of a cell or of its row: base model, arm, hash of its configuration, seed of the training,
-    attack, tokens of an answer, held-out prompts at most, and the judge if it is not `rules`."""
+    attack, tokens of an answer, held-out prompts at most, and the judge if it is not `JUDGE`."""
     parts = (base, model, made, seed, json.dumps(attack, sort_keys=True), tokens, n)
-    return " ".join(str(part) for part in parts) + (f" {judge}" if judge != "rules" else "")
+    return " ".join(str(part) for part in parts) + (f" {judge}" if judge != JUDGE else "")
 
 
 def add_row(
@@ -217,9 +218,8 @@ def config_hash(config: Config) -> str:
     for group in ("harmful", "harmless"):
         first, *more = getattr(config.data, group)
         plain |= {group: first.limit} if first.limit != PROMPTS else {}
-        plain |= (
-            {f"more {group}": [one.where or Path(one.source).name for one in more]} if more else {}
-        )
+        others = [one.where or Path(one.source).name for one in more]
+        plain |= {f"more {group}": others} if more else {}
     plain |= {"dtype": config.model.dtype} if config.model.dtype != "fp32" else {}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("--attacks", help="likewise")
     parser.add_argument(
         "--judge",
-        default="rules+ppl",
+        default=JUDGE,
         choices=["rules", "rules+ppl"],
         help="+ppl: and the perplexity under the base model",
     )

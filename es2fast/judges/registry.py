@@ -66,11 +66,9 @@ def with_base(names: str | Sequence[str], base: str | None) -> list[str]:
         names: one name, several with commas between them, or a list of names.
         base: folder or Hugging Face id.
     """
-    split = names.split(",") if isinstance(names, str) else list(names)
-    named = [name.strip() for name in split]
     if not base:
-        return named
-    return [f"{name}:{base}" if BY_BASE.fullmatch(name) else name for name in named]
+        return _split(names)
+    return [f"{name}:{base}" if BY_BASE.fullmatch(name) else name for name in _split(names)]
 
 
 def judges_of(config: Config, base: str | None) -> str | list[str]:
@@ -81,7 +79,7 @@ def judges_of(config: Config, base: str | None) -> str | list[str]:
     """
     named = config.evaluate.judge
     full = with_base(named, base)
-    if full == with_base(named, None):
+    if full == _split(named):
         return named
     given = {
         "model.revision": config.model.revision,
@@ -122,7 +120,7 @@ def make_judges(names: str | Sequence[str], verdicts: Path | None = None) -> lis
     Raises:
         UserError: no such judge; none at all; one that is named twice.
     """
-    wanted = [name for name in with_base(names, None) if name]
+    wanted = [name for name in _split(names) if name]
     if not wanted:
         raise UserError("evaluate.judge: none given; rules is the default")
     made = [make_judge(name) for name in wanted]
@@ -132,6 +130,11 @@ def make_judges(names: str | Sequence[str], verdicts: Path | None = None) -> lis
     if verdicts is None:
         return made
     return [CachedJudge(judge, verdicts) if judge.slow else judge for judge in made]
+
+
+def _split(names: str | Sequence[str]) -> list[str]:
+    parts = names.split(",") if isinstance(names, str) else names
+    return [name.strip() for name in parts]
 
 
 def _rules(phrases: str | None, model: str | None) -> Judge:

@@ -100,10 +100,8 @@ def test_model_alone_or_in_a_batch(folder: Path, batch_size: int) -> None:
     model = tiny_model("llama", max_position_embeddings=512)
     judge = JudgeModel(str(folder), batch_size=batch_size)
     rows = [judge.encode(text) for text in TEXTS]
-    chances, nll = (
-        judge.next_token(rows, [7, 8, 9]),
-        judge.nll(rows, [min(3, len(row) - 1) for row in rows]),
-    )
+    chances = judge.next_token(rows, [7, 8, 9])
+    nll = judge.nll(rows, [min(3, len(row) - 1) for row in rows])
     written = judge.generate(rows, 5)
     for place, row in enumerate(rows):
         ids = torch.tensor([row])
