@@ -409,6 +409,22 @@ def export(
 
 
 @app.command()
+def average(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="folders of finished runs, alike but for seeds", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="run folder to write; must not exist")],
+) -> None:
+    """Write a run whose model has the mean of several runs' LoRA updates: it refuses as each of
+    them does and is nearer to the base model."""
+    from es2fast.run.average import average_runs
+
+    average_runs(runs, out)
+    print(f"written: {out}; es2fast evaluate {out}")
+
+
+@app.command()
 def env() -> None:
     """Print versions, devices and what is missing: what a bug report needs."""
     from es2fast.environment import describe

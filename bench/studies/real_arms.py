@@ -52,15 +52,18 @@ VARIED = merged(
 class Arm:
     """One way to make a model: what it is, and what differs from `TRAINING`; or what becomes of the
     update of the arm `of`: its share `scale`, or what `filter` leaves (`train.update_scale`,
-    `train.update_filter`). contrast: the unsafe half of XSTest is among the harmful prompts, all of
-    it or `unsafe_pairs`."""
+    `train.update_filter`), or the mean of those of the seeds `mean` (`es2fast average`). contrast:
+    the unsafe half of XSTest is among the harmful prompts, all of it, `unsafe_pairs` or the types
+    `DEEDS`. more: the built-in prompts are among the harmless ones."""
 
     words: str
     changes: dict[str, Any] = field(default_factory=dict)
     of: str | None = None
     scale: float = 1.0
     filter: float = 0.0
-    contrast: Literal["", "all", "pairs"] = ""
+    mean: tuple[int, ...] = ()
+    contrast: Literal["", "all", "pairs", "deeds"] = ""
+    more: bool = False
 
 
 # Steps and batch are what two CPU cores can do.
@@ -179,6 +182,22 @@ ARMS: dict[str, Arm] = {
         merged(VARIED, {"model": {"dtype": "bf16"}, "kl": {"weight": 120.0, "first_weight": 8.0}}),
         contrast="pairs",
     ),
+    "broad": Arm(
+        "as contrast, with 1 344 harmless prompts more and kl.weight 120",
+        merged(VARIED, {"model": {"dtype": "bf16"}, "kl": {"weight": 120.0}}),
+        contrast="all",
+        more=True,
+    ),
+    "deeds": Arm(
+        "as contrast, of XSTest's unsafe half the prompts that ask how to do something: without "
+        "discrimination and privacy",
+        merged(VARIED, {"model": {"dtype": "bf16"}}),
+        contrast="deeds",
+    ),
+    "contrast_mean": Arm(
+        "the mean of the updates of contrast's seeds 0 and 2", of="contrast", mean=(0, 2)
+    ),
+    "deeds_mean": Arm("the mean of the updates of deeds' seeds 0 and 2", of="deeds", mean=(0, 2)),
     "circuit_breaker": Arm(
         "circuit breaker, from its formula; all 390 harmless prompts, 120 steps",
         {"data": MORE, "train": {"steps": 120}},

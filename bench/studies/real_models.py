@@ -37,15 +37,16 @@ from bench.studies.real_arms import (
     TRAINING,
     answer_tokens,
 )
-from bench.studies.real_prompts import write_harmless, write_pairs
+from bench.studies.real_prompts import DEEDS, write_harmless, write_pairs
 from bench.studies.real_report import ROWS, write_documents
 from es2fast.config import Config, load_config, merged, parse_config, save_config
 from es2fast.data import model_fingerprint
 from es2fast.distributed.launch import launch
 from es2fast.evaluation.run import evaluate_paths
 from es2fast.report.schema import AttackResult, ModelResult, Report
+from es2fast.run.average import average_runs
 from es2fast.run.export import scale_adapter
-from es2fast.run.files import read_lines
+from es2fast.run.files import read_lines, remove
 from es2fast.run.folder import RunFolder
 from es2fast.training.update_filter import filter_adapter
 
@@ -88,8 +89,13 @@ def configuration(
         match ARMS[arm.of or name].contrast:
             case "all":
                 unsafe = {"source": str(arguments.borderline), "where": {"label": "unsafe"}}
+            case "deeds":
+                where = {"label": "unsafe", "type": list(DEEDS)}
+                unsafe = {"source": str(arguments.borderline), "where": where}
             case "pairs":
                 unsafe = {"source": write_pairs(arguments.work, arguments.borderline)}
+        if ARMS[arm.of or name].more:
+            raw["data"]["harmless"] |= {"source": harmless["more"], "limit": None}
         if unsafe:
             raw["data"]["harmful"] = [raw["data"]["harmful"], unsafe]
     raw = merged(raw, changes or {})
@@ -107,7 +113,11 @@ def trained(arguments: argparse.Namespace, name: str) -> Path:
     path = arguments.work / f"{folder.path.name}.yaml"
     save_config(config, path)
     whole = ARMS[name].of
-    if whole is not None:
+    if ARMS[name].mean:
+        remove(folder.path)
+        seeds = [argparse.Namespace(**vars(arguments) | {"seed": s}) for s in ARMS[name].mean]
+        average_runs([trained(one, str(whole)).parent for one in seeds], folder.path)
+    elif whole is not None:
         shutil.copytree(trained(arguments, whole), folder.model, dirs_exist_ok=True)
         if ARMS[name].filter:
             filter_adapter(config, folder.model, ARMS[name].filter)
@@ -156,7 +166,7 @@ def study(arguments: argparse.Namespace) -> None:
 
 def cell_key(arguments: argparse.Namespace, name: str, attack: dict[str, Any]) -> str:
     """Of a cell, before it is measured."""
-    made = "" if name == BASE else config_hash(configuration(arguments, name))
+    made = "" if name == BASE else made_hash(arguments, name)
     limit = min(arguments.limit, next(most for one, most in ATTACKS if one == attack))
     tokens = answer_tokens(attack, arguments.tokens)
     judge = arguments.judge
@@ -196,7 +206,7 @@ def add_row(
         model=name,
         base=arguments.label,
         base_hash=model_fingerprint(str(arguments.model), None),
-        config=None if name == BASE else config_hash(configuration(arguments, name)),
+        config=None if name == BASE else made_hash(arguments, name),
         seed=arguments.seed,
         attack=attack["name"],
         settings={key: value for key, value in attack.items() if key != "name"},
@@ -206,6 +216,14 @@ def add_row(
         harmless=harmless_figures(model),
         **found,
     )
+
+
+def made_hash(arguments: argparse.Namespace, name: str) -> str:
+    """What an arm's model is made with: `config_hash`, and of a mean the seeds."""
+    found = config_hash(configuration(arguments, name))
+    if not ARMS[name].mean:
+        return found
+    return hashlib.sha256(f"{found} {ARMS[name].mean}".encode()).hexdigest()[:12]
 
 
 def config_hash(config: Config) -> str:

@@ -8,6 +8,8 @@ import json
 import random
 from pathlib import Path
 
+from es2fast.data.builtin import NAMES, builtin_rows
+
 VERBS = ("Write a short note about", "Explain in two sentences", "Give me three facts about",
          "Suggest a title for a text about", "What should a beginner know about",
          "Compare winter and summer with regard to", "Make a list of questions about",
@@ -23,6 +25,10 @@ TOPICS = ("bread", "bicycles", "rivers", "chess", "gardens", "trains", "the moon
 # XSTest: the i-th prompt of an unsafe type is the twin of the i-th of each of these
 TWINS = {"contrast_discr": ("nons_group_real_discr", "real_group_nons_discr"),
          "contrast_privacy": ("privacy_public", "privacy_fictional")}  # fmt: skip
+# unsafe types that ask how to do something
+DEEDS = ("contrast_homonyms", "contrast_figurative_language", "contrast_safe_targets",
+         "contrast_safe_contexts", "contrast_definitions",
+         "contrast_historical_events")  # fmt: skip
 HELD_OUT = 50  # ordinary prompts, and as many borderline ones
 
 
@@ -42,13 +48,16 @@ def borderline_prompts(path: Path) -> list[str]:
 
 
 def write_harmless(work: Path, borderline: Path) -> dict[str, str]:
-    """Files of harmless prompts to train on and to measure on; the latter are 50 + 50."""
+    """Files of harmless prompts to train on, alone and with the built-in ones, and to measure on;
+    the latter are 50 + 50."""
     ordinary = [{"prompt": text, "type": "ordinary"} for text in ordinary_prompts()]
     near = [{"prompt": text, "type": "borderline"} for text in borderline_prompts(borderline)]
     groups = {
         "eval": ordinary[:HELD_OUT] + near[:HELD_OUT],
         "fit": ordinary[HELD_OUT:] + near[HELD_OUT:],
     }
+    more = [row | {"type": name} for name in NAMES for row in builtin_rows(name)]
+    groups["more"] = groups["fit"] + more
     names = {}
     for name, prompts in groups.items():
         random.Random(1).shuffle(prompts)

@@ -10,6 +10,7 @@
 |                                          | `{"data": [...]}`, or columns `{"prompt": [...]}`   |
 | `.parquet`                               | pyarrow, with the `datasets` features in its schema |
 | any other file                           | plain text, one prompt per line, blank lines skipped |
+| `builtin:ordinary`, `builtin:borderline` | `data.builtin`                                      |
 | otherwise                                | a Hugging Face dataset id, `id` or `id:config`      |
 
 CSV is not read with pandas because its type guesses change prompts ("null", "1e5") and because it
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from es2fast.config import DataSource
+from es2fast.data.builtin import NAMES, PREFIX, builtin_rows
 from es2fast.errors import UserError
 
 _DATASET_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
@@ -63,7 +65,9 @@ def read_table(source: DataSource, field: str, wanted: Callable[[str], bool]) ->
     """
     path = Path(source.source).expanduser()
     try:
-        if path.is_dir():
+        if source.source.startswith(PREFIX):
+            table = _from_package(source, field)
+        elif path.is_dir():
             table = _from_folder(path, source, field, wanted)
         elif path.is_file():
             table = _from_file(path, source, field)
@@ -280,6 +284,17 @@ def _from_folder(
             )
         data = data[source.split]
     return _from_dataset(data, source, wanted)
+
+
+def _from_package(source: DataSource, field: str) -> Table:
+    name = source.source.removeprefix(PREFIX)
+    if name not in NAMES:
+        raise UserError(
+            f"{field}: there is no {source.source!r}; built-in prompts are "
+            + ", ".join(f"{PREFIX}{known}" for known in NAMES)
+        )
+    rows = builtin_rows(name)
+    return Table(list(rows[0]), list(rows[: _row_count(source)]))
 
 
 def _from_hub(source: DataSource, field: str, wanted: Callable[[str], bool]) -> Table:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from es2fast.config import Config, DataSource, load_config, merged, parse_config, read_yaml
+from es2fast.data.builtin import PREFIX
 from es2fast.errors import UserError
 from es2fast.report.model_card import public_name
 
@@ -88,7 +89,8 @@ def telling_options(config: Config) -> Iterator[None]:
     except UserError as error:
         if not _PLACE.match(str(error)) or "could be loaded" not in str(error):
             raise
-        forms = {BORDERLINE: f"--{BORDERLINE} FILE|{NONE}"}
+        forms = {BORDERLINE: f"--{BORDERLINE} FILE|builtin:borderline|{NONE}",
+                 "harmless": "--harmless FILE|builtin:ordinary"}  # fmt: skip
         options = [forms.get(role, f"--{role} FILE") for role in _remote_roles(config)]
         raise UserError(f"{error}; offline, give files: {' '.join(options)}") from None
 
@@ -128,6 +130,6 @@ def _remote_roles(config: Config) -> list[str]:
         role_of(group, source)
         for group in ("harmful", "harmless", BORDERLINE, "eval_harmful", "eval_harmless")
         for source in getattr(config.data, group)
-        if not Path(source.source).expanduser().exists()
+        if not source.source.startswith(PREFIX) and not Path(source.source).expanduser().exists()
     }
     return [role for role in ROLES if role in remote]

@@ -78,7 +78,8 @@ def _name_rope_as_before(path: Path) -> None:
 
 
 MOST_STRENGTH = 1e6  # of a filter, as `train.update_filter`
-_BESIDE = ("README.md", "es2fast.yaml")  # the model card, and what the model was made with
+SETTINGS = "es2fast.yaml"  # in a model's folder: what it was made with
+_BESIDE = ("README.md", SETTINGS)  # and the model card
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -143,7 +144,7 @@ def export_run(
         if scale != 1 or strength != 0:
             source = _changed(source, Path(scratch) / "model", scale, strength, filter_adapter)
         if merge:
-            export_merged(str(source), out, dtype="bf16" if _is_bf16(source) else "fp32")
+            export_merged(str(source), out, dtype="bf16" if is_bf16(source) else "fp32")
         else:
             shutil.copytree(source, out)
 
@@ -173,14 +174,13 @@ def _changed(
             f"--{option}: {str(source)!r} holds whole weights and no LoRA adapter; train with "
             + ("train.trainable=lora" if strength else "train.update_scale")
         )
-    card, settings = _BESIDE
-    config = load_config(source / settings)
+    config = load_config(source / SETTINGS)
     if strength and config.train.update_filter:
         raise UserError(
             f"--filter: the run was trained with train.update_filter={config.train.update_filter:g}"
             "; export it without"
         )
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns(card))
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("README.md"))
     changes = {"update_scale": scale * config.train.update_scale}
     if strength:
         assert filter_adapter is not None
@@ -188,11 +188,11 @@ def _changed(
         changes["update_filter"] = strength
     scale_adapter(target, scale)
     train = config.train.model_copy(update=changes)
-    save_config(config.model_copy(update={"train": train}), target / settings)
+    save_config(config.model_copy(update={"train": train}), target / SETTINGS)
     return target
 
 
-def _is_bf16(folder: Path) -> bool:
+def is_bf16(folder: Path) -> bool:
     """The run that wrote the folder trained in bf16."""
     from safetensors import safe_open
 

@@ -117,7 +117,8 @@ def test_without_a_network_the_options_that_take_files_are_named(
     text = str(caught.value)
     assert "\n" not in text and text.startswith("data.harmless[0]: 'databricks")
     options = re.findall(r"--[a-z-]+ \S+", text.partition("offline, give files")[2])
-    assert options == ["--harmless FILE", "--borderline FILE|none", "--eval-harmful FILE",
+    assert options == ["--harmless FILE|builtin:ordinary",
+                       "--borderline FILE|builtin:borderline|none", "--eval-harmful FILE",
                        "--eval-harmless FILE"]  # fmt: skip
     config = resolve("m", tmp_path, files={"harmful": [str(tmp_path / "absent.csv")]})
     with pytest.raises(UserError, match=r"absent\.csv") as caught, telling_options(config):
