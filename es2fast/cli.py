@@ -414,7 +414,7 @@ def average(
         list[Path],
         typer.Argument(help="folders of finished runs, alike but for seeds", show_default=False),
     ],
-    out: Annotated[Path, typer.Option("--out", help="run folder to write; must not exist")],
+    out: Annotated[Path, typer.Option("--out", help="run folder to write; must hold no run")],
 ) -> None:
     """Write a run whose model has the mean of several runs' LoRA updates: it refuses as each of
     them does and is nearer to the base model."""

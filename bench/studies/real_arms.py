@@ -197,7 +197,9 @@ ARMS: dict[str, Arm] = {
     "contrast_mean": Arm(
         "the mean of the updates of contrast's seeds 0 and 2", of="contrast", mean=(0, 2)
     ),
-    "deeds_mean": Arm("the mean of the updates of deeds' seeds 0 and 2", of="deeds", mean=(0, 2)),
+    "contrast_mean_80": Arm(
+        "contrast_mean, of whose update four fifths are kept", of="contrast", mean=(0, 2), scale=0.8
+    ),
     "circuit_breaker": Arm(
         "circuit breaker, from its formula; all 390 harmless prompts, 120 steps",
         {"data": MORE, "train": {"steps": 120}},

@@ -117,6 +117,8 @@ def trained(arguments: argparse.Namespace, name: str) -> Path:
         remove(folder.path)
         seeds = [argparse.Namespace(**vars(arguments) | {"seed": s}) for s in ARMS[name].mean]
         average_runs([trained(one, str(whole)).parent for one in seeds], folder.path)
+        scale_adapter(folder.model, ARMS[name].scale)
+        save_config(config, folder.config)
     elif whole is not None:
         shutil.copytree(trained(arguments, whole), folder.model, dirs_exist_ok=True)
         if ARMS[name].filter:

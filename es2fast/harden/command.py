@@ -86,6 +86,14 @@ def harden(
         int | None,
         typer.Option("--ranks", min=1, help="processes; default: one per GPU, 2 on a CPU"),
     ] = None,
+    mean_of: Annotated[
+        int | None,
+        typer.Option(
+            "--mean-of",
+            min=1,
+            help="trainings with other seeds whose mean the model is; default: 2, 1 with --quick",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace a run of another configuration")
     ] = False,
@@ -98,7 +106,7 @@ def harden(
     was. A verdict that is negative is said first, and the exit code is 0 all the same.
     """
     from es2fast.harden.recipe import default_out, resolve
-    from es2fast.harden.run import run_harden
+    from es2fast.harden.run import MEAN_OF, run_harden
     from es2fast.run.folder import RunFolder
 
     target = hub_target(push_to_hub, public=public)
@@ -110,6 +118,7 @@ def harden(
         files=by_role(harmful, harmless, borderline, eval_harmful, eval_harmless),
         overrides=overrides or (),
     )
-    run_harden(config, ranks=ranks, overwrite=overwrite)
+    runs = mean_of or (1 if quick else MEAN_OF)
+    run_harden(config, ranks=ranks, overwrite=overwrite, mean_of=runs)
     if target is not None:
         print(f"uploaded: {target.push(RunFolder(config.output_dir).model)}")

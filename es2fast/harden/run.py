@@ -1,6 +1,7 @@
 """`es2fast harden`: one command from a chat model's name to a hardened model and a verdict.
 
-Plan, train (under the launcher, as `es2fast train`), attack base and tuned model, write report and
+Plan, train (under the launcher, as `es2fast train`; several times with other seeds where the model
+is to be the mean of several runs), attack base and tuned model, write report and
 model card, say what was gained and lost. The folder is an ordinary run's: `es2fast evaluate`,
 `compare` and `export` take it.
 
@@ -12,7 +13,9 @@ the same is kept.
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from es2fast.attacks.registry import make_attacks
@@ -25,33 +28,45 @@ from es2fast.harden.recipe import ROLES, telling_options
 from es2fast.report.schema import Report, read_report
 from es2fast.report.table import print_table
 from es2fast.report.verdict import paragraph
+from es2fast.run.average import MEAN, average_runs, seeds_text
 from es2fast.run.folder import RunFolder
 from es2fast.run.identity import SHARING, differences
 from es2fast.training.plan import Plan, make_plan
 
+MEAN_OF = 2  # trainings of a whole run, as the recipe was measured
 RECIPE = "harden.yaml"  # in the run's folder: the resolved configuration that training is given
 
 
-def run_harden(config: Config, *, ranks: int | None = None, overwrite: bool = False) -> Report:
+def run_harden(
+    config: Config, *, ranks: int | None = None, overwrite: bool = False, mean_of: int = 1
+) -> Report:
     """Hardens a model into `config.output_dir` and prints every step.
 
     Args:
         config: from `recipe.resolve`.
         ranks: processes of the training; default: one per GPU, up to 2 on a CPU.
         overwrite: replace what the folder holds where it comes from another configuration.
+        mean_of: trainings, with seeds that follow on `train.seed`, whose mean the model is (see
+            `run.average`); they lie in the folder's `seeds`.
 
     Raises:
         UserError: any mistake in the configuration; the folder holds something else; the training
             failed (its own message is above).
     """
-    folder, steps = RunFolder(config.output_dir), Steps(4)
-    check_folder(folder, config, overwrite)
+    if mean_of > 1 and config.train.trainable != "lora":
+        raise UserError(
+            f"--mean-of: {mean_of} runs with train.trainable={config.train.trainable} have no mean "
+            "that is written; use train.trainable=lora or --mean-of 1"
+        )
+    folder, steps = RunFolder(config.output_dir), Steps(3 + mean_of)
+    seeds = [config.train.seed + number for number in range(mean_of)]
+    check_folder(folder, config, overwrite, seeds)
     with steps.step("plan") as say, telling_options(config):
         plan = make_plan(config, world_size=rank_count(ranks, config.train.device))
         _check_held_out(plan)
         write("\n".join(f"      {line}" for line in plan.lines()))
         say(_planned(plan))
-    _train(plan, folder, steps, ranks)
+    _train(plan, folder, steps, ranks, seeds)
     report = _evaluate(plan, folder, steps)
     print_table(report)
     steps.skip("written", f"{folder.page}, {folder.answers}, {folder.model} (with model card)")
@@ -59,7 +74,9 @@ def run_harden(config: Config, *, ranks: int | None = None, overwrite: bool = Fa
     return report
 
 
-def check_folder(folder: RunFolder, config: Config, overwrite: bool) -> None:
+def check_folder(
+    folder: RunFolder, config: Config, overwrite: bool, seeds: Sequence[int] = ()
+) -> None:
     """Refuses a folder that holds another run, unless it may be overwritten.
 
     Raises:
@@ -77,6 +94,10 @@ def check_folder(folder: RunFolder, config: Config, overwrite: bool) -> None:
         shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
         raise UserError(
             f"{where} holds a run with another {shown}; choose another folder or give --overwrite"
+        )
+    if folder.finished and not _of_seeds(folder, seeds):
+        raise UserError(
+            f"{where} holds a model of another --mean-of; choose another folder or give --overwrite"
         )
     if folder.finished and _weights_changed(folder, config):
         raise UserError(
@@ -102,6 +123,13 @@ def _weights_changed(folder: RunFolder, config: Config) -> bool:
     return any(path.stat().st_mtime > trained for path in weights)
 
 
+def _of_seeds(folder: RunFolder, seeds: Sequence[int]) -> bool:
+    """The finished model there is the mean of runs with these seeds, or of one run if these are
+    one."""
+    mean = json.loads(folder.summary.read_text(encoding="utf-8")).get(MEAN)
+    return mean == (seeds_text(seeds) if len(seeds) > 1 else None)
+
+
 def _trained(folder: RunFolder, config: Config) -> bool:
     """The folder holds the finished training of this configuration, however it was evaluated."""
     saved = _saved(folder)
@@ -110,17 +138,45 @@ def _trained(folder: RunFolder, config: Config) -> bool:
     return all(name.startswith("evaluate.") for name in differences(saved, config))
 
 
-def _train(plan: Plan, folder: RunFolder, steps: Steps, ranks: int | None) -> None:
-    config, train = plan.config, plan.config.train
-    if _trained(folder, config):
+def _train(
+    plan: Plan, folder: RunFolder, steps: Steps, ranks: int | None, seeds: Sequence[int]
+) -> None:
+    config = plan.config
+    if _trained(folder, config) and _of_seeds(folder, seeds):
         if any(differences(load_config(folder.config), config)):  # of how it is evaluated
             save_config(config, folder.config)
-        steps.skip("train", f"finished before, {folder.model}")
+        for seed in seeds:
+            steps.skip(_title(seeds, seed), f"finished before, {folder.model}")
         return
+    if len(seeds) == 1:
+        _train_one(config, plan.world_size, folder, steps, ranks, "train")
+        return
+    parts = [RunFolder(folder.path / "seeds" / str(seed)) for seed in seeds]
+    for seed, part in zip(seeds, parts):
+        train = config.train.model_copy(update={"seed": seed})
+        own = config.model_copy(update={"train": train, "output_dir": str(part.path)})
+        if _trained(part, own):
+            steps.skip(_title(seeds, seed), f"finished before, {part.model}")
+        else:
+            _train_one(own, plan.world_size, part, steps, ranks, _title(seeds, seed))
+    folder.claim()
+    average_runs([part.path for part in parts], folder.path)
+    save_config(config, folder.config)
+    folder.drop_previous()
+
+
+def _title(seeds: Sequence[int], seed: int) -> str:
+    return f"train, seed {seed}" if len(seeds) > 1 else "train"
+
+
+def _train_one(
+    config: Config, world_size: int, folder: RunFolder, steps: Steps, ranks: int | None, title: str
+) -> None:
     folder.path.mkdir(parents=True, exist_ok=True)
     save_config(config, folder.path / RECIPE)
-    what = f"{train.steps} steps on {plan.world_size} rank{'s' * (plan.world_size > 1)}"
-    with steps.step("train", what), estimated(folder.metrics, train.steps):
+    train = config.train
+    what = f"{train.steps} steps on {world_size} rank{'s' * (world_size > 1)}"
+    with steps.step(title, what), estimated(folder.metrics, train.steps):
         launch_to_end(folder.path / RECIPE, folder, ranks=ranks, device=train.device)
 
 

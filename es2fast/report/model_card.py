@@ -105,6 +105,7 @@ def _train_rows(train: Mapping[str, Any]) -> list[tuple[str, str]]:
         "seconds": "seconds",
         "kl": "last KL, nats/token",
         "lambda": "last λ",
+        "mean_of_seeds": "mean of the runs with seeds",
     }
     rows = []
     for key, value in train.items():

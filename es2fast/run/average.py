@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from es2fast.run.files import write_text
 from es2fast.run.folder import RunFolder
 from es2fast.run.identity import other_run
 
+MEAN = "mean_of_seeds"  # in train.json of a run that is a mean
+
 
 def average_runs(runs: Sequence[Path], out: Path) -> None:
     """Writes a run folder whose model is the base model with the mean of the runs' LoRA updates,
@@ -32,16 +34,17 @@ def average_runs(runs: Sequence[Path], out: Path) -> None:
 
     Args:
         runs: folders of two finished runs or more, alike but for their seeds.
-        out: must not exist.
+        out: must hold no run.
 
     Raises:
         UserError: fewer than two runs; one that is not finished, holds whole weights, or was made
-            in another way than the first; `out` exists.
+            in another way than the first; `out` holds a run.
     """
     if len(runs) < 2:
         raise UserError("average: one run is its own mean; name two or more")
-    if out.exists():
-        raise UserError(f"average: {str(out)!r} exists already; choose another --out")
+    written = RunFolder(out)
+    if written.occupied:
+        raise UserError(f"average: {str(out)!r} holds a run already; choose another --out")
     folders = [RunFolder(run) for run in runs]
     for folder in folders:
         folder.check_finished("average")
@@ -49,17 +52,21 @@ def average_runs(runs: Sequence[Path], out: Path) -> None:
     told = [json.loads(folder.summary.read_text()) for folder in folders]
     _check_alike(folders, configs, told)
     config = configs[0].model_copy(update={"output_dir": str(out)})
-    written = RunFolder(out)
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
     _write_mean(config, [folder.model for folder in folders], written.model)
     save_config(config, written.model / SETTINGS)
     save_config(config, written.config)
     summary = told[0] | {
         "seconds": sum(one["seconds"] for one in told),
         "kl": None,  # that of none of them
-        "mean_of_seeds": ", ".join(str(one.train.seed) for one in configs),
+        MEAN: seeds_text(one.train.seed for one in configs),
     }
     write_text(written.summary, json.dumps(summary, indent=1) + "\n")
+
+
+def seeds_text(seeds: Iterable[int]) -> str:
+    """How train.json names the seeds of a mean, under `MEAN`."""
+    return ", ".join(map(str, seeds))
 
 
 def _write_mean(config: Config, adapters: Sequence[Path], target: Path) -> None:

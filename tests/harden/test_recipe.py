@@ -40,12 +40,13 @@ def test_built_in_recipes_are_valid_and_parts_of_a_set_share_nothing(
 ) -> None:
     config = resolve("org/model", tmp_path / "out", quick=quick)
     make_attacks(config.evaluate.attacks, steps=config.evaluate.attack_steps)
-    parts: dict[tuple[str, str], set[int]] = {}
+    parts: dict[tuple[str, ...], set[int]] = {}
     for group in GROUPS:
         for source in getattr(config.data, group):
             numbers = [int(part) if part else None for part in (source.rows or ":").split(":")]
             rows = set(list(range(450))[slice(*numbers)][: source.limit])
-            seen = parts.setdefault((source.source, source.split), set())
+            part = (source.source, source.split, str(source.where.get("label")))
+            seen = parts.setdefault(part, set())
             assert not seen & rows, f"{group}: {source.source} is used twice"
             seen |= rows
     assert len(config.data.borderline) == 1

@@ -72,6 +72,44 @@ def test_from_a_name_to_a_verdict_and_on_from_where_it_stopped(
     assert run_harden(config("evaluate.limit=4"), ranks=1) == shorter
 
 
+def test_the_mean_of_two_runs(toy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+
+    def config(*changed: str):
+        return resolve(str(toy / "model"), out, quick=True, files=files_of(toy / "data"),
+                       overrides=[*SHORT, f"data.cache_dir={tmp_path}", *changed])  # fmt: skip
+
+    with pytest.raises(UserError, match=r"--mean-of: 2 runs with train\.trainable=blocks have no"):
+        run_harden(config("train.trainable=blocks"), ranks=1, mean_of=2)
+    assert not out.exists()
+    report = run_harden(config(), ranks=1, mean_of=2)
+    steps = re.findall(
+        r"^\[(\d)/5\] ([\w, ]+): .*\(.*\d+ (?:s|min)\)$", capfd.readouterr().out, re.M
+    )
+    assert steps == [("1", "plan"), ("2", "train, seed 0"), ("3", "train, seed 1"),
+                     ("4", "evaluate")]  # fmt: skip
+    parts = [out / "seeds" / seed / "model" / "adapter_model.safetensors" for seed in "01"]
+    mean = out / "model" / "adapter_model.safetensors"
+    sizes = [part.stat().st_size for part in parts]
+    assert sizes[0] == sizes[1] and mean.stat().st_size > 1.9 * sizes[0]  # ranks add up
+    assert parts[0].read_bytes() != parts[1].read_bytes()
+    told = json.loads((out / "train.json").read_text())
+    assert told["mean_of_seeds"] == "0, 1" and told["kl"] is None
+    assert "| mean of the runs with seeds | 0, 1 |" in (out / "model/README.md").read_text()
+    files = [*parts, mean, out / "report.json"]
+    times = [path.stat().st_mtime_ns for path in files]
+    assert run_harden(config(), ranks=1, mean_of=2) == report  # nothing is done twice
+    assert [path.stat().st_mtime_ns for path in files] == times
+    with pytest.raises(UserError, match=r"holds a model of another --mean-of; choose another"):
+        run_harden(config(), ranks=1)
+
+    (out / "train.json").unlink()  # as if it was stopped before the mean was there
+    before = mean.read_bytes()
+    again = run_harden(config(), ranks=1, mean_of=2)
+    assert [path.stat().st_mtime_ns for path in parts] == times[:2]
+    assert mean.read_bytes() == before and again.names == report.names
+
+
 def test_a_model_that_refuses_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A random model: the anchor teaches the fallback and says so; asked to stop, it goes on with
     the same command; newer weights are noticed."""

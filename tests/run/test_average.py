@@ -96,5 +96,5 @@ def test_what_has_no_mean(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=words):
             average_runs(runs, out)
         assert not out.exists()
-    with pytest.raises(UserError, match=r"a' exists already; choose another --out"):
+    with pytest.raises(UserError, match=r"a' holds a run already; choose another --out"):
         average_runs([run, run], run)
