@@ -197,6 +197,9 @@ ARMS: dict[str, Arm] = {
     "contrast_mean": Arm(
         "the mean of the updates of contrast's seeds 0 and 2", of="contrast", mean=(0, 2)
     ),
+    "contrast_mean_90": Arm(
+        "contrast_mean, of whose update nine tenths are kept", of="contrast", mean=(0, 2), scale=0.9
+    ),
     "contrast_mean_80": Arm(
         "contrast_mean, of whose update four fifths are kept", of="contrast", mean=(0, 2), scale=0.8
     ),

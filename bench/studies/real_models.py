@@ -108,7 +108,7 @@ def trained(arguments: argparse.Namespace, name: str) -> Path:
     config = configuration(arguments, name)
     folder = RunFolder(config.output_dir)
     made = folder.config.is_file() and config_hash(load_config(folder.config))
-    if made == config_hash(config) and folder.model.is_dir():
+    if made == config_hash(config) and folder.model.is_dir() and not ARMS[name].mean:
         return folder.model
     path = arguments.work / f"{folder.path.name}.yaml"
     save_config(config, path)
@@ -143,7 +143,8 @@ def study(arguments: argparse.Namespace) -> None:
     )
     wanted = arguments.attacks.split(",") if arguments.attacks else None
     for name in arguments.only.split(",") if arguments.only else (BASE, *ARMS):
-        if name == BASE and arguments.seed:
+        seeds = (0,) if name == BASE else ARMS[name].mean[:1]
+        if seeds and arguments.seed not in seeds:
             continue
         known = {row["key"] for row in read_lines(arguments.out)}
         for attack, limit in ATTACKS:

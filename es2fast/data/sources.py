@@ -288,6 +288,8 @@ def _from_folder(
 
 def _from_package(source: DataSource, field: str) -> Table:
     name = source.source.removeprefix(PREFIX)
+    if "harmful" in field:
+        raise UserError(f"{field}: {source.source!r} is harmless; give it as harmless prompts")
     if name not in NAMES:
         raise UserError(
             f"{field}: there is no {source.source!r}; built-in prompts are "

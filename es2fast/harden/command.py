@@ -91,7 +91,8 @@ def harden(
         typer.Option(
             "--mean-of",
             min=1,
-            help="trainings with other seeds whose mean the model is; default: 2, 1 with --quick",
+            help="trainings with other seeds whose mean the model is; default: 2 with the built-in "
+            "recipe, 1 with --quick or another one",
         ),
     ] = None,
     overwrite: Annotated[
@@ -110,6 +111,8 @@ def harden(
     from es2fast.run.folder import RunFolder
 
     target = hub_target(push_to_hub, public=public)
+    if mean_of is None:
+        mean_of = 1 if quick or recipe else MEAN_OF
     config = resolve(
         model,
         out or default_out(model),
@@ -117,8 +120,8 @@ def harden(
         quick=quick,
         files=by_role(harmful, harmless, borderline, eval_harmful, eval_harmless),
         overrides=overrides or (),
+        single=mean_of == 1,
     )
-    runs = mean_of or (1 if quick else MEAN_OF)
-    run_harden(config, ranks=ranks, overwrite=overwrite, mean_of=runs)
+    run_harden(config, ranks=ranks, overwrite=overwrite, mean_of=mean_of)
     if target is not None:
         print(f"uploaded: {target.push(RunFolder(config.output_dir).model)}")

@@ -46,6 +46,7 @@ def resolve(
     quick: bool = False,
     files: Mapping[str, Sequence[str]] | None = None,
     overrides: Sequence[str] = (),
+    single: bool = False,
 ) -> Config:
     """The run that hardens `model` into `out`.
 
@@ -56,6 +57,8 @@ def resolve(
         quick: lay `recipes/quick.yaml` over it.
         files: prompt files or dataset ids by role, see `ROLES`.
         overrides: `key=value`, applied last.
+        single: the model is one run's and not a mean, which the built-in recipe's
+            `train.update_scale` is for.
 
     Raises:
         UserError: an unreadable recipe, an unknown key, a value out of range.
@@ -63,6 +66,8 @@ def resolve(
     raw = read_yaml(recipe or RECIPES / "default.yaml", "--recipe")
     if quick:
         raw = merged(raw, read_yaml(RECIPES / "quick.yaml"))
+    if recipe is None and (quick or single):
+        raw["train"].pop("update_scale")
     raw = merged(raw, {"model": {"name": model}, "data": {}, "output_dir": str(out)})
     data = parse_config(raw).data
     chosen = {role: places for role, places in (files or {}).items() if places}

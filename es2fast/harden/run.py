@@ -28,12 +28,14 @@ from es2fast.harden.recipe import ROLES, telling_options
 from es2fast.report.schema import Report, read_report
 from es2fast.report.table import print_table
 from es2fast.report.verdict import paragraph
-from es2fast.run.average import MEAN, average_runs, seeds_text
+from es2fast.run.average import MEAN, seeds_text, write_mean
+from es2fast.run.files import remove
 from es2fast.run.folder import RunFolder
 from es2fast.run.identity import SHARING, differences
 from es2fast.training.plan import Plan, make_plan
 
 MEAN_OF = 2  # trainings of a whole run, as the recipe was measured
+SEEDS = "seeds"  # in the folder of a mean: the runs that it is of
 RECIPE = "harden.yaml"  # in the run's folder: the resolved configuration that training is given
 
 
@@ -74,9 +76,7 @@ def run_harden(
     return report
 
 
-def check_folder(
-    folder: RunFolder, config: Config, overwrite: bool, seeds: Sequence[int] = ()
-) -> None:
+def check_folder(folder: RunFolder, config: Config, overwrite: bool, seeds: Sequence[int]) -> None:
     """Refuses a folder that holds another run, unless it may be overwritten.
 
     Raises:
@@ -95,7 +95,7 @@ def check_folder(
         raise UserError(
             f"{where} holds a run with another {shown}; choose another folder or give --overwrite"
         )
-    if folder.finished and not _of_seeds(folder, seeds):
+    if not _of_seeds(folder, seeds):
         raise UserError(
             f"{where} holds a model of another --mean-of; choose another folder or give --overwrite"
         )
@@ -124,8 +124,10 @@ def _weights_changed(folder: RunFolder, config: Config) -> bool:
 
 
 def _of_seeds(folder: RunFolder, seeds: Sequence[int]) -> bool:
-    """The finished model there is the mean of runs with these seeds, or of one run if these are
+    """The model there is, or will be, the mean of runs with these seeds, or one run's if these are
     one."""
+    if not folder.finished:
+        return (folder.path / SEEDS).is_dir() == (len(seeds) > 1)
     mean = json.loads(folder.summary.read_text(encoding="utf-8")).get(MEAN)
     return mean == (seeds_text(seeds) if len(seeds) > 1 else None)
 
@@ -145,22 +147,30 @@ def _train(
     if _trained(folder, config) and _of_seeds(folder, seeds):
         if any(differences(load_config(folder.config), config)):  # of how it is evaluated
             save_config(config, folder.config)
-        for seed in seeds:
-            steps.skip(_title(seeds, seed), f"finished before, {folder.model}")
+        for _ in seeds:
+            steps.skip("train", f"finished before, {folder.model}")
         return
     if len(seeds) == 1:
+        remove(folder.path / SEEDS)
         _train_one(config, plan.world_size, folder, steps, ranks, "train")
         return
-    parts = [RunFolder(folder.path / "seeds" / str(seed)) for seed in seeds]
+    if not folder.finished:
+        remove(folder.model)  # of a mean that was not written to its end
+    folder.claim()
+    save_config(config, folder.config)  # whose run this is, from now on
+    parts = [RunFolder(folder.path / SEEDS / str(seed)) for seed in seeds]
+    layers = config.layers
     for seed, part in zip(seeds, parts):
         train = config.train.model_copy(update={"seed": seed})
-        own = config.model_copy(update={"train": train, "output_dir": str(part.path)})
+        changes = {"train": train, "layers": layers, "output_dir": str(part.path)}
+        own = config.model_copy(update=changes)
         if _trained(part, own):
             steps.skip(_title(seeds, seed), f"finished before, {part.model}")
         else:
             _train_one(own, plan.world_size, part, steps, ranks, _title(seeds, seed))
-    folder.claim()
-    average_runs([part.path for part in parts], folder.path)
+        if seed == seeds[0]:  # measured once
+            layers = json.loads(part.summary.read_text(encoding="utf-8"))["layers"]
+    write_mean(parts, folder)
     save_config(config, folder.config)
     folder.drop_previous()
 

@@ -8,60 +8,66 @@ refuses as one does and is nearer to the base model (docs/real_models.md).
 from __future__ import annotations
 
 import json
-import warnings
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from es2fast.config import Config, load_config, save_config
 from es2fast.errors import UserError
-from es2fast.modeling.load import load_causal_lm, load_tokenizer
-from es2fast.run.export import SETTINGS, is_adapter, is_bf16, save_model
-from es2fast.run.files import write_text
+from es2fast.run.export import SETTINGS, is_adapter
+from es2fast.run.files import remove, write_text
 from es2fast.run.folder import RunFolder
 from es2fast.run.identity import other_run
 
 MEAN = "mean_of_seeds"  # in train.json of a run that is a mean
+_WEIGHTS, _LORA = "adapter_model.safetensors", "adapter_config.json"
 
 
 def average_runs(runs: Sequence[Path], out: Path) -> None:
     """Writes a run folder whose model is the base model with the mean of the runs' LoRA updates,
     ready for `evaluate` and `export`.
 
-    The mean is exact but for rounding, since ranks add up: the adapter's rank is the sum of theirs.
-
     Args:
         runs: folders of two finished runs or more, alike but for their seeds.
         out: must hold no run.
 
     Raises:
-        UserError: fewer than two runs; one that is not finished, holds whole weights, or was made
-            in another way than the first; `out` holds a run.
+        UserError: fewer than two runs; one that is not finished, holds whole weights, is a mean
+            itself, or was made in another way than the first; `out` holds a run or is a file.
     """
     if len(runs) < 2:
         raise UserError("average: one run is its own mean; name two or more")
     written = RunFolder(out)
     if written.occupied:
         raise UserError(f"average: {str(out)!r} holds a run already; choose another --out")
-    folders = [RunFolder(run) for run in runs]
-    for folder in folders:
-        folder.check_finished("average")
-    configs = [load_config(folder.config) for folder in folders]
-    told = [json.loads(folder.summary.read_text()) for folder in folders]
-    _check_alike(folders, configs, told)
-    config = configs[0].model_copy(update={"output_dir": str(out)})
-    out.mkdir(parents=True, exist_ok=True)
-    _write_mean(config, [folder.model for folder in folders], written.model)
-    save_config(config, written.model / SETTINGS)
+    if out.is_file() or is_adapter(out):
+        raise UserError(f"average: {str(out)!r} is a file or a model; choose another --out")
+    write_mean([RunFolder(run) for run in runs], written)
+
+
+def write_mean(parts: Sequence[RunFolder], written: RunFolder) -> None:
+    """As `average_runs`, whatever `written` holds. The mean is exact but for rounding, since ranks
+    add up: the adapter's rank is the sum of theirs. train.json, which makes a run finished, comes
+    last."""
+    for part in parts:
+        part.check_finished("average")
+    configs = [load_config(part.config) for part in parts]
+    told = [json.loads(part.summary.read_text(encoding="utf-8")) for part in parts]
+    _check_alike(parts, configs, told)
+    config = configs[0].model_copy(update={"output_dir": str(written.path)})
+    written.path.mkdir(parents=True, exist_ok=True)
+    partial = written.model.with_name(written.model.name + ".tmp")
+    remove(partial)
+    _write_adapter([part.model for part in parts], partial)
+    save_config(config, partial / SETTINGS)
+    remove(written.model)
+    partial.rename(written.model)
     save_config(config, written.config)
-    summary = told[0] | {
-        "seconds": sum(one["seconds"] for one in told),
-        "kl": None,  # that of none of them
-        MEAN: seeds_text(one.train.seed for one in configs),
-    }
-    write_text(written.summary, json.dumps(summary, indent=1) + "\n")
+    write_text(written.summary, json.dumps(_summary(configs, told), indent=1) + "\n")
 
 
 def seeds_text(seeds: Iterable[int]) -> str:
@@ -69,40 +75,61 @@ def seeds_text(seeds: Iterable[int]) -> str:
     return ", ".join(map(str, seeds))
 
 
-def _write_mean(config: Config, adapters: Sequence[Path], target: Path) -> None:
-    from peft import PeftModel
+def _write_adapter(adapters: Sequence[Path], target: Path) -> None:
+    """A folder like the first one, whose update is sum_i (alpha_i / r_i) B_i A_i over their
+    number."""
+    ignored = shutil.ignore_patterns("README.md", _WEIGHTS, SETTINGS)
+    shutil.copytree(adapters[0], target, ignore=ignored)
+    options = [json.loads((folder / _LORA).read_text(encoding="utf-8")) for folder in adapters]
+    tensors = [load_file(folder / _WEIGHTS) for folder in adapters]
+    shares = [one["lora_alpha"] / one["r"] / len(adapters) for one in options]
+    mean = {}
+    for name, first in tensors[0].items():
+        if "lora_A" in name:
+            mean[name] = torch.cat([one[name] for one in tensors])
+        else:
+            scaled = [share * one[name].float() for share, one in zip(shares, tensors)]
+            mean[name] = torch.cat(scaled, dim=1).to(first.dtype)
+    save_file(mean, target / _WEIGHTS, metadata={"format": "pt"})
+    rank = sum(one["r"] for one in options)
+    text = json.dumps(options[0] | {"r": rank, "lora_alpha": rank}, indent=2, sort_keys=True)
+    write_text(target / _LORA, text + "\n")
 
-    base = load_causal_lm(config.model, "bf16" if is_bf16(adapters[0]) else "fp32")
-    names = [str(number) for number in range(len(adapters))]
-    model: Any = PeftModel.from_pretrained(base, str(adapters[0]), names[0])
-    for name, adapter in zip(names[1:], adapters[1:]):
-        model.load_adapter(str(adapter), name)
-    shares = [1 / len(names)] * len(names)
-    model.base_model.add_weighted_adapter(names, shares, "default", combination_type="cat")
-    with warnings.catch_warnings():  # that the active adapter is no longer there
-        warnings.simplefilter("ignore")
-        for name in names:
-            model.delete_adapter(name)
-    model.set_adapter("default")
-    tokenizer = load_tokenizer(config.model.model_copy(update={"name": str(adapters[0])}))
-    with torch.no_grad():
-        save_model(model, tokenizer, target, main=True)
+
+def _summary(configs: Sequence[Config], told: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """train.json of the mean: what the runs have in common."""
+    common = {key: v for key, v in told[0].items() if all(one.get(key) == v for one in told)}
+    return common | {
+        "steps": max(one["steps"] for one in told),
+        "seconds": sum(one["seconds"] for one in told),
+        "kl": None,  # that of none of them
+        "lambda": common.get("lambda"),
+        MEAN: seeds_text(config.train.seed for config in configs),
+    }
 
 
 def _check_alike(
-    folders: Sequence[RunFolder], configs: Sequence[Config], told: Sequence[dict[str, Any]]
+    parts: Sequence[RunFolder], configs: Sequence[Config], told: Sequence[dict[str, Any]]
 ) -> None:
-    first = str(folders[0].path)
-    seed = configs[0].train.seed
-    for folder, config, summary in zip(folders, configs, told):
-        name = str(folder.path)
-        if not is_adapter(folder.model):
+    first, one = str(parts[0].path), configs[0]
+    seeds: set[int] = set()
+    for part, config, summary in zip(parts, configs, told):
+        name = str(part.path)
+        if not is_adapter(part.model):
             raise UserError(
                 f"average: {name!r} holds whole weights and no LoRA adapter; train with "
                 "train.trainable=lora"
             )
-        train = config.train.model_copy(update={"seed": seed})
-        other = other_run(configs[0], config.model_copy(update={"train": train}))
+        if MEAN in summary:
+            raise UserError(f"average: {name!r} is a mean itself; name the runs it is made of")
+        if config.train.seed in seeds:
+            raise UserError(
+                f"average: {name!r} has train.seed={config.train.seed} as another one has; leave "
+                "it out"
+            )
+        seeds.add(config.train.seed)
+        train = config.train.model_copy(update={"seed": one.train.seed})
+        other = other_run(one, config.model_copy(update={"train": train, "layers": one.layers}))
         if other:
             raise UserError(
                 f"average: {name!r} differs from {first!r} in {other}; only runs that are alike "
@@ -110,6 +137,6 @@ def _check_alike(
             )
         if summary["layers"] != told[0]["layers"]:
             raise UserError(
-                f"average: {name!r} chose the layers {summary['layers']} and {first!r} "
+                f"average: {name!r} has the layers {summary['layers']} and {first!r} "
                 f"{told[0]['layers']}; train both with the same, layers={told[0]['layers']}"
             )

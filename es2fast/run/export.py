@@ -144,7 +144,7 @@ def export_run(
         if scale != 1 or strength != 0:
             source = _changed(source, Path(scratch) / "model", scale, strength, filter_adapter)
         if merge:
-            export_merged(str(source), out, dtype="bf16" if is_bf16(source) else "fp32")
+            export_merged(str(source), out, dtype="bf16" if _is_bf16(source) else "fp32")
         else:
             shutil.copytree(source, out)
 
@@ -192,7 +192,7 @@ def _changed(
     return target
 
 
-def is_bf16(folder: Path) -> bool:
+def _is_bf16(folder: Path) -> bool:
     """The run that wrote the folder trained in bf16."""
     from safetensors import safe_open
 

@@ -53,6 +53,9 @@ def test_as_a_source_of_a_run(tmp_path: Path) -> None:
 
 def test_a_name_that_there_is_not() -> None:
     with pytest.raises(UserError) as caught:
-        read_table(DataSource(source="builtin:harmful"), "data.harmful[0]", bool)
-    text = "data.harmful[0]: there is no 'builtin:harmful'; built-in prompts are "
+        read_table(DataSource(source="builtin:safe"), "data.harmless[0]", bool)
+    text = "data.harmless[0]: there is no 'builtin:safe'; built-in prompts are "
     assert str(caught.value) == text + "builtin:ordinary, builtin:borderline"
+    for field in ("data.harmful[0]", "data.eval_harmful[1]"):
+        with pytest.raises(UserError, match=r"'builtin:ordinary' is harmless; give it as"):
+            read_table(DataSource(source="builtin:ordinary"), field, bool)

@@ -67,6 +67,8 @@ def test_quick_is_less_of_everything(tmp_path: Path) -> None:
     assert len(quick.evaluate.attacks) < len(full.evaluate.attacks)
     assert quick.evaluate.max_new_tokens < full.evaluate.max_new_tokens
     assert quick.evaluate.limit < full.evaluate.limit
+    assert (full.train.update_scale, quick.train.update_scale) == (0.8, 1)  # of a mean, of one run
+    assert resolve("m", tmp_path, single=True).train.update_scale == 1
     assert quick.train.lr == full.train.lr and quick.refusal == full.refusal
 
 
@@ -167,14 +169,14 @@ def saved(folder: Path, config: Config) -> RunFolder:
 def test_another_configuration_is_refused_by_its_fields(tmp_path: Path) -> None:
     config = resolve("m", tmp_path / "out", overrides=["train.lr=2e-4", "layers=auto"])
     folder = saved(tmp_path / "out", config)
-    check_folder(folder, config, overwrite=False)
+    check_folder(folder, config, overwrite=False, seeds=[0])
     other = resolve("m", tmp_path / "out", overrides=["train.lr=1e-3", "layers=[1, 2]"])
     with pytest.raises(UserError) as caught:
-        check_folder(folder, other, overwrite=False)
+        check_folder(folder, other, overwrite=False, seeds=[0])
     text = str(caught.value)
     assert "layers (auto there, [1, 2] now), train.lr (0.0002 there, 0.001 now);" in text
     assert "--overwrite" in text and "\n" not in text
-    check_folder(folder, other, overwrite=True)
+    check_folder(folder, other, overwrite=True, seeds=[0])
     moved = resolve("m", tmp_path / "elsewhere")
     assert list(differences(config, moved)) == []
 
@@ -183,7 +185,7 @@ def test_a_foreign_run_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     config = resolve("m", tmp_path)
     with pytest.raises(UserError, match="holds another run"):
-        check_folder(RunFolder(tmp_path), config, overwrite=False)
+        check_folder(RunFolder(tmp_path), config, overwrite=False, seeds=[0])
     (tmp_path / "config.yaml").write_text(json.dumps({"of": "another version"}))
     with pytest.raises(UserError, match="holds another run"):
-        check_folder(RunFolder(tmp_path), config, overwrite=False)
+        check_folder(RunFolder(tmp_path), config, overwrite=False, seeds=[0])

@@ -103,8 +103,14 @@ def test_the_mean_of_two_runs(toy: Path, tmp_path: Path, capfd: pytest.CaptureFi
     with pytest.raises(UserError, match=r"holds a model of another --mean-of; choose another"):
         run_harden(config(), ranks=1)
 
-    (out / "train.json").unlink()  # as if it was stopped before the mean was there
+    (out / "train.json").unlink()  # as if it was stopped while the mean was written
     before = mean.read_bytes()
+    for changed, count, words in (
+        ("train.steps=5", 2, r"another train\.steps \(3 there, 5 now\)"),
+        ("train.steps=3", 1, r"a model of another --mean-of"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run_harden(config(changed), ranks=1, mean_of=count)
     again = run_harden(config(), ranks=1, mean_of=2)
     assert [path.stat().st_mtime_ns for path in parts] == times[:2]
     assert mean.read_bytes() == before and again.names == report.names

@@ -85,16 +85,23 @@ def test_what_has_no_mean(tmp_path: Path) -> None:
     deep = finished_run(tmp_path / "c", base, 3, layers=3)
     whole = finished_run(tmp_path / "d", base, 4)
     (whole / "model" / "adapter_config.json").unlink()
+    mean = finished_run(tmp_path / "e", base, 5)
+    (mean / "train.json").write_text(json.dumps({"layers": [2], "mean_of_seeds": "5, 6"}))
     cases = [
         ([run], "one run is its own mean; name two or more"),
         ([run, tmp_path / "none"], "none' holds no finished run; train it first"),
         ([run, whole], "d' holds whole weights and no LoRA adapter; train with"),
         ([run, other], "b' differs from .*a' in model.name; only runs that are alike but for"),
-        ([run, deep], r"c' chose the layers \[3\] and .*a' \[2\]; train both with the same"),
+        ([run, run], r"a' has train\.seed=1 as another one has; leave it out"),
+        ([run, mean], r"e' is a mean itself; name the runs it is made of"),
+        ([run, deep], r"c' has the layers \[3\] and .*a' \[2\]; train both with the same"),
     ]
     for runs, words in cases:
         with pytest.raises(UserError, match=words):
             average_runs(runs, out)
         assert not out.exists()
     with pytest.raises(UserError, match=r"a' holds a run already; choose another --out"):
-        average_runs([run, run], run)
+        average_runs([run, deep], run)
+    for place in (tmp_path / "b" / "config.yaml", run / "model"):
+        with pytest.raises(UserError, match=r"is a file or a model; choose another --out"):
+            average_runs([run, deep], place)
