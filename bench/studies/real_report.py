@@ -26,7 +26,7 @@ FIGURE = ROWS.with_suffix(".png")
 PRIMARY = "Qwen2.5-Coder-0.5B-Instruct"
 
 OTHERS = (BASE, "paper", "default", *CIRCUIT_BREAKERS)  # models of docs/evaluation.md
-FIGURED = (BASE, "anchor_robust", "both_robust", "wide", "long", "longer")  # more look alike
+FIGURED = (BASE, "anchor_robust", "both_robust", "long", "longer", "contrast_mean_80")
 PARTS = (BASE, *(name for name in ARMS if name not in OTHERS), *CIRCUIT_BREAKERS)
 
 Row = dict[str, Any]
