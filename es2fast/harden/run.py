@@ -156,9 +156,10 @@ def _train(
         return
     if not folder.finished:
         remove(folder.model)  # of a mean that was not written to its end
+    parts = [RunFolder(folder.path / SEEDS / str(seed)) for seed in seeds]
+    (folder.path / SEEDS).mkdir(parents=True, exist_ok=True)
     folder.claim()
     save_config(config, folder.config)  # whose run this is, from now on
-    parts = [RunFolder(folder.path / SEEDS / str(seed)) for seed in seeds]
     layers = config.layers
     for seed, part in zip(seeds, parts):
         train = config.train.model_copy(update={"seed": seed})
