@@ -97,9 +97,11 @@ def _write_adapter(adapters: Sequence[Path], target: Path) -> None:
 
 
 def _summary(configs: Sequence[Config], told: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """train.json of the mean: what the runs have in common."""
+    """train.json of the mean: what the runs have in common, and the first one's d0, from which
+    the others' differ by rounding at most."""
     common = {key: v for key, v in told[0].items() if all(one.get(key) == v for one in told)}
     return common | {
+        "d0": told[0]["d0"],
         "steps": max(one["steps"] for one in told),
         "seconds": sum(one["seconds"] for one in told),
         "kl": None,  # that of none of them

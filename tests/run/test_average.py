@@ -37,7 +37,14 @@ def finished_run(path: Path, base: Path, seed: int, layers: int = 2, **options: 
         save_model(model, AutoTokenizer.from_pretrained(base), folder.model, main=True)
     raw = {"model": {"name": str(base)}, "train": {"seed": seed}, "output_dir": str(path)}
     save_config(parse_config(raw), folder.config)
-    told = {"steps": 9, "seconds": 1.5, "kl": 0.1, "lambda": 10.0, "layers": [layers]}
+    told = {
+        "steps": 9,
+        "seconds": 1.5,
+        "kl": 0.1,
+        "lambda": 10.0,
+        "layers": [layers],
+        "d0": {"2": 4 + 1e-12 * seed},
+    }
     folder.summary.write_text(json.dumps(told))
     assert folder.finished
     return path
@@ -66,7 +73,7 @@ def test_the_mean_of_three_runs(tmp_path: Path) -> None:
     assert mean.finished and load_config(mean.config).output_dir == str(mean.path)
     told = json.loads(mean.summary.read_text())
     assert told == {"steps": 9, "seconds": 4.5, "kl": None, "lambda": 10.0, "layers": [2],
-                    "mean_of_seeds": "1, 2, 3"}  # fmt: skip
+                    "d0": {"2": 4 + 1e-12}, "mean_of_seeds": "1, 2, 3"}  # fmt: skip
     assert json.loads((mean.model / "adapter_config.json").read_text())["r"] == 8
     found = dict(load_merged(ModelConfig(name=str(mean.model)), "fp32").named_parameters())
     plain = dict(load_causal_lm(ModelConfig(name=str(base)), "fp32").named_parameters())
