@@ -194,6 +194,19 @@ ARMS: dict[str, Arm] = {
         merged(VARIED, {"model": {"dtype": "bf16"}}),
         contrast="deeds",
     ),
+    "probed": Arm(
+        "as contrast, SCAV at one block, the middle third or all among the simulated attacks, and "
+        "the first four tokens of refusals with a quarter of the weight of later ones in the KL",
+        merged(
+            VARIED,
+            {
+                "model": {"dtype": "bf16"},
+                "separation": {"robust": {"attacks": [*ROBUST["attacks"], "ablation", "scav"]}},
+                "kl": {"refused_weight": 0.25},
+            },
+        ),
+        contrast="all",
+    ),
     "contrast_mean": Arm(
         "the mean of the updates of contrast's seeds 0 and 2", of="contrast", mean=(0, 2)
     ),

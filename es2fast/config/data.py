@@ -87,7 +87,8 @@ class DataConfig(Section):
     refused: Literal["keep", "even", "drop"] = Field(
         "keep",
         description="harmless prompts whose response is a refusal by the rules: keep trains to "
-        "go on refusing them, even does without kl.first_weight, drop leaves them out",
+        "go on refusing them, even gives their first tokens kl.refused_weight in place of "
+        "kl.first_weight, drop leaves them out",
     )
     labelled: Sources = Field(
         default_factory=list, description="files whose `label` column tells the two groups apart"

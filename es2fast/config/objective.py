@@ -67,8 +67,9 @@ class RobustConfig(Section):
     )
     blocks: Literal["separated", "all"] = Field(
         "separated",
-        description="where mean_difference and replacement act, one block drawn per row; all "
-        "needs a refusal anchor, without which harmful rows end at the deepest separated block",
+        description="where mean_difference and replacement act, at one block drawn per row; scav "
+        "acts at every separated one, with all at one per row, the middle third or every block; "
+        "all needs a refusal anchor, without which harmful rows end at the deepest separated block",
     )
     strength: tuple[float, float] = Field(
         (1.0, 1.0),
@@ -277,6 +278,13 @@ class KLConfig(Section):
         le=1e3,
         description="of each of a response's first tokens in the mean over tokens, where others "
         "have 1: they decide whether an answer is a refusal",
+    )
+    refused_weight: float = Field(
+        1.0,
+        gt=0,
+        le=1e3,
+        description="with data.refused: even, that of the first tokens of a refusal; below 1 the "
+        "model is freer to answer where the base model refuses a harmless prompt",
     )
     first_tokens: int = Field(4, ge=1, description="how many first tokens have first_weight")
     weight: float = Field(10.0, ge=0, description="lambda; its start value when a budget is given")

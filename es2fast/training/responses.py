@@ -67,7 +67,9 @@ def first_weights(config: Config, harmless: Sequence[Prompt]) -> list[float]:
     """Per harmless prompt, each with its response, the weight of its first tokens in the KL."""
     even = config.data.refused == "even"
     return [
-        1.0 if even and is_refusal(prompt.response or "") else config.kl.first_weight
+        config.kl.refused_weight
+        if even and is_refusal(prompt.response or "")
+        else config.kl.first_weight
         for prompt in harmless
     ]
 

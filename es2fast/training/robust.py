@@ -14,7 +14,10 @@ again; with a refusal anchor the answer has to refuse all the same.
                                                       along the difference of the means of one
                                                       block, with blocks: all in the middle
     scav              h <- h + push(h)                at every separated block whose probe is
-                                                      accurate enough, last prompt token onwards
+                                                      accurate enough, last prompt token onwards;
+                                                      with blocks: all at one block, the middle
+                                                      third or all of them, to a probability drawn
+                                                      per step, onwards or at that token alone
 
 Additions are constants of the step, so their gradient is that of the state; a replaced state has
 none and an ablated one none along r, as it is for the attacker.
@@ -24,16 +27,17 @@ as it has rows. With one choice for all rows a run of 600 steps met each of four
 ablation some seven times.
 
 Means and probes are those of recent clean steps over all ranks, fitted anew every few steps, by an
-all-reduce per block and, of probes, on rank 0's CPU, for which everyone waits. Which step is
-attacked, by what, and each row where and how strongly, is a function of (seed, step), so it is the
-same however the rows are shared out.
+all-reduce per block and, of the probes that a step needs, on rank 0's CPU, for which everyone
+waits. Which step is attacked, by what, and each row where and how strongly, is a function of
+(seed, step), so it is the same however the rows are shared out.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +53,19 @@ from es2fast.transfer import to_device
 
 FEWEST = 4  # states per group that a probe is fitted on
 _WHERE: dict[str, Where] = {"replacement": "last", "ablation": "all"}  # others: onwards
+_SCAV_WHERE: list[Where] = ["last", "onwards"]  # with `blocks: all`
+_AIMS = (1e-5, 1e-2)  # range of scav's probability with `blocks: all`, as its search tries them
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """An attack of a step."""
+
+    name: str
+    layers: list[int]  # blocks that its rows have in turn; scav, not in_turn: all at once
+    strengths: list[float]  # of each row; scav: the probability aimed at
+    where: Where
+    in_turn: bool = True
 
 
 class SimulatedAttack:
@@ -75,16 +92,15 @@ class SimulatedAttack:
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
         self._fitted: int | None = None
         self._means: dict[int, tuple[Tensor, Tensor]] = {}
-        self._scav: Scav | None = None
+        self._probes: dict[int, Probe] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """For `load_state_dict`: this rank's kept states, and what was last fitted."""
-        probes = {} if self._scav is None else self._scav.probes
         return {
             "kept": {str(layer): list(pair) for layer, pair in self._kept.items()},
             "means": {str(layer): list(pair) for layer, pair in self._means.items()},
             "fitted": self._fitted,
-            "probes": {str(layer): dict(vars(probe)) for layer, probe in probes.items()},
+            "probes": {str(layer): dict(vars(probe)) for layer, probe in self._probes.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -93,11 +109,7 @@ class SimulatedAttack:
         self._kept = {int(k): (a.to(device), b.to(device)) for k, (a, b) in state["kept"].items()}
         self._means = {int(k): (a.to(device), b.to(device)) for k, (a, b) in state["means"].items()}
         self._fitted = state["fitted"]
-        if state["probes"]:
-            self._scav = Scav()
-            self._scav.probes = {
-                int(k): _on(Probe(**probe), device) for k, probe in state["probes"].items()
-            }
+        self._probes = {int(k): _on(Probe(**probe), device) for k, probe in state["probes"].items()}
 
     def parted(self, states: list[dict[str, Any]], rank: int) -> dict[str, Any]:
         """The state of `rank` from those of other ranks, in their order."""
@@ -112,16 +124,15 @@ class SimulatedAttack:
         if self._fitted is None or step - self._fitted >= self._settings.refit_every:
             self._fit()
             self._fitted = step
-        return self._made(*drawn)
+        return self._scav(drawn) if drawn.name == "scav" else self._made(drawn)
 
     def where(self, step: int) -> Where | None:
         """Where the attack of optimizer step `step` acts, if that is not a clean one for want of
         states; None for a clean one. Known before the steps up to it."""
         drawn = self._drawn(step)
-        return None if drawn is None else _where(drawn[0])
+        return None if drawn is None else drawn.where
 
-    def _drawn(self, step: int) -> tuple[str, list[int], list[float]] | None:
-        """Attack of a step, the blocks that its rows have in turn, and the strength of each."""
+    def _drawn(self, step: int) -> _Drawn | None:
         settings = self._settings
         if not settings.probability:
             return None
@@ -131,7 +142,24 @@ class SimulatedAttack:
         layers = self._candidates(name)
         draw.shuffle(layers)
         strengths = [draw.uniform(*settings.strength) for _ in range(self._rows)]
-        return (name, layers[: self._rows], strengths) if attacked else None
+        if not attacked:
+            return None
+        if name == "scav":
+            return self._drawn_scav(draw, layers)
+        return _Drawn(name, layers[: self._rows], strengths, _WHERE.get(name, "onwards"))
+
+    def _drawn_scav(self, draw: random.Random, layers: list[int]) -> _Drawn:
+        """Blocks, probability and tokens as the attacker may choose them; at the separated blocks
+        alone its plain form."""
+        if self._settings.blocks == "separated":
+            return _Drawn("scav", layers, [Scav.usual], "onwards", in_turn=False)
+        low, high = (math.log(one) for one in _AIMS)
+        aim, where = math.exp(draw.uniform(low, high)), draw.choice(_SCAV_WHERE)
+        shape, depth = draw.choice(["single", "middle", "all"]), len(layers)
+        if shape == "middle":
+            layers = [i for i in layers if depth <= 3 * i < 2 * depth] or layers
+        in_turn = shape == "single"
+        return _Drawn("scav", layers[: self._rows] if in_turn else layers, [aim], where, in_turn)
 
     def _candidates(self, name: str) -> list[int]:
         """Blocks that rows take in turn, in an order drawn per step. An ablated direction is found
@@ -160,16 +188,23 @@ class SimulatedAttack:
             a, b = (torch.cat(pair)[-most:] for pair in zip(old, new))
             self._kept[layer] = (a, b)
 
-    def _made(self, name: str, layers: list[int], strengths: list[float]) -> Intervention:
-        if name == "scav":
-            scav = self._scav
-            assert scav is not None
-            return Intervention(
-                frozenset(scav.layers()),
-                lambda i, states, rows: states + scav.push(i, states.detach()),
-                _where(name),
-                name,
-            )
+    def _scav(self, drawn: _Drawn) -> Intervention:
+        self._fit_probes([i for i in sorted(drawn.layers) if i not in self._probes])
+        scav = Scav()
+        scav.probes = {i: self._probes[i] for i in sorted(drawn.layers)}
+        scav.strength = drawn.strengths[0]
+        block, turns = torch.tensor(drawn.layers), len(drawn.layers)
+
+        def changed(i: int, states: Tensor, rows: Tensor) -> Tensor:
+            push = scav.push(i, states.detach())
+            if drawn.in_turn:
+                push = push * (block.to(rows.device)[rows % turns] == i)[:, None]
+            return states + push
+
+        return Intervention(frozenset(scav.layers()), changed, drawn.where, drawn.name)
+
+    def _made(self, drawn: _Drawn) -> Intervention:
+        name, layers, strengths = drawn.name, drawn.layers, drawn.strengths
         harmful, harmless = (torch.stack([self._means[i][side] for i in layers]) for side in (0, 1))
         gaps, turns = harmless - harmful, len(layers)
         if name == "ablation":
@@ -180,7 +215,7 @@ class SimulatedAttack:
                 own = rows[:, None] % turns == torch.arange(turns, device=rows.device)
                 return states - (states @ r.t() * own) @ r  # no (k, H) is kept for the backward
 
-            return Intervention(frozenset(self._reached), ablated, _where(name), name, inside=True)
+            return Intervention(frozenset(self._reached), ablated, drawn.where, name, inside=True)
         block = to_device(torch.tensor(layers), gaps.device)
         strength = to_device(torch.tensor(strengths), gaps.device)
 
@@ -193,25 +228,27 @@ class SimulatedAttack:
                 new = states + size[:, None] * gaps.to(device)[turn]
             return torch.where((block.to(device)[turn] == i)[:, None], new, states)
 
-        return Intervention(frozenset(layers), changed, _where(name), name)
+        return Intervention(frozenset(layers), changed, drawn.where, name)
 
     def _fit(self) -> None:
-        """Means of all ranks' states; probes on rank 0, sent to the others."""
+        """Means of all ranks' states; probes are out of date then."""
         for layer in sorted(self._kept):
             pair = []
             for rows in self._kept[layer]:
                 total = self._runtime.sum(rows.sum(0))
                 pair.append(total / (len(rows) * self._runtime.world_size))
             self._means[layer] = (pair[0], pair[1])
-        if "scav" in self._settings.attacks:
-            groups: tuple[dict[int, Tensor], dict[int, Tensor]] = ({}, {})
-            for layer in self._layers:
-                for group, rows in zip(groups, self._kept[layer]):
-                    if shards := self._runtime.gather_rows(rows):
-                        group[layer] = torch.cat(shards)
-            self._scav = self._runtime.on_main(_fitted_scav, *groups)
-            device = self._runtime.device
-            self._scav.probes = {k: _on(probe, device) for k, probe in self._scav.probes.items()}
+        self._probes = {}
+
+    def _fit_probes(self, layers: list[int]) -> None:
+        """Probes of these blocks, of all ranks' states; on rank 0, sent to the others."""
+        groups: tuple[dict[int, Tensor], dict[int, Tensor]] = ({}, {})
+        for layer in layers:
+            for group, rows in zip(groups, self._kept[layer]):
+                if shards := self._runtime.gather_rows(rows):
+                    group[layer] = torch.cat(shards)
+        found = self._runtime.on_main(_fitted_probes, *groups)
+        self._probes |= {k: _on(probe, self._runtime.device) for k, probe in found.items()}
 
 
 def attacked_blocks(config: Config, layers: Sequence[int], depth: int) -> list[int]:
@@ -231,16 +268,11 @@ def _reached(config: Config, layers: Sequence[int], depth: int | None) -> list[i
     return list(range(depth if config.refusal.weight else max(layers) + 1))
 
 
-def _where(name: str) -> Where:
-    """Where an attack of this name acts."""
-    return _WHERE.get(name, "onwards")
-
-
 def _on(probe: Probe, device: torch.device) -> Probe:
     return replace(probe, weight=probe.weight.to(device))
 
 
-def _fitted_scav(harmful: dict[int, Tensor], harmless: dict[int, Tensor]) -> Scav:
+def _fitted_probes(harmful: dict[int, Tensor], harmless: dict[int, Tensor]) -> dict[int, Probe]:
     attack = Scav()
     attack.fit(harmful, harmless)
-    return attack
+    return attack.probes

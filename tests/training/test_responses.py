@@ -97,8 +97,11 @@ def test_a_full_memory_halves_the_batches_and_the_answers_stay(
     assert found == alone and len(prompts) > 4
 
 
-def refusing_plan(tmp_path: Path, refusals: list[int], borderline: list[int], how: str) -> Plan:
-    """Eight harmless prompts, those at `borderline` behind the others, with given responses."""
+def refusing_plan(
+    tmp_path: Path, refusals: list[int], borderline: list[int], how: str, refused: float = 1.0
+) -> Plan:
+    """Eight harmless prompts, those at `borderline` behind the others, with given responses;
+    refused: `kl.refused_weight`."""
     files: dict[str, Any] = {**write_prompts(tmp_path / "data")}
     for name in ("harmless", "borderline"):
         rows = [
@@ -115,7 +118,7 @@ def refusing_plan(tmp_path: Path, refusals: list[int], borderline: list[int], ho
     raw = {
         "model": {"name": str(save_tiny(tmp_path / "model")), "dtype": "fp32"},
         "data": files | {"borderline_share": 0.5, "refused": how},
-        "kl": {"first_weight": 3.0, "first_tokens": 1},
+        "kl": {"first_weight": 3.0, "first_tokens": 1, "refused_weight": refused},
         "train": {"device": "cpu", "micro_batch_size": 2},
         "output_dir": str(tmp_path / "run"),
     }
@@ -149,8 +152,11 @@ def test_by_default_refused_harmless_prompts_stay(tmp_path: Path) -> None:
     assert Feed(plan, plan.groups.harmless, 0).left_out_line == ""
 
 
-def test_refused_prompts_can_do_without_the_weight_of_first_tokens(tmp_path: Path) -> None:
-    plan = refusing_plan(tmp_path, [0, 3, 6], [], "even")
+@pytest.mark.parametrize("refused", [1.0, 0.25])
+def test_refused_prompts_first_tokens_can_have_a_weight_of_their_own(
+    tmp_path: Path, refused: float
+) -> None:
+    plan = refusing_plan(tmp_path, [0, 3, 6], [], "even", refused)
     feed = Feed(plan, plan.groups.harmless, 0)
     refusal = plan.formatter.conversation_ids(plan.groups.harmless[0], "I cannot help with that")[1]
     counts = set()
@@ -158,8 +164,9 @@ def test_refused_prompts_can_do_without_the_weight_of_first_tokens(tmp_path: Pat
         (batch,) = feed(step)
         for ids, weights in zip(batch.input_ids[2:], batch.kl_weights):
             refuses = ids[-len(refusal) :].tolist() == refusal
-            counts.add((refuses, int((weights == 3.0).sum()), bool(weights.any())))
-    assert counts == {(True, 0, True), (False, 1, True)}
+            others = weights[(weights != 0) & (weights != 1.0)]
+            counts.add((refuses, *others.tolist(), bool(weights.any())))
+    assert counts == {(True, *[refused] * (refused != 1.0), True), (False, 3.0, True)}
 
 
 def test_nothing_left_is_a_mistake(tmp_path: Path) -> None:

@@ -99,6 +99,40 @@ def test_the_push_is_that_of_the_evaluations_attack(name: str) -> None:
         assert pushed in ([[0, 1, 2, 3]] if name == "scav" else [[0, 2], [1, 3]])
 
 
+def test_scav_acts_where_and_as_strongly_as_its_search_tries() -> None:
+    raw: dict[str, Any] = {"model": {"name": "m"}, "refusal": {"weight": 1.0}}
+    raw["separation"] = {"robust": {"probability": 0.9, "attacks": ["scav"], "blocks": "all"}}
+    simulated = SimulatedAttack(parse_config(raw), [1, 3], ALONE, depth=6)
+    generator = torch.Generator().manual_seed(0)
+    rows = {i: torch.randn(80, 8, generator=generator) for i in range(6)}
+    for value in rows.values():
+        value[:40] += 2.0
+    simulated.observe(rows, 40)
+    reference = Scav()
+    reference.fit({i: v[:40] for i, v in rows.items()}, {i: v[40:] for i, v in rows.items()})
+    shapes, aims, tokens = set(), [], set()
+    for attack in attacks_of(simulated):
+        tokens.add(attack.where)
+        own: list[list[int]] = [[], [], [], []]
+        for layer in attack.layers:
+            sample = rows[layer][:5] + 4.0  # all of them well above what is aimed at
+            for row in range(4):
+                found = changed(attack, layer, sample, row)
+                if not torch.equal(found, sample):
+                    own[row].append(layer)
+                    aims.append(reference.probes[layer].logit(found).sigmoid())
+                    torch.testing.assert_close(aims[-1], aims[-1][:1].expand(5), rtol=1e-3, atol=0)
+        if own[0] == own[1]:
+            assert own == [own[0]] * 4
+            shapes.add("middle" if sorted(own[0]) == [2, 3] else len(own[0]))
+        else:  # a block for each row
+            assert all(len(one) == 1 for one in own) and len({one[0] for one in own}) == 4
+            shapes.add("single")
+    assert shapes == {"single", "middle", 6} and tokens == {"last", "onwards"}
+    probabilities = torch.stack(aims)[:, 0]
+    assert 0.9e-5 < probabilities.min() < 3e-5 and 3e-3 < probabilities.max() < 1.1e-2
+
+
 def test_strengths_are_drawn_from_the_range() -> None:
     simulated = SimulatedAttack(config(strength=[0.5, 2.0]), [1, 3], ALONE)
     simulated.observe(states(), 40)
