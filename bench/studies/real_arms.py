@@ -52,9 +52,10 @@ VARIED = merged(
 class Arm:
     """One way to make a model: what it is, and what differs from `TRAINING`; or what becomes of the
     update of the arm `of`: its share `scale`, or what `filter` leaves (`train.update_scale`,
-    `train.update_filter`), or the mean of those of the seeds `mean` (`es2fast average`). contrast:
-    the unsafe half of XSTest is among the harmful prompts, all of it, `unsafe_pairs` or the types
-    `DEEDS`. more: the built-in prompts are among the harmless ones."""
+    `train.update_filter`), or the mean of those of several seeds (`es2fast average`), each so
+    many further on as `mean` says, and after the last one again the first. contrast: the unsafe
+    half of XSTest is among the harmful prompts, all of it, `unsafe_pairs` or the types `DEEDS`.
+    more: the built-in prompts are among the harmless ones."""
 
     words: str
     changes: dict[str, Any] = field(default_factory=dict)
@@ -208,13 +209,22 @@ ARMS: dict[str, Arm] = {
         contrast="all",
     ),
     "contrast_mean": Arm(
-        "the mean of the updates of contrast's seeds 0 and 2", of="contrast", mean=(0, 2)
+        "the mean of the updates of contrast's seed and the one before it (0: the third)",
+        of="contrast",
+        mean=(0, 2),
     ),
     "contrast_mean_90": Arm(
         "contrast_mean, of whose update nine tenths are kept", of="contrast", mean=(0, 2), scale=0.9
     ),
     "contrast_mean_80": Arm(
         "contrast_mean, of whose update four fifths are kept", of="contrast", mean=(0, 2), scale=0.8
+    ),
+    "probed_mean": Arm("as contrast_mean, of probed", of="probed", mean=(0, 2)),
+    "probed_mean_90": Arm(
+        "probed_mean, of whose update nine tenths are kept", of="probed", mean=(0, 2), scale=0.9
+    ),
+    "probed_mean_80": Arm(
+        "probed_mean, of whose update four fifths are kept", of="probed", mean=(0, 2), scale=0.8
     ),
     "circuit_breaker": Arm(
         "circuit breaker, from its formula; all 390 harmless prompts, 120 steps",

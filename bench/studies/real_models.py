@@ -51,6 +51,7 @@ from es2fast.run.folder import RunFolder
 from es2fast.training.update_filter import filter_adapter
 
 PROMPTS = 160  # training prompts per group: what the steps of an arm can see
+SEEDS = 3  # runs of an arm, of which means are made
 JUDGE = "rules"  # whose rates the documents have
 
 
@@ -115,8 +116,9 @@ def trained(arguments: argparse.Namespace, name: str) -> Path:
     whole = ARMS[name].of
     if ARMS[name].mean:
         remove(folder.path)
-        seeds = [argparse.Namespace(**vars(arguments) | {"seed": s}) for s in ARMS[name].mean]
-        average_runs([trained(one, str(whole)).parent for one in seeds], folder.path)
+        parts = [argparse.Namespace(**vars(arguments) | {"seed": s})
+                 for s in mean_seeds(name, arguments.seed)]  # fmt: skip
+        average_runs([trained(one, str(whole)).parent for one in parts], folder.path)
         scale_adapter(folder.model, ARMS[name].scale)
         save_config(config, folder.config)
     elif whole is not None:
@@ -143,8 +145,7 @@ def study(arguments: argparse.Namespace) -> None:
     )
     wanted = arguments.attacks.split(",") if arguments.attacks else None
     for name in arguments.only.split(",") if arguments.only else (BASE, *ARMS):
-        seeds = (0,) if name == BASE else ARMS[name].mean[:1]
-        if seeds and arguments.seed not in seeds:
+        if name == BASE and arguments.seed:
             continue
         known = {row["key"] for row in read_lines(arguments.out)}
         for attack, limit in ATTACKS:
@@ -226,7 +227,13 @@ def made_hash(arguments: argparse.Namespace, name: str) -> str:
     found = config_hash(configuration(arguments, name))
     if not ARMS[name].mean:
         return found
-    return hashlib.sha256(f"{found} {ARMS[name].mean}".encode()).hexdigest()[:12]
+    seeds = mean_seeds(name, arguments.seed)
+    return hashlib.sha256(f"{found} {seeds}".encode()).hexdigest()[:12]
+
+
+def mean_seeds(name: str, seed: int) -> tuple[int, ...]:
+    """The runs that an arm is the mean of, with `seed` first; empty: it is none."""
+    return tuple((seed + other) % SEEDS for other in ARMS[name].mean)
 
 
 def config_hash(config: Config) -> str:

@@ -29,6 +29,7 @@ from es2fast.report.schema import Report, read_report
 from es2fast.report.table import print_table
 from es2fast.report.verdict import paragraph
 from es2fast.run.average import MEAN, seeds_text, write_mean
+from es2fast.run.claim import Lock
 from es2fast.run.files import remove
 from es2fast.run.folder import RunFolder
 from es2fast.run.identity import SHARING, differences
@@ -154,6 +155,17 @@ def _train(
         remove(folder.path / SEEDS)
         _train_one(config, plan.world_size, folder, steps, ranks, "train")
         return
+    lock = Lock(folder)  # and the mark that the folder is ours, whenever this ends
+    try:
+        _train_mean(plan, folder, steps, ranks, seeds)
+    finally:
+        lock.release()
+
+
+def _train_mean(
+    plan: Plan, folder: RunFolder, steps: Steps, ranks: int | None, seeds: Sequence[int]
+) -> None:
+    config = plan.config
     if not folder.finished:
         remove(folder.model)  # of a mean that was not written to its end
     parts = [RunFolder(folder.path / SEEDS / str(seed)) for seed in seeds]
@@ -166,6 +178,7 @@ def _train(
         changes = {"train": train, "layers": layers, "output_dir": str(part.path)}
         own = config.model_copy(update=changes)
         if _trained(part, own):
+            _check_batch(part, plan)
             steps.skip(_title(seeds, seed), f"finished before, {part.model}")
         else:
             _train_one(own, plan.world_size, part, steps, ranks, _title(seeds, seed))
@@ -174,6 +187,18 @@ def _train(
     write_mean(parts, folder)
     save_config(config, folder.config)
     folder.drop_previous()
+
+
+def _check_batch(part: RunFolder, plan: Plan) -> None:
+    """The other parts will see as many prompts in a step as this one did, or the mean would be of
+    unlike runs."""
+    before = json.loads(part.summary.read_text(encoding="utf-8")).get("pairs_per_step")
+    now = plan.deepspeed["train_batch_size"]
+    if before not in (None, now):
+        raise UserError(
+            f"--ranks: {str(part.path)!r} was trained with {before} pairs per step and the others "
+            f"would have {now}; give --ranks {before * plan.world_size // now} or another --out"
+        )
 
 
 def _title(seeds: Sequence[int], seed: int) -> str:

@@ -142,3 +142,9 @@ def _check_alike(
                 f"average: {name!r} has the layers {summary['layers']} and {first!r} "
                 f"{told[0]['layers']}; train both with the same, layers={told[0]['layers']}"
             )
+        pairs = [one.get("pairs_per_step") for one in (told[0], summary)]
+        if None not in pairs and pairs[0] != pairs[1]:
+            raise UserError(
+                f"average: {name!r} had {pairs[1]} pairs per step and {first!r} {pairs[0]}; train "
+                "both on as many ranks"
+            )

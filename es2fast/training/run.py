@@ -99,5 +99,9 @@ def _enter(plan: Plan, runtime: Runtime, stack: ExitStack) -> Resumed | None:
 
 def summary(plan: Plan, result: TrainResult) -> dict[str, object]:
     """What train.json holds."""
-    told = {"truncated_prompts": plan.formatter.truncated, "zero_stage": plan.zero_stage}
+    told = {
+        "truncated_prompts": plan.formatter.truncated,
+        "zero_stage": plan.zero_stage,
+        "pairs_per_step": plan.deepspeed["train_batch_size"],
+    }
     return result.to_dict() | told

@@ -111,6 +111,8 @@ def test_the_mean_of_two_runs(toy: Path, tmp_path: Path, capfd: pytest.CaptureFi
     ):
         with pytest.raises(UserError, match=words):
             run_harden(config(changed), ranks=1, mean_of=count)
+    with pytest.raises(UserError, match=r"would have \d+; give --ranks 1 or another --out"):
+        run_harden(config(), ranks=2, mean_of=2)
     again = run_harden(config(), ranks=1, mean_of=2)
     assert [path.stat().st_mtime_ns for path in parts] == times[:2]
     assert mean.read_bytes() == before and again.names == report.names

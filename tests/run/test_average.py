@@ -92,6 +92,10 @@ def test_what_has_no_mean(tmp_path: Path) -> None:
     deep = finished_run(tmp_path / "c", base, 3, layers=3)
     whole = finished_run(tmp_path / "d", base, 4)
     (whole / "model" / "adapter_config.json").unlink()
+    wide = finished_run(tmp_path / "f", base, 6)
+    for one, pairs in ((run, 4), (wide, 8)):
+        told = json.loads((one / "train.json").read_text())
+        (one / "train.json").write_text(json.dumps(told | {"pairs_per_step": pairs}))
     mean = finished_run(tmp_path / "e", base, 5)
     (mean / "train.json").write_text(json.dumps({"layers": [2], "mean_of_seeds": "5, 6"}))
     cases = [
@@ -102,6 +106,7 @@ def test_what_has_no_mean(tmp_path: Path) -> None:
         ([run, run], r"a' has train\.seed=1 as another one has; leave it out"),
         ([run, mean], r"e' is a mean itself; name the runs it is made of"),
         ([run, deep], r"c' has the layers \[3\] and .*a' \[2\]; train both with the same"),
+        ([run, wide], "f' had 8 pairs per step and .*a' 4; train both on as many ranks"),
     ]
     for runs, words in cases:
         with pytest.raises(UserError, match=words):
