@@ -189,16 +189,17 @@ class SimulatedAttack:
             self._kept[layer] = (a, b)
 
     def _scav(self, drawn: _Drawn) -> Intervention:
-        self._fit_probes([i for i in sorted(drawn.layers) if i not in self._probes])
+        if missing := [i for i in sorted(drawn.layers) if i not in self._probes]:
+            self._fit_probes(missing)
         scav = Scav()
         scav.probes = {i: self._probes[i] for i in sorted(drawn.layers)}
         scav.strength = drawn.strengths[0]
-        block, turns = torch.tensor(drawn.layers), len(drawn.layers)
+        block = to_device(torch.tensor(drawn.layers), self._runtime.device)
 
         def changed(i: int, states: Tensor, rows: Tensor) -> Tensor:
             push = scav.push(i, states.detach())
             if drawn.in_turn:
-                push = push * (block.to(rows.device)[rows % turns] == i)[:, None]
+                push = push * (block.to(rows.device)[rows % len(block)] == i)[:, None]
             return states + push
 
         return Intervention(frozenset(scav.layers()), changed, drawn.where, drawn.name)
