@@ -69,6 +69,10 @@ MINIMAL = {"model": {"name": "m"}}
             {"model": {"name": "m"}, "separation": {"loss": "l2", "ramp": 0.5}},
             ["separation", "ramp=0.5", "loss='l2'", "loss=hinge"],
         ),
+        (
+            {"model": {"name": "m"}, "kl": {"refused_weight": 0.5}},
+            ["kl.refused_weight: 0.5", "'keep'", "data.refused=even"],
+        ),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_key(raw: dict[str, Any], words: list[str]) -> None:

@@ -219,12 +219,13 @@ ARMS: dict[str, Arm] = {
     "contrast_mean_80": Arm(
         "contrast_mean, of whose update four fifths are kept", of="contrast", mean=(0, 2), scale=0.8
     ),
-    "probed_mean": Arm("as contrast_mean, of probed", of="probed", mean=(0, 2)),
     "probed_mean_90": Arm(
-        "probed_mean, of whose update nine tenths are kept", of="probed", mean=(0, 2), scale=0.9
-    ),
-    "probed_mean_80": Arm(
-        "probed_mean, of whose update four fifths are kept", of="probed", mean=(0, 2), scale=0.8
+        "as contrast_mean_90, SCAV at one block, the middle third or all among the simulated "
+        "attacks, and the first four tokens of refusals with a quarter of the weight of later ones "
+        "in the KL (probed)",
+        of="probed",
+        mean=(0, 2),
+        scale=0.9,
     ),
     "circuit_breaker": Arm(
         "circuit breaker, from its formula; all 390 harmless prompts, 120 steps",

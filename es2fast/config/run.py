@@ -86,6 +86,11 @@ class Config(Section):
                 f"train.trainable is {self.train.trainable!r}; set train.trainable=lora or "
                 "update_filter=0"
             )
+        if self.kl.refused_weight != 1 and self.data.refused != "even":
+            raise ValueError(
+                f"kl.refused_weight: {self.kl.refused_weight:g} is for data.refused: even, and "
+                f"that is {self.data.refused!r}; set data.refused=even or refused_weight=1"
+            )
         if self.separation.robust.blocks == "all" and not self.refusal.weight:
             raise ValueError(
                 "separation.robust.blocks: 'all' without a refusal anchor, but harmful rows then "
