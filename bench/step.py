@@ -3,7 +3,7 @@
     python bench/step.py --model DIR                 # a real model's folder
     python bench/step.py --shape 8b --dtype bf16     # random weights: toy, 1b, 3b, 8b
     python bench/step.py --model DIR --only plain-lora es2fast-lora-cache
-    python bench/step.py --report                    # the table of the recorded rows
+    python bench/step.py --report                    # the table of docs/speed.md
 
 Every contestant gets the same rows in the same steps, the same losses (hinge on two blocks, forward
 KL on all harmless tokens), precision and trainable parameters, in a process of its own; with

@@ -224,10 +224,13 @@ def evaluate(
     report goes into the run. An evaluation that was interrupted goes on where it was.
     Several processes share the prompts: torchrun --nproc_per_node 2 -m es2fast.cli evaluate ...
     """
+    from es2fast.distributed.interrupt import LIFELINE, die_with_launcher
     from es2fast.evaluation.run import evaluate_paths, evaluate_run
     from es2fast.report.table import print_table
     from es2fast.run.folder import RunFolder
 
+    if LIFELINE in os.environ:  # one of several that `harden` started
+        die_with_launcher()
     sources = {
         "data.eval_harmful": harmful,
         "data.eval_harmless": harmless,

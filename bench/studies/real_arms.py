@@ -232,8 +232,8 @@ ARMS: dict[str, Arm] = {
         {"data": MORE, "train": {"steps": 120}},
     ),
     "circuit_breaker_long": Arm(
-        "as circuit_breaker, with 400 steps at five times the rate (lr 1e-3)",
-        {"data": MORE, "train": {"steps": 400, "lr": 1e-3}},
+        "as circuit_breaker, with 400 steps at five times the rate (lr 1e-3), in bfloat16",
+        {"model": {"dtype": "bf16"}, "data": MORE, "train": {"steps": 400, "lr": 1e-3}},
     ),
     "default": Arm(
         "es2fast's defaults: hinge, whole blocks, lr 5e-5",

@@ -22,7 +22,7 @@ from es2fast.report.table import print_table
 from es2fast.run.folder import RunFolder
 
 SETTINGS: dict[str, Any] = {
-    "layers": [0, 4],  # named: what docs/separation.md and the README's table were measured with
+    "layers": [0, 4],  # named: what docs/separation.md and docs/demo.md were measured with
     "separation": {"loss": "hinge", "margin": 6.0},
     "kl": {"weight": 10.0},
     "train": {"steps": 80, "micro_batch_size": 4, "lr": 3e-4},

@@ -1,4 +1,5 @@
-"""Starts `es2fast.train` under the real `deepspeed` launcher on this machine."""
+"""Starts processes on this machine: `es2fast.train` under the real `deepspeed` launcher, an
+evaluation under torchrun."""
 
 from __future__ import annotations
 
@@ -80,6 +81,25 @@ def launch(
         kind = RunStopped if code == STOPPED else UserError
         where = "above" if log is None else str(log)
         raise kind(f"train: the deepspeed launcher ended with code {code}; see {where}")
+
+
+def launch_evaluation(folder: Path, processes: int) -> None:
+    """Attacks base and tuned model of a run in processes that share the prompts, and waits.
+
+    Args:
+        folder: of the finished run, where the report is written.
+        processes: each with the whole model, on a GPU of its own where there are any.
+
+    Raises:
+        UserError: it failed (its own message is above).
+    """
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc_per_node", str(processes), "-m", "es2fast.cli", "evaluate", str(folder)),
+    ]
+    code = _run(command, dict(os.environ), None)
+    if code != 0:
+        raise UserError(f"evaluate: torchrun ended with code {code}; see above")
 
 
 def _run(command: list[str], environment: dict[str, str], log: Path | None) -> int:

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from es2fast.attacks.registry import make_attacks
 from es2fast.config import Config, load_config, save_config
-from es2fast.distributed.launch import launch_to_end, rank_count
+from es2fast.distributed.launch import launch_evaluation, launch_to_end, rank_count
+from es2fast.distributed.runtime import resolve_device
 from es2fast.errors import UserError
 from es2fast.evaluation.run import TUNED, evaluate_run
 from es2fast.harden.progress import Steps, estimated, write
@@ -71,7 +72,6 @@ def run_harden(
         say(_planned(plan))
     _train(plan, folder, steps, ranks, seeds)
     report = _evaluate(plan, folder, steps)
-    print_table(report)
     steps.skip("written", f"{folder.page}, {folder.answers}, {folder.model} (with model card)")
     write(paragraph(report, TUNED))
     return report
@@ -219,7 +219,9 @@ def _train_one(
 def _evaluate(plan: Plan, folder: RunFolder, steps: Steps) -> Report:
     if _evaluated(folder):
         steps.skip("evaluate", f"finished before, {folder.report}")
-        return read_report(folder.report)
+        report = read_report(folder.report)
+        print_table(report)
+        return report
     settings, groups = plan.config.evaluate, plan.groups
     attacks = make_attacks(settings.attacks, steps=settings.attack_steps)
     harmful = min(settings.limit, len(groups.eval_harmful))
@@ -230,9 +232,33 @@ def _evaluate(plan: Plan, folder: RunFolder, steps: Steps) -> Report:
         f"base and tuned model, {harmful} harmful prompts under {names}; {harmless} harmless; "
         f"answers of up to {settings.max_new_tokens} tokens"
     )
+    processes = _processes(plan)
+    total = math.ceil(total / processes)  # that are written into this file while it lasts
     with steps.step("evaluate", what), estimated(folder.answers, total, _is_answer):
-        report = evaluate_run(folder.path)
+        return attack_both(folder, processes)
+
+
+def _processes(plan: Plan) -> int:
+    """How many share the prompts of the evaluation: on GPUs as many as trained, unless
+    `evaluate.device_map` spreads the model over them."""
+    config = plan.config
+    spread = config.evaluate.device_map is not None
+    return 1 if spread or resolve_device(config.train.device) == "cpu" else plan.world_size
+
+
+def attack_both(folder: RunFolder, processes: int) -> Report:
+    """Attacks base and tuned model of a finished run, and prints and returns the report.
+
+    Args:
+        folder: the run's.
+        processes: that share the prompts.
+    """
+    if processes > 1:
+        launch_evaluation(folder.path, processes)
+        return read_report(folder.report)
+    report = evaluate_run(folder.path)
     assert report is not None  # this is no rank of several
+    print_table(report)
     return report
 
 

@@ -1,6 +1,6 @@
 """The one table: what the attacks get out of the base and the tuned model, and at what cost.
 
-The same rows go to the screen, to report.html, to the README and to the model card. A rate never
+The same rows go to the screen, to report.html, to documents and to the model card. A rate never
 stands alone: its 95 % Wilson interval is beside it and the count n above it. Gibberish is beside
 the refusals, because counting refusals alone takes it for a success of the attack and counting
 useful answers alone takes it for a defence; the norm ratio is beside the distance, because
@@ -71,7 +71,7 @@ def print_table(report: Report, console: Console | None = None) -> None:
 
 
 def table_markdown(report: Report) -> str:
-    """The table in GitHub's Markdown, for the README and the model card."""
+    """The table in GitHub's Markdown, for documents and the model card."""
     lines = ["| | " + " | ".join(report.names) + " |", "|:--|" + "--:|" * len(report.names)]
     for row in table_rows(report):
         label = f"**{markdown_text(row.label)}**" if row.heading else markdown_text(row.label)

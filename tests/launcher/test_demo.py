@@ -1,4 +1,4 @@
-"""The demo keeps what the README says of it: the attacks stop working, harmless answers do not."""
+"""The demo keeps what docs/demo.md says: the attacks stop working, harmless answers do not."""
 
 from __future__ import annotations
 

@@ -96,13 +96,13 @@ def test_readme(place: Path) -> None:
     commands = block_with("README.md", "es2fast validate run.yaml").replace(
         "--num_gpus 8", "--num_gpus 2"
     )
-    assert len(re.findall(r"^(?:es2fast|deepspeed) ", commands, re.MULTILINE)) == 11
+    assert len(re.findall(r"^(?:es2fast|deepspeed) ", commands, re.MULTILINE)) == 9
     printed = run(place, commands)
     assert "H100" in printed
     assert (place / out / "report.html").is_file()
     assert (place / "hardened" / "model.safetensors").is_file()
     assert (place / "runs" / "mean" / "train.json").is_file()
-    assert load_config(place / "closer" / "es2fast.yaml").train.update_scale == 0.8
+    assert load_config(place / "runs" / "mean" / "config.yaml").train.update_scale == 0.8
 
 
 def test_quickstart(place: Path) -> None:

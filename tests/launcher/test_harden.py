@@ -12,7 +12,8 @@ from tiny_models import save_tiny, write_prompts
 
 from es2fast.errors import RunInterrupted, UserError
 from es2fast.harden.recipe import resolve
-from es2fast.harden.run import RECIPE, run_harden
+from es2fast.harden.run import RECIPE, attack_both, run_harden
+from es2fast.run.folder import RunFolder
 
 pytestmark = [pytest.mark.launcher, pytest.mark.slow]
 SHORT = ["train.device=cpu", "train.steps=3", "train.micro_batch_size=1", "layer_choice.prompts=12",
@@ -65,6 +66,16 @@ def test_from_a_name_to_a_verdict_and_on_from_where_it_stopped(
     assert [model.attacks["direct"].outcomes for model in again.models] == [
         model.attacks["direct"].outcomes for model in report.models
     ]
+
+    folder = RunFolder(out)
+    for path in (folder.report, folder.answers):
+        path.unlink()
+    shared = attack_both(folder, 2)
+    assert "on 2 ranks: 2 models x 2 attacks" in capfd.readouterr().out
+    for mine, other in zip(shared.models, report.models):
+        assert {name: one.outcomes for name, one in mine.attacks.items()} == {
+            name: one.outcomes for name, one in other.attacks.items()
+        }
 
     shorter = run_harden(config("evaluate.limit=4"), ranks=1, overwrite=True)
     assert shorter.model("tuned").attacks["direct"].n == 4
