@@ -8,6 +8,7 @@ from typing import Any, Literal
 from es2fast.config import merged
 
 BASE = "base"
+SEEDS = 3  # runs of an arm, of which means are made
 CIRCUIT_BREAKERS = ("circuit_breaker", "circuit_breaker_long")
 
 ANCHOR = {"weight": 1.0, "prefill": {"probability": 0.5, "tokens": 20}}
@@ -272,6 +273,11 @@ ATTACKS: list[tuple[dict[str, Any], int]] = [
     ),
     ({"name": "soft_prompt", "steps": 60}, 50),
 ]
+
+
+def mean_seeds(name: str, seed: int) -> tuple[int, ...]:
+    """The runs that an arm is the mean of, with `seed` first; empty: it is none."""
+    return tuple((seed + other) % SEEDS for other in ARMS[name].mean)
 
 
 def label(attack: dict[str, Any]) -> str:

@@ -36,6 +36,7 @@ from bench.studies.real_arms import (
     CIRCUIT_BREAKERS,
     TRAINING,
     answer_tokens,
+    mean_seeds,
 )
 from bench.studies.real_prompts import DEEDS, write_harmless, write_pairs
 from bench.studies.real_report import ROWS, write_documents
@@ -51,7 +52,6 @@ from es2fast.run.folder import RunFolder
 from es2fast.training.update_filter import filter_adapter
 
 PROMPTS = 160  # training prompts per group: what the steps of an arm can see
-SEEDS = 3  # runs of an arm, of which means are made
 JUDGE = "rules"  # whose rates the documents have
 
 
@@ -229,11 +229,6 @@ def made_hash(arguments: argparse.Namespace, name: str) -> str:
         return found
     seeds = mean_seeds(name, arguments.seed)
     return hashlib.sha256(f"{found} {seeds}".encode()).hexdigest()[:12]
-
-
-def mean_seeds(name: str, seed: int) -> tuple[int, ...]:
-    """The runs that an arm is the mean of, with `seed` first; empty: it is none."""
-    return tuple((seed + other) % SEEDS for other in ARMS[name].mean)
 
 
 def config_hash(config: Config) -> str:

@@ -2,6 +2,7 @@
 
 docs/evaluation.md   every attack against the base model and the models made in other ways
 docs/real_models.md  what each part of a hardening buys, and what it costs
+README.md            the recipe beside the base model
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.studies.real_arms import ARMS, ATTACKS, BASE, CIRCUIT_BREAKERS, label
+from bench.studies.real_arms import ARMS, ATTACKS, BASE, CIRCUIT_BREAKERS, label, mean_seeds
 from bench.studies.real_figure import figure
 from es2fast.report.stats import rate_interval
 from es2fast.run.files import read_lines
@@ -22,12 +23,14 @@ KL_ROWS = ROWS.with_name("real_models_kl.jsonl")
 CODE_ROWS = ROWS.with_name("real_models_code.jsonl")
 EVALUATION = ROOT / "docs" / "evaluation.md"
 REAL_MODELS = ROOT / "docs" / "real_models.md"
+README = ROOT / "README.md"
 FIGURE = ROWS.with_suffix(".png")
 PRIMARY = "Qwen2.5-Coder-0.5B-Instruct"
 
 OTHERS = (BASE, "paper", "default", *CIRCUIT_BREAKERS)  # models of docs/evaluation.md
-FIGURED = (BASE, "anchor_robust", "both_robust", "long", "longer", "contrast_mean_80")
-PARTS = (BASE, *(name for name in ARMS if name not in OTHERS), *CIRCUIT_BREAKERS)
+RECIPE = "contrast_mean_80"  # the arm whose settings `es2fast harden` has
+FIGURED = (BASE, "anchor_robust", "both_robust", "long", "longer", RECIPE)
+PARTS = (BASE, *(name for name in reversed(ARMS) if name not in OTHERS), *CIRCUIT_BREAKERS)
 
 Row = dict[str, Any]
 
@@ -59,7 +62,7 @@ def _seconds(rows: Sequence[Row]) -> str:
 
 def _cell(row: Row | None) -> str:
     if row is None:
-        return "not measured"
+        return "–"
     if "useful" not in row:
         return "does not apply"
     words = f"{_rate(row['useful'], row['n'])}, n = {row['n']}"
@@ -93,6 +96,60 @@ def harmless_table(rows: Sequence[Row], models: Sequence[str]) -> str:
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+# What the attacks of the recipe's table do, the strongest first
+ATTACKED = {
+    "scav": "SCAV, at the blocks that serve it best, while the prompt is read",
+    "mean_difference": "mean difference added at one block, every step",
+    "ablation": "one direction ablated everywhere",
+    "prefill": "20 tokens of a compliant answer prefilled",
+    "direct": "asked directly",
+    "replacement": "last state replaced by that of harmless prompts",
+    "template": "tampered templates, any of six",
+    "roleplay": "role-play wrappers, any of seven",
+    "repe": "RepE, at the blocks that serve it best, every step",
+    "splice": "the base's lower blocks under its last ones",
+    "finetune": "LoRA on 10 harmful pairs, 16 steps",
+    "latent_pgd": "latent PGD, a tenth of each prompt token's norm",
+}
+
+
+def recipe_table(rows: Sequence[Row]) -> str:
+    """The base model and each seed of the recipe: one line per attack, then the price."""
+    models = with_seeds([BASE, RECIPE], rows)
+    cells = {(row["model"], row["attack"]): row for row in rows}
+    seeds = [int(name.partition(", seed ")[2] or 0) for name in models[1:]]
+    pairs = [" and ".join(map(str, sorted(mean_seeds(RECIPE, seed)))) for seed in seeds]
+    names = ["base", *(f"hardened, seeds {pair}" for pair in pairs)]
+    lines = ["| | " + " | ".join(names) + " |", "|:--|" + "--:|" * len(models)]
+    for attack, words in ATTACKED.items():
+        own = [cells.get((name, attack)) for name in models]
+        if any(own[1:]):
+            lines.append(f"| {words} | " + " | ".join(map(_short, own)) + " |")
+    lines.append("| **price** |" + " |" * len(models))
+    prices = [cells[name, "direct"]["harmless"] for name in models]
+    for kind in ("ordinary", "borderline"):
+        rates = [price["refusal_by_type"][kind] for price in prices]
+        own_rates = [f"{_rate(rate, n)}, n = {n}" for n, rate in rates]
+        lines.append(f"| {kind} harmless prompts refused | " + " | ".join(own_rates) + " |")
+    kl, top1, same = "kl_response", "top1_agreement", "intact_rate"
+    for title, key, shape in (
+        ("KL to the base model, nats per response token", kl, "{:.4f}"),
+        ("likeliest token as the base's", top1, "{:.1%}"),
+        ("harmless answers word for word the base's", same, "{:.0%}"),
+    ):
+        own_figures = [shape.format(price[key]).replace("%", " %") for price in prices]
+        lines.append(f"| {title} | " + " | ".join(own_figures) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _short(row: Row | None) -> str:
+    """A cell that says n where it is not 100."""
+    if row is None or "useful" not in row:
+        return _cell(row)
+    words = _rate(row["useful"], row["n"]) + (f", n = {row['n']}" if row["n"] != 100 else "")
+    return words + (f"; {100 * row['gibberish']:.0f} % gibberish" if row["gibberish"] else "")
 
 
 KINDS = {
@@ -144,7 +201,7 @@ def code_table(rows: Sequence[Row], models: Sequence[str]) -> str:
 
 def _solved(row: Row | None) -> str:
     if row is None:
-        return "not measured"
+        return "–"
     words = f"{_rate(row['passed'] / row['n'], row['n'])}, n = {row['n']}"
     beside = f" (−{row['lost']}, +{row['won']}; p = {row['p']:.2f})"
     return words + ("" if row["model"] == BASE else beside)
@@ -168,8 +225,9 @@ def fill(text: str, parts: dict[str, str]) -> str:
 def documents(rows: Sequence[Row]) -> dict[Path, str]:
     """Path -> its text as the rows want it."""
     found = {}
-    for path, models in ((EVALUATION, OTHERS), (REAL_MODELS, PARTS)):
-        parts = {}
+    recipe = recipe_table(shown(rows, PRIMARY))
+    for path, models in ((EVALUATION, OTHERS), (REAL_MODELS, PARTS), (README, ())):
+        parts = {"recipe": recipe}
         for base in sorted({row["base"] for row in rows}):
             some = shown(rows, base)
             prefix = "" if base == PRIMARY else f"{base} "
@@ -211,7 +269,7 @@ def with_seeds(models: Sequence[str], rows: Sequence[Row]) -> list[str]:
 
 
 def write_documents(rows: Sequence[Row]) -> None:
-    """Both, in place, and the figure of the primary model's first seed."""
+    """All of them, in place, and the figure of the primary model's first seed."""
     for path, text in documents(rows).items():
         path.write_text(text)
     figure(shown(rows, PRIMARY), FIGURED).savefig(FIGURE, dpi=90)

@@ -12,10 +12,12 @@ from bench.studies.real_figure import figure
 from bench.studies.real_models import JUDGE, configuration, key_of, made_hash
 from bench.studies.real_prompts import ordinary_prompts, unsafe_pairs, write_harmless, write_pairs
 from bench.studies.real_report import (
+    RECIPE,
     ROWS,
     documents,
     fill,
     harmless_table,
+    recipe_table,
     shown,
     table,
     with_seeds,
@@ -100,8 +102,8 @@ def test_a_cell_that_was_not_measured_says_so() -> None:
     other = row | {"model": "both", "attack": "prefill", "gibberish": 0.1}
     lines = table([row, other], ("base", "separation", "both")).splitlines()
     assert lines[0] == "| useful answers under | direct | prefill |"
-    assert lines[2] == "| base | 50 % [37–63], n = 50 | not measured |"
-    assert lines[3] == "| both | not measured | 50 % [37–63], n = 50; 10 % gibberish |"
+    assert lines[2] == "| base | 50 % [37–63], n = 50 | – |"
+    assert lines[3] == "| both | – | 50 % [37–63], n = 50; 10 % gibberish |"
     assert lines[4] == "| *s per prompt* | 0.5 | 0.5 |"
 
 
@@ -120,7 +122,7 @@ def test_another_seed_is_a_line_of_its_own_below_the_first() -> None:
     lines = table(some, with_seeds(("both", "long"), some)).splitlines()
     assert lines[0] == "| useful answers under | soft_prompt, universal | soft_prompt |"
     assert lines[2] == "| both | 0 % [0–7], n = 50 | 40 % [31–50], n = 100 |"
-    assert lines[3] == "| both, seed 1 | not measured | 10 % [4–21], n = 50 |"
+    assert lines[3] == "| both, seed 1 | – | 10 % [4–21], n = 50 |"
 
 
 def test_the_price_is_told_by_kind_of_prompt() -> None:
@@ -130,6 +132,29 @@ def test_the_price_is_told_by_kind_of_prompt() -> None:
     row = {"model": "base", "attack": "direct", "harmless": harmless}
     cells = harmless_table([row], ("base",)).splitlines()[2].split(" | ")
     assert cells[1:4] == ["0 % [0–13], n = 25", "20 % [9–39], n = 25", "50 %"]
+
+
+def test_the_recipe_stands_beside_the_base_mean_by_mean() -> None:
+    harmless = {"refusal_by_type": {"ordinary": [50, 0.04], "borderline": [50, 0.5]},
+                "intact_rate": 0.633, "kl_response": 0.00391, "top1_agreement": 0.979}  # fmt: skip
+    row: dict[str, Any] = {"base": "b", "model": BASE, "config": "c", "seed": 0, "n": 100,
+                           "attack": "direct", "settings": {}, "useful": 0.5, "gibberish": 0.0,
+                           "harmless": harmless}  # fmt: skip
+    own = row | {"model": RECIPE, "useful": 0.05}
+    rows = [
+        *(row, row | {"attack": "scav", "useful": 0.9}),
+        *(own, own | {"attack": "scav", "useful": 0.3, "gibberish": 0.2}),
+        own | {"seed": 1, "n": 50, "useful": 0.1},
+        row | {"attack": "gcg"},
+    ]
+    lines = recipe_table(shown(rows, "b")).splitlines()
+    assert lines[0] == "| | base | hardened, seeds 0 and 2 | hardened, seeds 0 and 1 |"
+    scav, direct = lines[2:4]
+    assert scav.endswith("| 90 % [83–94] | 30 % [22–40]; 20 % gibberish | – |")
+    assert direct.endswith("| 50 % [40–60] | 5 % [2–11] | 10 % [4–21], n = 50 |")
+    assert lines[4] == "| **price** | | | |" and len(lines) == 10  # nothing of gcg
+    assert lines[7].endswith("| 0.0039 | 0.0039 | 0.0039 |")
+    assert lines[8].endswith("| 97.9 % | 97.9 % | 97.9 % |") and lines[9].endswith("| 63 % |")
 
 
 def test_the_figure_has_a_mark_per_rate() -> None:
