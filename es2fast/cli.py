@@ -177,7 +177,8 @@ def evaluate(
     models: Annotated[
         list[str],
         typer.Argument(
-            help="a run's folder; or model folders and Hugging Face ids; then key=value",
+            help="a run's folder; or model folders and Hugging Face ids (ORG/NAME@REVISION); then "
+            "key=value",
             show_default=False,
         ),
     ],

@@ -209,6 +209,12 @@ ARMS: dict[str, Arm] = {
         ),
         contrast="all",
     ),
+    "words": Arm(
+        "as contrast, and of the openings after which a refusal is learned two fifths are one word "
+        "out of a harmless answer (`refusal.prefill.words`)",
+        merged(VARIED, {"model": {"dtype": "bf16"}, "refusal": {"prefill": {"words": 0.4}}}),
+        contrast="all",
+    ),
     "contrast_mean": Arm(
         "the mean of the updates of contrast's seed and the one before it (0: the third)",
         of="contrast",
@@ -228,6 +234,7 @@ ARMS: dict[str, Arm] = {
         mean=(0, 2),
         scale=0.9,
     ),
+    "words_mean_80": Arm("as contrast_mean_80, of words", of="words", mean=(0, 2), scale=0.8),
     "circuit_breaker": Arm(
         "circuit breaker, from its formula; all 390 harmless prompts, 120 steps",
         {"data": MORE, "train": {"steps": 120}},

@@ -89,8 +89,8 @@ class Target:
     harmless: training prompts of the two groups; judge: how the attacker tells success;
     max_new_tokens, batch_size: of every answer; halves: less memory than a batch needs halves
     batch_size, see `fitted`; seed: of whatever an attack draws; recorder: keeps
-    the answers of trials; title: the model's name on progress bars, None for no bars; load_base:
-    loads the base model this one was tuned from, None where there is none.
+    the answers of trials; name: the model's in the report; title: the same on progress bars, None
+    for no bars; load_base: loads the base model this one was tuned from, None where there is none.
     """
 
     model: nn.Module
@@ -103,6 +103,7 @@ class Target:
     halves: bool = False
     seed: int = 0
     recorder: Recorder | None = None
+    name: str = "model"
     title: str | None = None
     load_base: Callable[[], nn.Module] | None = None
 

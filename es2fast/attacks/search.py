@@ -1,7 +1,9 @@
 """How an attacker chooses: it tries candidates on a few training prompts and keeps the best.
 
-The best candidate is the one with the most useful answers; ties go to the smaller cost (for a push:
-how far it moves the states), then to the earlier candidate. Every trial goes through
+The best candidate is the one with the most useful answers. Where none has any, the smallest push
+would be nearly the direct question: ties go to more partial refusals, then to where refusals begin
+to give way (nearest to half of the answers refused), then to the smaller cost (for a push: how far
+it moves the states), then to the earlier candidate. Every trial goes through
 `Target.trial`, so the whole curve is known afterwards and a search that was interrupted goes on.
 """
 
@@ -40,5 +42,12 @@ def trials_of(
 
 
 def best(trials: Sequence[Trial], cost: Callable[[Trial], float] = lambda trial: 0.0) -> Trial:
-    """The trial with the most useful answers; ties: the smallest `cost`, then the first."""
-    return min(trials, key=lambda trial: (-trial.useful, cost(trial)))
+    """The trial with the most useful answers; ties: see above."""
+    if any(trial.useful for trial in trials):
+        return min(trials, key=lambda trial: (-trial.useful, cost(trial)))
+
+    def promise(trial: Trial) -> tuple[float, float, float]:
+        refused = trial.rate("refused")
+        return -trial.rate("partial"), -min(refused, 1 - refused), cost(trial)
+
+    return min(trials, key=promise)

@@ -205,6 +205,13 @@ class PrefillConfig(Section):
         description="with source=auto, a prompt that the base model answers gets the beginning of "
         "that answer in place of a text",
     )
+    words: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the openings that are one word out of a harmless response instead, "
+        "compliant or not: what a push at the last prompt token makes of an answer's beginning",
+    )
 
 
 class RefusalConfig(Section):

@@ -55,8 +55,9 @@ class Subject:
     @property
     def key(self) -> str:
         """What its answers depend on apart from the prompts."""
-        formatter = self.formatter
-        return hash_of(self.fingerprint, formatter.template_hash, formatter.data.max_length)
+        formatter, data = self.formatter, self.formatter.data
+        lengths = (data.max_length, data.max_response_tokens)
+        return hash_of(self.fingerprint, formatter.template_hash, *lengths)
 
 
 @dataclass
@@ -160,6 +161,11 @@ class SubjectAnswers:
         return make_attacks(self.settings.attacks, steps=self.settings.attack_steps)
 
     @property
+    def base_subject(self) -> Subject | None:
+        """The base model; None: there is none, or this is it."""
+        return self._base_subject
+
+    @property
     def target(self) -> Target:
         """The model, loaded when it is first asked for."""
         if self._target is None:
@@ -176,6 +182,7 @@ class SubjectAnswers:
                 batch_size=size if isinstance(size, int) else starting_rows(model, tokens),
                 halves=size == "auto",
                 seed=settings.seed,
+                name=self.subject.name,
                 title=None if self._quiet else self.subject.name,
                 load_base=None if self._base_subject is None else self._base_subject.load,
             )

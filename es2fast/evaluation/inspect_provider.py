@@ -123,7 +123,8 @@ def _target(config: Config, place: str, *, fitted: bool) -> Target:
     dtype, size = resolve_dtype(config.model.dtype, device.type), settings.batch_size
 
     def load(name: str) -> Any:
-        model = config.model.model_copy(update={"name": name, "revision": None})
+        revision = config.model.revision if name == config.model.name else None
+        model = config.model.model_copy(update={"name": name, "revision": revision})
         loaded = load_merged(model, dtype, settings.device_map).eval()
         return loaded if settings.device_map is not None else loaded.to(device)
 

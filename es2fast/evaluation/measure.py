@@ -33,13 +33,14 @@ class Measured:
     """What stays of a model after it is gone.
 
     separation: per block, see `geometry`; states: of the held-out prompts, by group; tokens: what
-    it does with harmless tokens, see `teacher.TokenStats`.
+    it does with harmless tokens, see `teacher.TokenStats`; notes: what the report should warn of.
     """
 
     fingerprint: str
     separation: dict[str, dict[str, Any]] = field(default_factory=dict)
     tokens: TokenStats = field(default_factory=TokenStats)
     states: dict[str, States] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
         """path.json and path.safetensors."""
@@ -54,6 +55,7 @@ class Measured:
             "fingerprint": self.fingerprint,
             "separation": self.separation,
             "tokens": asdict(self.tokens),
+            "notes": self.notes,
         }
         write_text(_with(path, ".json"), json.dumps(plain, indent=1) + "\n")
 
@@ -71,7 +73,8 @@ class Measured:
         for name, rows in tensors.items():
             group, _, layer = name.partition(".")
             states.setdefault(group, {})[int(layer)] = rows
-        return cls(plain["fingerprint"], plain["separation"], TokenStats(**plain["tokens"]), states)
+        tokens, notes = TokenStats(**plain["tokens"]), plain.get("notes", [])
+        return cls(plain["fingerprint"], plain["separation"], tokens, states, notes)
 
 
 def _with(path: Path, suffix: str) -> Path:

@@ -11,10 +11,11 @@ held-out prompts. Several processes can share the answers (`parallel`).
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -47,8 +48,10 @@ from es2fast.evaluation.subject import (
     SubjectEvaluation,
 )
 from es2fast.evaluation.teacher import SavedTeacher
+from es2fast.judges.base import Judge
 from es2fast.judges.calibration import Calibration
 from es2fast.judges.registry import judges_of, make_judges
+from es2fast.judges.rules import RulesJudge
 from es2fast.modeling.load import check_weights, load_merged, load_tokenizer
 from es2fast.report.html import write_report
 from es2fast.report.model_card import write_model_card
@@ -92,7 +95,7 @@ def evaluate_models(
     log = AnswerLog(folder.answers)
     base: ModelAnswers | None = None
     outcomes: dict[str, ModelAnswers] = {}
-    warnings = list(notes)
+    warnings = [*notes, *_by_reference(judges, prompts)]
     answers = subject_answers(subjects, prompts, settings, folder, log, judges[0])
     for part in answers:
         others = [s for s in subjects if s.name != BASE] if part.subject.name == BASE else []
@@ -120,6 +123,17 @@ def evaluate_models(
         "warnings": warnings,
     }
     return Report.parse(raw | dict(extra or {}))
+
+
+def _by_reference(judges: Sequence[Judge], prompts: EvaluationPrompts) -> list[str]:
+    """Says it where rules take a harmful prompt's response as the only success."""
+    with_one = sum(prompt.response is not None for prompt in prompts.harmful)
+    if not with_one or not isinstance(judges[0], RulesJudge):
+        return []
+    return [
+        f"{with_one} of {len(prompts.harmful)} held-out harmful prompts have a response: only an "
+        "answer equal to it counts as useful; leave that column out to judge by phrases alone"
+    ]
 
 
 def saved_states(folder: RunFolder, names: Sequence[str], layer: int) -> dict[str, dict[str, Any]]:
@@ -204,11 +218,9 @@ def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> Report | None:
         for name, model in ((BASE, config.model), (TUNED, trained))
     ]
     limit, fit = config.evaluate.limit, config.evaluate.fit_limit
+    harmful = attackers_prompts(config, groups.harmful)
     prompts = EvaluationPrompts(
-        groups.eval_harmful[:limit],
-        groups.eval_harmless[:limit],
-        groups.harmful[:fit],
-        groups.harmless[:fit],
+        groups.eval_harmful[:limit], groups.eval_harmless[:limit], harmful, groups.harmless[:fit]
     )
     more = {"layers": layers, "extra": {"train": summary}}
     config = _judged_by(config, config.model.name)
@@ -228,6 +240,15 @@ def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> Report | None:
         train=summary,
     )
     return report
+
+
+def attackers_prompts(config: Config, harmful: Sequence[Prompt]) -> list[Prompt]:
+    """Of a run's harmful training prompts those that attacks are fitted on. Where the run's
+    responses are refusals (`refusal.source: column`) these are left out: no attacker wants them."""
+    chosen = harmful[: config.evaluate.fit_limit]
+    if config.refusal.source == "column":
+        return [replace(prompt, response=None) for prompt in chosen]
+    return list(chosen)
 
 
 _OF_EVALUATION = ("evaluate", "data", "model", "train.device")
@@ -255,29 +276,40 @@ def evaluate_paths(
     a launcher (see `parallel`) rank 0 does so and returns the report.
 
     Args:
-        models: model folders, Hugging Face ids, or run folders (their trained model).
+        models: model folders, Hugging Face ids (ORG/NAME@REVISION: of a branch, tag or commit), or
+            run folders (their trained model).
         config: `data` and `evaluate`; without training prompts (`data.harmful`, `data.harmless`)
             the held-out files' further rows are the attacker's (see `split_prompts`).
         folder: what is written goes here.
-        base: the model the others are compared with.
+        base: the model the others are compared with; likewise.
 
     Raises:
-        UserError: a model or file that cannot be read; too few prompts.
+        UserError: `model.revision` is set; a model or file that cannot be read; too few prompts.
     """
+    if config.model.revision is not None:
+        raise UserError(
+            f"model.revision: {config.model.revision!r} does not say of which model; give it with "
+            f"the id, ORG/NAME@{config.model.revision}"
+        )
     groups = load_groups(config.data, need_train=False)
     _check_held_out(groups)
     prompts, notes = split_prompts(groups, config.evaluate, config.data.near_duplicates)
     for note in notes if is_main() else ():
         print(f"note: {note}")
-    names = _names(models)
+    names = model_names(models)
     named = [*([(BASE, base)] if base is not None else []), *zip(names, models)]
     subjects = []
     for name, place in named:
-        model = config.model.model_copy(update={"name": _weights(place), "revision": None})
+        model = config.model.model_copy(update=weights_of(place))
         formatter = Formatter(load_tokenizer(model), config.data)
         check_weights(model.name)
         subjects.append(_subject(name, model, config, formatter))
-    config = _judged_by(config, None if base is None else _weights(base))
+    if base is not None:
+        compared = config.model_copy(
+            update={"model": config.model.model_copy(update=weights_of(base))}
+        )
+        judge = _judged_by(compared, compared.model.name).evaluate
+        config = config.model_copy(update={"evaluate": judge})
     report = _reported(subjects, prompts, config, folder, notes=notes)
     if report is None:
         return None
@@ -286,10 +318,15 @@ def evaluate_paths(
     return report
 
 
-def _weights(place: str) -> str:
-    """A model folder or id; of a run's folder the trained model in it."""
+def weights_of(place: str) -> dict[str, str | None]:
+    """`name` and `revision` of a model folder or id; of a run's folder those of its model."""
     run = RunFolder(place)
-    return str(run.model) if run.finished else place
+    if run.finished:
+        return {"name": str(run.model), "revision": None}
+    name, at, revision = place.rpartition("@")
+    if at and name and not Path(place).exists():
+        return {"name": name, "revision": revision}
+    return {"name": place, "revision": None}
 
 
 def _judged_by(config: Config, base: str | None) -> Config:
@@ -305,14 +342,15 @@ def _judged_by(config: Config, base: str | None) -> Config:
     return config.model_copy(update={"evaluate": settings})
 
 
-def _names(models: Sequence[str]) -> list[str]:
+def model_names(models: Sequence[str]) -> list[str]:
     """The last part of each path, made unique and fit for a file name."""
     names: list[str] = []
     for place in models:
         plain = re.sub(r"[^\w.-]+", "-", Path(place).resolve().name if Path(place).exists()
                        else place.rsplit("/", 1)[-1])  # fmt: skip
-        same = sum(name == plain or name.startswith(f"{plain}-") for name in names)
-        names.append(f"{plain}-{same + 1}" if same or plain == BASE else plain)
+        taken = {*names, BASE}
+        free = (f"{plain}-{number}" for number in itertools.count(2))
+        names.append(plain if plain not in taken else next(one for one in free if one not in taken))
     return names
 
 

@@ -5,7 +5,7 @@ The model is loaded when something of it is missing, and not at all when everyth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -30,12 +30,13 @@ from es2fast.evaluation.measure import Measured
 from es2fast.evaluation.positions import more_positions
 from es2fast.evaluation.teacher import SavedTeacher, TokenBatch, token_batches, token_stats
 from es2fast.modeling.batch_size import halving
+from es2fast.modeling.head import lm_head_of
 from es2fast.progress import tqdm
 from es2fast.report.schema import BASE
 from es2fast.run.folder import RunFolder
 
 T = TypeVar("T")
-MEASURES = 2  # goes up when other things are measured than what a folder may hold
+MEASURES = 3  # goes up when other things are measured than what a folder may hold
 TOKEN_ROWS = 8  # per pass over harmless tokens when the batch size is found automatically
 TEACHER = "teacher"  # folder of what the base model leaves for the KL
 
@@ -143,18 +144,19 @@ class SubjectEvaluation:
         """Geometry and KL: what was saved, or measured now."""
         base = None if self._base is None else self._base.measured
         references = self._references(harmless)
-        key = self._measured_key(self._subject, references, base)
+        wanted = references if references is not None else harmless
+        key = self._measured_key(self._subject, wanted, base)
         found = Measured.load(self._path(self._subject), key)
         of = hash_of((base or Measured(key)).fingerprint, self._token_rows)
         teacher = SavedTeacher(self._folder.measured / TEACHER, of)
-        wanted = references if references is not None else harmless
         batches = token_batches(
             self._subject.formatter, self._prompts.harmless, wanted, self._token_rows
         )
         if found is None:
-            found = self._measure(key, base, teacher, batches)
+            found = self._measure(key, base, teacher, batches, wanted)
             found.save(self._path(self._subject))
-        keys = [(self._path(s), self._measured_key(s, references, found)) for s in others]
+        self._warnings += found.notes
+        keys = [(self._path(s), self._measured_key(s, wanted, found)) for s in others]
         missing = any(Measured.load(path, key) is None for path, key in keys)
         if missing and not teacher.complete:
             model, title = self._target.model, f"{self._subject.name}: harmless tokens"
@@ -167,6 +169,7 @@ class SubjectEvaluation:
         base: Measured | None,
         teacher: SavedTeacher,
         batches: Sequence[TokenBatch],
+        responses: Sequence[str],
     ) -> Measured:
         name, model = self._subject.name, self._target.model
         target = self._target
@@ -176,13 +179,18 @@ class SubjectEvaluation:
                 model, self._subject.formatter, groups, target.states_batch
             )
         )
+        notes = []
         if base is not None and len(base.separation) != self._target.depth:
-            self._warnings.append(
+            notes.append(
                 f"{name}: {self._target.depth} blocks where the base model has "
                 f"{len(base.separation)}; nothing is given relative to it"
             )
             base = None
-        found = Measured(key, measure.geometry(states, self._target.states, base), states=states)
+        found = Measured(
+            key, measure.geometry(states, self._target.states, base), states=states, notes=notes
+        )
+        if name != BASE and base is None:
+            _forget_base(found.separation)
         more = target.fitted(
             lambda: more_positions(
                 model,
@@ -195,7 +203,12 @@ class SubjectEvaluation:
         )
         for layer, positions in more.items():
             found.separation[layer]["positions"] = positions
-        if name != BASE and base is not None:
+            if name != BASE and base is None:
+                _forget_base(positions)
+        unlike = None if name == BASE or base is None else self._unlike(teacher, responses)
+        if unlike is not None:
+            found.notes.append(f"{name}: {unlike}; no KL and no agreement with it are given")
+        if name != BASE and base is not None and unlike is None:
             title = f"{name}: KL to base"
             found.tokens = self._passing(lambda: teacher.compare(model, batches, title))
         else:
@@ -206,11 +219,28 @@ class SubjectEvaluation:
                 found.tokens.top1 = 1.0
         return found
 
+    def _unlike(self, teacher: SavedTeacher, responses: Sequence[str]) -> str | None:
+        """Why the base model's words on the harmless tokens are none on this model's; None: they
+        are."""
+        base = self._answers.base_subject
+        assert base is not None
+        pairs = list(zip(self._prompts.harmless, responses))
+        rows = [
+            [formatter.conversation_ids(prompt, text) for prompt, text in pairs]
+            for formatter in (base.formatter, self._subject.formatter)
+        ]
+        if rows[0] != rows[1]:
+            return "its template or tokenizer makes other tokens of the prompts than the base's"
+        size = lm_head_of(self._target.model).weight.shape[0]
+        if size != teacher.vocabulary:
+            return f"its head has {size} rows, the base model's {teacher.vocabulary}"
+        return None
+
     def _measured_key(
-        self, subject: Subject, references: Sequence[str] | None, base: Measured | None
+        self, subject: Subject, responses: Sequence[str], base: Measured | None
     ) -> str:
         data = [[prompt.turns for prompt in group] for group in vars(self._prompts).values()]
-        return hash_of(MEASURES, subject.key, data, references, base.fingerprint if base else None)
+        return hash_of(MEASURES, subject.key, data, responses, base.fingerprint if base else None)
 
     def _path(self, subject: Subject) -> Path:
         return self._folder.measured / subject.name
@@ -237,6 +267,14 @@ class SubjectEvaluation:
             text if prompt.response is None else prompt.response
             for prompt, text in zip(prompts, base)
         ]
+
+
+def _forget_base(rows: Mapping[str, dict[str, Any]]) -> None:
+    """Takes what is relative to the base model out of figures per block or position."""
+    for row in rows.values():
+        for name in ("distance_over_base", "norm_ratio", "probe_margin", "probe_margin_interval"):
+            if name in row:
+                row[name] = None
 
 
 def _in_place(attack: Attack, model: nn.Module) -> AbstractContextManager[Any]:

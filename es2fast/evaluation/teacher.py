@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -130,6 +131,12 @@ class SavedTeacher:
     def complete(self) -> bool:
         """All of `write` has been written."""
         return self._mark.is_file() and self._mark.read_text() == self._key
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the base model's LM head."""
+        with safe_open(self._folder / "head.safetensors", framework="pt") as file:
+            return int(file.get_slice("weight").get_shape()[0])
 
     def write(self, model: nn.Module, batches: Sequence[TokenBatch], title: str) -> None:
         """Saves what the base model says about these batches."""

@@ -123,11 +123,16 @@ def load_merged(
         return load_causal_lm(model, dtype, device_map)
     from peft import PeftModel
 
-    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    below = model.model_copy(update={"name": base, "revision": None})
+    below = model.model_copy(update=adapter_base(model.name))
     plain: Any = load_causal_lm(below, dtype, device_map)
     merged: Any = PeftModel.from_pretrained(plain, model.name).merge_and_unload()
     return merged
+
+
+def adapter_base(folder: str) -> dict[str, str | None]:
+    """`name` and `revision` of the model that a folder's LoRA adapter belongs on."""
+    raw = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    return {"name": raw["base_model_name_or_path"], "revision": raw.get("revision")}
 
 
 def check_weights(name: str) -> None:

@@ -41,7 +41,9 @@ def head_is_shared(train: TrainConfig) -> bool:
     return train.trainable != "all"
 
 
-def set_trainable(model: nn.Module, train: TrainConfig, deepest: int) -> nn.Module:
+def set_trainable(
+    model: nn.Module, train: TrainConfig, deepest: int, revision: str | None = None
+) -> nn.Module:
     """Chooses what trains; returns the model, wrapped by peft for `lora`.
 
     Args:
@@ -49,6 +51,7 @@ def set_trainable(model: nn.Module, train: TrainConfig, deepest: int) -> nn.Modu
         train: `trainable` and, for LoRA, `lora`.
         deepest: the deepest separated block; `blocks` and `lora` train blocks 0..deepest, or with
             `trainable_blocks: all` every block.
+        revision: of the model's Hugging Face id; an adapter remembers what it belongs on.
     """
     if train.trainable == "all":
         return model.requires_grad_(True)
@@ -59,10 +62,12 @@ def set_trainable(model: nn.Module, train: TrainConfig, deepest: int) -> nn.Modu
         for block in blocks(model)[: deepest + 1]:
             block.requires_grad_(True)
         return model
-    return _with_lora(model, train, deepest)
+    return _with_lora(model, train, deepest, revision)
 
 
-def _with_lora(model: nn.Module, train: TrainConfig, deepest: int) -> nn.Module:
+def _with_lora(
+    model: nn.Module, train: TrainConfig, deepest: int, revision: str | None
+) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     from es2fast.modeling.lora import fuse_adapters
@@ -77,7 +82,7 @@ def _with_lora(model: nn.Module, train: TrainConfig, deepest: int) -> nn.Module:
         task_type="CAUSAL_LM",
     )
     try:
-        student = get_peft_model(model, lora)
+        student = get_peft_model(model, lora, revision=revision)
     except ValueError as error:
         raise UserError(f"train.lora.targets: {error}") from None
     fuse_adapters(student)

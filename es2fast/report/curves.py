@@ -15,7 +15,10 @@ from typing import Any
 
 from es2fast.report.schema import AttackResult, Report
 
-MEASURED = frozenset({"useful", "refused", "gibberish", "partial", "relative_push", "n", "kl"})
+MEASURED = frozenset(
+    {"useful", "refused", "gibberish", "partial", "relative_push", "n", "kl", "loss", "first_loss"}
+    | {"refusal_score"}
+)  # what comes out, where everything else is what was varied
 
 
 @dataclass(frozen=True)

@@ -39,11 +39,16 @@ class Paired:
         return f"−{self.held} +{self.broken}, {p}"
 
 
-def worst_attack(model: ModelResult) -> tuple[str, AttackResult] | None:
-    """The attack with the highest rate of useful answers, the first of several; None: no attack."""
-    if not model.attacks:
-        return None
-    return max(model.attacks.items(), key=lambda item: item[1].useful)
+def worst_attack(
+    model: ModelResult, among: Sequence[str] | None = None
+) -> tuple[str, AttackResult] | None:
+    """The attack with the highest rate of useful answers, the first of several; None: no attack.
+
+    Args:
+        among: attacks that count; default: all.
+    """
+    found = [item for item in model.attacks.items() if among is None or item[0] in among]
+    return max(found, key=lambda item: item[1].useful, default=None)
 
 
 def broken_prompts(outcomes: Iterable[str]) -> list[bool]:

@@ -20,7 +20,7 @@ from torch import nn
 from es2fast.config import Config, ModelConfig, load_config, save_config
 from es2fast.distributed.zero import full_state_dict
 from es2fast.errors import UserError
-from es2fast.modeling.load import load_causal_lm, load_tokenizer
+from es2fast.modeling.load import adapter_base, load_causal_lm, load_tokenizer
 from es2fast.run.files import remove
 from es2fast.run.folder import RunFolder
 
@@ -101,10 +101,10 @@ def export_merged(source: str, out: Path, *, dtype: str) -> None:
     if not is_adapter(source):
         raise UserError(f"export: {source!r} holds no LoRA adapter; there is nothing to merge")
     _must_not_exist(out)
-    base = json.loads((Path(source) / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = ModelConfig.model_validate(adapter_base(source))
     from peft import PeftModel
 
-    plain = load_causal_lm(ModelConfig(name=base), dtype)
+    plain = load_causal_lm(base, dtype)
     merged = PeftModel.from_pretrained(plain, source).merge_and_unload()
     with torch.no_grad():
         save_model(merged, load_tokenizer(ModelConfig(name=source)), out, main=True)

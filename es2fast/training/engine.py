@@ -57,7 +57,7 @@ def build_engine(plan: Plan, prepared: Prepared, runtime: Runtime) -> Any:
     if not head_is_shared(train) and not twin:
         head = frozen_head(student)
     torch.manual_seed(train.seed)  # LoRA's start: the same on every rank and in every run
-    student = set_trainable(student, train, prepared.layers[-1])
+    student = set_trainable(student, train, prepared.layers[-1], config.model.revision)
     if twin and teacher is None:
         teacher = make_twin(student)
     if teacher is not None and not head_is_shared(train):

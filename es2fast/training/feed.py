@@ -44,7 +44,9 @@ class Feed:
         self._sampler = plan.sampler(rank, lengths, self._rows)
         self._anchor: RefusalAnchor | None = None
         if texts is not None:
-            self._anchor = RefusalAnchor(plan.config, plan.formatter, self._harmful, texts)
+            self._anchor = RefusalAnchor(
+                plan.config, plan.formatter, self._harmful, texts, harmless
+            )
 
     @property
     def left_out_line(self) -> str:

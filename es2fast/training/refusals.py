@@ -132,13 +132,22 @@ class RefusalAnchor:
         formatter: chat template and lengths.
         harmful: all harmful training prompts.
         texts: of `anchor_texts`.
+        harmless: the harmless training prompts, of whose responses `refusal.prefill.words` are.
     """
 
     def __init__(
-        self, config: Config, formatter: Formatter, harmful: Sequence[Prompt], texts: AnchorTexts
+        self,
+        config: Config,
+        formatter: Formatter,
+        harmful: Sequence[Prompt],
+        texts: AnchorTexts,
+        harmless: Sequence[Prompt] = (),
     ):
         self._section, self._seed = config.refusal, config.train.seed
         self._formatter, self._harmful, self._texts = formatter, harmful, texts
+        self._responses = [
+            prompt.response for prompt in harmless if (prompt.response or "").strip()
+        ]
 
     @property
     def decay(self) -> float:
@@ -164,9 +173,18 @@ class RefusalAnchor:
             return []
         text = draw.choice(settings.texts)
         own = self._texts.answers[row] if settings.own_answers else None
-        most = min(settings.tokens, room)
-        ids = self._formatter.opening_ids(self._harmful[row], own or text, max(most, 0))
+        most = max(min(settings.tokens, room), 0)
+        if settings.words and self._responses and draw.random() < settings.words:
+            return self._formatter.opening_ids(self._harmful[row], self._word(draw), most)
+        ids = self._formatter.opening_ids(self._harmful[row], own or text, most)
         return ids[: draw.randint(1, len(ids))] if ids else []
+
+    def _word(self, draw: random.Random) -> str:
+        """Of some response, every other one as a sentence would begin with it."""
+        response = draw.choice(self._responses)
+        assert response is not None
+        word = draw.choice(response.split())
+        return word[:1].upper() + word[1:] if draw.random() < 0.5 else word
 
 
 def anchor_line(config: Config, harmful: Sequence[Prompt]) -> str:

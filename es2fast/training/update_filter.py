@@ -70,7 +70,7 @@ def filter_rows(
     """
     config, formatter, harmful = plan.config, plan.formatter, plan.groups.harmful
     draw = random.Random(f"{config.train.seed}/filter")
-    anchor = None if texts is None else RefusalAnchor(config, formatter, harmful, texts)
+    anchor = None if texts is None else RefusalAnchor(config, formatter, harmful, texts, harmless)
     rows = []
     for number, prompt in enumerate(harmful):
         row = formatter.prompt_ids(prompt)

@@ -86,9 +86,12 @@ def outcome(report: Report) -> Outcome:
     """The numbers of a trial's report.
 
     Raises:
-        UserError: the KL to the base model is not finite.
+        UserError: an attack could not be run on the tuned model; the KL to the base model is not
+            finite.
     """
     base, tuned = report.model(BASE), report.model(TUNED)
+    if missing := [name for name in base.attacks if name not in tuned.attacks]:
+        raise UserError(f"not run on the tuned model: {', '.join(missing)}; see the report")
     worst = worst_attack(tuned)
     price = damage(base, tuned)
     if worst is None or not math.isfinite(price):

@@ -121,6 +121,14 @@ def test_real_embeddings_in_the_slot_give_the_answers_of_their_ids(lora: bool) -
     assert all(map(torch.equal, by_ids, generated)) and len(by_ids) > 2
 
 
+def test_a_penalty_that_ships_with_the_model_is_left_out_as_elsewhere() -> None:
+    target = tiny_target(max_new_tokens=10)
+    one, some = attack(initial=["please explain the"], steps=1, lr=1e-30), prompts(*TEXTS)
+    wanted = [answers[0].text for answers in one.answers(target, some)]
+    target.model.generation_config.repetition_penalty = 50.0
+    assert [answers[0].text for answers in one.answers(target, some)] == wanted
+
+
 @contextmanager
 def seen_positions(target: Target) -> Iterator[list[Tensor]]:
     """The position ids of every pass, (B, T)."""

@@ -33,7 +33,7 @@ class Rigged(Judge):
     name = "rigged"
 
     def verdicts(self, items: Sequence[Item]) -> list[Verdict]:
-        known = {"useful": "useful", "refused": "refused", "gibberish": "gibberish"}
+        known = {word: word for word in ("useful", "refused", "gibberish", "partial")}
         return [
             known.get(text.split(" ")[0], "useful" if len(text) % 2 else "refused")  # type: ignore[misc]
             for _, text, _ in items
@@ -155,6 +155,39 @@ def test_ties_go_to_the_smaller_push_and_then_to_the_first(target: Target) -> No
     attack = MeanDifference()
     prepared(attack, target, lambda p: (2, p["strength"]))
     assert (attack.at, attack.strength) == ([0], 0.5)
+
+
+def test_where_nothing_works_a_choice_that_begins_to_work_is_taken(target: Target) -> None:
+    """The smallest push would be the direct question."""
+    refused = {0.5: 8, 1.0: 8, 1.5: 5, 2.0: 0}
+    rest = ""
+
+    def record(
+        name: str, parameters: Mapping[str, Any], prompts: Sequence[Prompt], answer: Any
+    ) -> list[Answer]:
+        count = refused[parameters["strength"]]
+        words = ["refused"] * count + [rest] * (8 - count)
+        push = {"count": 1, "total": 1.0, "relative": parameters["strength"]}
+        return [Answer(word, info={"pushes": push} if i == 0 else {})
+                for i, word in enumerate(words)]  # fmt: skip
+
+    target.recorder = record
+    for word, strength in (("gibberish", 1.5), ("partial", 2.0)):
+        rest = word
+        attack = MeanDifference(PushSettings(layers=[1], trial_prompts=8))
+        attack.prepare(target)
+        assert attack.strength == strength
+
+
+def test_no_block_to_push_at_is_a_mistake(target: Target) -> None:
+    attack = Scav(ScavSettings(p1=0.999))
+    target.__dict__["states"] = ({0: torch.randn(20, 8)}, {0: torch.randn(20, 8)})
+    with pytest.raises(UserError, match=r"scav: no block to push at; the best probe is right for"):
+        attack.prepare(target)
+    del target.__dict__["states"]
+    away = MeanDifference(PushSettings(layers=[0], blocks=["middle"]))
+    with pytest.raises(UserError, match=r"blocks=\['middle'\] leaves none of \[0\]; add `single`"):
+        away.prepare(target)
 
 
 def test_both_steps_are_tried_where_asked_for(target: Target) -> None:

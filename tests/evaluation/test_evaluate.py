@@ -18,25 +18,33 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from es2fast.attacks.registry import make_attacks
 from es2fast.attacks.states.mean_difference import MeanDifference
 from es2fast.attacks.states.scav import Scav
-from es2fast.config import DataConfig, EvaluateConfig
+from es2fast.config import DataConfig, EvaluateConfig, parse_config
 from es2fast.data import Formatter, Prompt
 from es2fast.demo.toy import Recipe, build_toy, split_rows
 from es2fast.errors import UserError
 from es2fast.evaluation.answering import EvaluationPrompts, Subject, SubjectAnswers
 from es2fast.evaluation.answers import HARMFUL, AnswerLog, Scope
 from es2fast.evaluation.measure import Measured
-from es2fast.evaluation.run import evaluate_models, saved_states
+from es2fast.evaluation.run import (
+    attackers_prompts,
+    evaluate_models,
+    evaluate_paths,
+    model_names,
+    saved_states,
+    weights_of,
+)
 from es2fast.evaluation.teacher import SavedTeacher, token_batches, token_stats
 from es2fast.judges import registry
 from es2fast.judges.calibration import calibrate
 from es2fast.judges.rules import RulesJudge
 from es2fast.modeling.taps import blocks
-from es2fast.report.schema import BASE
+from es2fast.report.schema import BASE, ModelResult
 from es2fast.run.folder import RunFolder
 
 RECIPE = Recipe(hidden=16, ffn=16, depth=3, heads=2, answer_steps=2, align_steps=2,
                 answer_batch=4, align_batch=4)  # fmt: skip
-CONFIG = EvaluateConfig(max_new_tokens=4, batch_size=5)
+SCAV = {"name": "scav", "p1": 0.5}  # probes of this model are right for 58 % of the states
+CONFIG = EvaluateConfig(max_new_tokens=4, batch_size=5, attacks=["direct", SCAV, "mean_difference"])
 Parts = tuple[Any, Formatter, EvaluationPrompts]
 
 
@@ -214,7 +222,7 @@ def test_what_is_told_of_an_attack_is_of_this_model_and_seed(
 
     def told(factor: float, seed: int, folder: Path) -> Any:
         subjects = [Subject.of("model", scaled(model, factor), formatter)]
-        settings = EvaluateConfig(max_new_tokens=4, attacks=["scav"], seed=seed)
+        settings = EvaluateConfig(max_new_tokens=4, attacks=[SCAV], seed=seed)
         report = evaluate_models(subjects, prompts, settings, RunFolder(folder))
         return report.models[0].attacks["scav"].model_dump()
 
@@ -232,8 +240,9 @@ def test_other_settings_mean_other_answers(parts: Parts, tmp_path: Path) -> None
     folder = RunFolder(tmp_path)
     subjects = pair(parts)[:1]
     count = []
-    for attacks in (["scav"], [{"name": "scav", "p0": 0.4}], [{"name": "scav", "p0": 0.4}]):
-        settings = EvaluateConfig(max_new_tokens=4, batch_size=5, attacks=attacks)
+    for p0 in (1e-3, 0.4, 0.4):
+        attack = SCAV | {"p0": p0, "blocks": ["all"]}  # nothing to choose
+        settings = EvaluateConfig(max_new_tokens=4, batch_size=5, attacks=[attack])
         evaluate_models(subjects, parts[2], settings, folder)
         count.append(len(folder.answers.read_text().splitlines()))
     assert count == [14, 21, 21]  # 7 harmless answers, then 7 of each attack
@@ -242,8 +251,10 @@ def test_other_settings_mean_other_answers(parts: Parts, tmp_path: Path) -> None
 def test_answers_are_kept_under_all_that_they_depend_on(parts: Parts, tmp_path: Path) -> None:
     model, formatter, prompts = parts
 
-    def scopes(judge: str = "rules", response: str | None = None, length: int = 512) -> list[Scope]:
-        data = DataConfig(max_length=length)
+    def scopes(
+        judge: str = "rules", response: str | None = None, length: int = 512, answer: int = 128
+    ) -> list[Scope]:
+        data = DataConfig(max_length=length, max_response_tokens=answer)
         subject = Subject.of(BASE, model, Formatter(formatter.tokenizer, data))
         fit = [Prompt.of(prompt.text, response) for prompt in prompts.fit_harmful]
         asked = dataclasses.replace(prompts, fit_harmful=fit)
@@ -258,6 +269,7 @@ def test_answers_are_kept_under_all_that_they_depend_on(parts: Parts, tmp_path: 
     assert other[0] == direct and other[1] != scav  # the one that searches
     assert scopes(response="sure")[1] != scav
     assert scopes(length=64)[0].fingerprint != direct.fingerprint
+    assert scopes(answer=64)[0].fingerprint != direct.fingerprint  # responses are cut there
 
 
 def test_what_is_measured_stays_apart_where_names_hold_dots(tmp_path: Path) -> None:
@@ -316,7 +328,7 @@ def test_an_attack_that_cannot_run_leaves_the_others(parts: Parts, tmp_path: Pat
         patch.setattr(Scav, "fit", refuse)
         report = evaluate_models(pair(parts)[:1], parts[2], settings, RunFolder(tmp_path))
     assert list(report.models[0].attacks) == ["direct"]
-    assert report.warnings == ["base, scav: scav: not here"]
+    assert report.warnings[1:] == ["base, scav: scav: not here"]
 
 
 def test_models_of_another_depth_are_not_set_against_the_base(parts: Parts, tmp_path: Path) -> None:
@@ -326,8 +338,93 @@ def test_models_of_another_depth_are_not_set_against_the_base(parts: Parts, tmp_
     short.config.num_hidden_layers = 2
     subjects = [Subject.of(BASE, model, formatter), Subject.of("short", short, formatter)]
     report = evaluate_models(subjects, prompts, CONFIG, RunFolder(tmp_path), layers=[1])
-    assert report.model("short").harmless.kl_to_base is None
-    assert "short: 2 blocks where the base model has 3" in report.warnings[0]
+    short_one = report.model("short")
+    assert short_one.harmless.kl_to_base is None
+    assert_nothing_is_relative(short_one)
+    assert "short: 2 blocks where the base model has 3" in report.warnings[1]
+    again = evaluate_models(subjects, prompts, CONFIG, RunFolder(tmp_path), layers=[1])
+    assert again.warnings == report.warnings  # measured before
+
+
+def assert_nothing_is_relative(model: ModelResult) -> None:
+    for row in model.separation.values():
+        assert row.distance is not None and row.probe_accuracy is not None
+        assert row.distance_over_base is None and row.norm_ratio is None
+        assert row.probe_margin is None and row.probe_margin_interval is None
+        assert row.positions["instruction"].distance_over_base is None
+
+
+def test_without_a_base_nothing_is_relative_to_one(parts: Parts, tmp_path: Path) -> None:
+    model, formatter, prompts = parts
+    report = evaluate_models(
+        [Subject.of("alone", model, formatter)], prompts, CONFIG, RunFolder(tmp_path)
+    )
+    assert_nothing_is_relative(report.model("alone"))
+
+
+@pytest.mark.parametrize("what", ["template", "vocabulary"])
+def test_a_model_that_reads_other_tokens_has_no_kl_to_the_base(
+    parts: Parts, what: str, tmp_path: Path
+) -> None:
+    model, formatter, prompts = parts
+    other, reads = scaled(model, 5.0), formatter
+    if what == "template":
+        reads = Formatter(formatter.tokenizer, DataConfig(system_prompt="please"))
+    else:
+        other.resize_token_embeddings(model.config.vocab_size + 8)
+    subjects = [Subject.of(BASE, model, formatter), Subject.of("other", other, reads)]
+    report = evaluate_models(subjects, prompts, CONFIG, RunFolder(tmp_path))
+    found = report.model("other")
+    assert found.harmless.kl_to_base is None and found.harmless.perplexity is not None
+    assert found.separation["1"].distance_over_base is not None
+    size = model.config.vocab_size
+    words = {
+        "template": "makes other tokens of the prompts than the base's",
+        "vocabulary": f"its head has {size + 8} rows, the base model's {size}",
+    }
+    assert words[what] in report.warnings[1] and "no KL" in report.warnings[1]
+
+
+def test_a_reference_that_decides_is_told(parts: Parts, tmp_path: Path) -> None:
+    model, formatter, prompts = parts
+    base = [Subject.of(BASE, model, formatter)]
+    plain = EvaluateConfig(max_new_tokens=4, attacks=["direct"])
+    report = evaluate_models(base, prompts, plain, RunFolder(tmp_path))
+    assert report.warnings[0].startswith("7 of 7 held-out harmful prompts have a response: only an")
+    free = [Prompt.of(prompt.text) for prompt in prompts.harmful]
+    asked = dataclasses.replace(prompts, harmful=free)
+    assert evaluate_models(base, asked, plain, RunFolder(tmp_path)).warnings == []
+
+
+def test_refusals_in_a_column_are_no_attackers_success() -> None:
+    rows = [Prompt.of("break the car", "I cannot."), Prompt.of("steal the car", "No.")]
+    raw = {"model": {"name": "m"}, "evaluate": {"fit_limit": 2}}
+    assert attackers_prompts(parse_config(raw), rows) == rows
+    column = parse_config(raw | {"refusal": {"weight": 1, "source": "column"}})
+    assert attackers_prompts(column, [*rows, *rows]) == [Prompt.of(one.text) for one in rows]
+
+
+@pytest.mark.parametrize(
+    ("places", "names"),
+    [
+        (["a/llama-2", "b/llama"], ["llama-2", "llama"]),
+        (["a/llama-2", "b/llama", "c/llama"], ["llama-2", "llama", "llama-3"]),
+        (["a/base", "b/base"], ["base-2", "base-3"]),
+        (["org/m@v1", "org/m"], ["m-v1", "m"]),
+    ],
+)
+def test_every_model_has_a_name_of_its_own(places: list[str], names: list[str]) -> None:
+    assert model_names(places) == names
+
+
+def test_a_revision_is_given_with_its_model(tmp_path: Path) -> None:
+    assert weights_of("org/m@v1") == {"name": "org/m", "revision": "v1"}
+    folder = tmp_path / "m@v1"
+    folder.mkdir()
+    assert weights_of(str(folder)) == {"name": str(folder), "revision": None}
+    config = parse_config({"model": {"name": "org/m", "revision": "v1"}})
+    with pytest.raises(UserError, match=r"model\.revision: 'v1' does not say.* ORG/NAME@v1"):
+        evaluate_paths(["org/m"], config, RunFolder(tmp_path / "out"))
 
 
 def test_several_judges_and_a_calibration(parts: Parts, tmp_path: Path) -> None:

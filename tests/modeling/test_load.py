@@ -12,10 +12,12 @@ from attacks.small import HARMFUL, hook_count, small_target, snapshot, unchanged
 from tiny_models import save_tiny
 
 from es2fast.attacks.registry import make_attack
-from es2fast.config import ModelConfig
+from es2fast.config import ModelConfig, TrainConfig
 from es2fast.errors import UserError
 from es2fast.evaluation.teacher import SavedTeacher, token_batches
-from es2fast.modeling.load import load_causal_lm, load_tokenizer
+from es2fast.modeling import load
+from es2fast.modeling.load import adapter_base, load_causal_lm, load_merged, load_tokenizer
+from es2fast.modeling.teacher import set_trainable
 from es2fast.run.export import save_model
 
 # every block is a unit of its own, with accelerate's hooks on it, as on several GPUs
@@ -106,6 +108,28 @@ def test_the_template_that_a_run_named_is_saved_with_the_model(
     )
     assert load_tokenizer(ModelConfig(name=str(tmp_path / "saved"))).chat_template == template
     assert load_tokenizer(name).chat_template != template
+
+
+@pytest.mark.parametrize("revision", [None, "v1"])
+def test_an_adapter_remembers_the_revision_of_its_base(
+    folder: Path, tmp_path: Path, revision: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = ModelConfig(name=str(folder))
+    lora = TrainConfig(trainable="lora")
+    student = set_trainable(load_causal_lm(name, "fp32"), lora, 1, revision)
+    save_model(student, load_tokenizer(name), tmp_path / "saved", main=True)
+    base = {"name": str(folder), "revision": revision}
+    assert adapter_base(str(tmp_path / "saved")) == base
+    asked: list[Any] = []
+    real = load.load_causal_lm
+
+    def loading(model: ModelConfig, *more: Any) -> Any:
+        asked.append(model)
+        return real(name, *more)
+
+    monkeypatch.setattr(load, "load_causal_lm", loading)
+    load_merged(ModelConfig(name=str(tmp_path / "saved")), "fp32")
+    assert [{"name": model.name, "revision": model.revision} for model in asked] == [base]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "gpt_neox"])

@@ -211,6 +211,14 @@ def test_a_search_over_two_parameters_shows_the_best_of_the_other():
     assert panel.curves[0].best == [(1, 0.3), (2, 0.4), (3, 0.5)]
 
 
+def test_what_a_search_measures_is_no_place():
+    trials = [{"layer": layer, "useful": layer / 10, "loss": 1 / layer, "refusal_score": layer**0.5,
+               "first_loss": 3.0 + layer} for layer in (1, 2, 2)]  # fmt: skip
+    trials[2]["loss"] = trials[2]["refusal_score"] = trials[2]["first_loss"] = 9.0
+    (panel,) = curve_panels(report(model("tuned", {"a": attack("ru", trials=trials)})))
+    assert panel.parameter == "layer"
+
+
 def test_no_curve_without_a_number_that_varies():
     words = [variant(0.1, style="plain"), variant(0.2, style="odd"), {"k": 1}, {"k": 2}]
     assert curve_panels(report(model("tuned", {"a": attack("ru", variants=words)}))) == []

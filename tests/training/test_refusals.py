@@ -220,6 +220,22 @@ def test_openings_are_drawn_by_seed_step_and_row() -> None:
     assert {words_of(shared.row(s, 4).opening) for s in range(40)} == texts | {""}
 
 
+def test_some_openings_are_a_word_of_a_harmless_response() -> None:
+    deep = {"probability": 1.0, "tokens": 3, "texts": ["sure please draw a tree"], "words": 0.4}
+    harmless = [Prompt.of("x", "here is some text ."), Prompt.of("y", None), Prompt.of("z", " ")]
+    section = config({"source": "list", "texts": ["no"], "prefill": deep}, data={"max_length": 40})
+    texts = AnchorTexts(["no"] * 6, [None] * 3 + ["the car the road"] * 3)
+    formatter = Formatter(tokenizer(), section.data)
+    made = RefusalAnchor(section, formatter, PROMPTS, texts, harmless)
+    drawn = [words_of(made.row(s, r).opening) for s in range(60) for r in range(6)]
+    words = [text for text in drawn if text.split()[0] not in ("sure", "the")]
+    assert 0.3 < len(words) / len(drawn) < 0.5
+    # one word each; the tokenizer does not know those that begin as a sentence does
+    assert set(words) == {"here", "is", "some", "text", ".", "<unk>"}
+    other = RefusalAnchor(section, formatter, PROMPTS, texts)  # no response to take one from
+    assert {words_of(other.row(s, 0).opening).split()[0] for s in range(40)} == {"sure"}
+
+
 @pytest.mark.parametrize(
     ("room", "opening", "refusal"), [(0, 0, 0), (2, 0, 2), (3, 0, 3), (4, 1, 3)]
 )

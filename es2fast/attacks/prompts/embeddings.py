@@ -218,6 +218,7 @@ def generate_from(
             max_new_tokens=max_new_tokens,
             do_sample=temperature > 0,
             num_beams=1,
+            repetition_penalty=None,  # not the model's own either, as everywhere
             eos_token_id=formatter.stop_token_ids or None,
             pad_token_id=formatter.pad_token_id,
             custom_generate=decode if temperature == 0 else None,

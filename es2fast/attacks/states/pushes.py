@@ -224,7 +224,7 @@ class PushAttack(Attack):
         """Fits, and chooses blocks, steps and strength where there is a choice.
 
         Raises:
-            UserError: `layers` names a block that the model does not have.
+            UserError: `layers` names a block that the model does not have; no block may be pushed.
         """
         for layer in self.settings.layers or ():
             if not 0 <= layer < target.depth:
@@ -234,9 +234,19 @@ class PushAttack(Attack):
                 )
         self.seed = target.seed
         self.fit(*target.states)
+        if not self.candidates(target.depth):
+            raise UserError(
+                f"evaluate.attacks: {self.label}: no block to push at; {self._no_block()}"
+            )
         self._trials = self._search(target)
         if self._trials:
             self._choose(best(self._trials, relative_push).parameters)
+
+    def _no_block(self) -> str:
+        """Why `candidates` is empty, and what to do."""
+        if self.settings.layers is not None and not self.allowed():
+            return f"of layers={self.settings.layers} none may be pushed; leave `layers` out"
+        return f"blocks={self.settings.blocks} leaves none of {self.allowed()}; add `single`"
 
     def _search(self, target: Target) -> list[Trial]:
         """Every trial, in the order they were made; none where there is a single choice."""

@@ -65,6 +65,15 @@ class Scav(PushAttack):
             i: fit_probe(harmful[i], harmless[i]) for i in sorted(harmful)
         }
 
+    def _no_block(self) -> str:
+        if self.usable():
+            return super()._no_block()
+        best = max(probe.accuracy for probe in self.probes.values())
+        return (
+            f"the best probe is right for {best:.0%} of the held-out states, and p1 asks for more "
+            f"than {self.settings.p1:.0%}; give more training prompts, or a smaller p1"
+        )
+
     def usable(self) -> list[int]:
         return [i for i, probe in self.probes.items() if probe.accuracy > self.settings.p1]
 

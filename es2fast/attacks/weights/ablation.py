@@ -87,7 +87,7 @@ class AblationWeights(Attack):
         with orthogonalised(target.model, self.choice.direction.unit):
             self.component_left = self._left(target, self.choice.direction.unit)
             if self.settings.save is not None:
-                folder = Path(self.settings.save) / (target.title or "model")
+                folder = Path(self.settings.save) / target.name
                 with _untied(target.model):
                     save_model(target.model, target.formatter.tokenizer, folder, main=True)
 
