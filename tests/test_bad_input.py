@@ -188,6 +188,8 @@ def test_lora_targets_that_no_module_has(raw: Raw) -> None:
     for targets in ("foo", "[foo, bar]"):
         words = "train.lora.targets | matches no linear layer | q_proj"
         refused(raw, words, ["train.trainable=lora", f"train.lora.targets={targets}"])
+    words = "train.lora.targets: '.*(q' is no regular expression"
+    refused(raw, words, ["train.trainable=lora", "train.lora.targets='.*(q'"])
 
 
 def test_moments_hold_for_a_frozen_plain_head_and_the_forward_kl(raw: Raw, tmp_path: Path) -> None:

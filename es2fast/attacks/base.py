@@ -88,8 +88,9 @@ class Target:
     model: a causal language model in eval mode on its device; formatter: its chat format; harmful,
     harmless: training prompts of the two groups; judge: how the attacker tells success;
     max_new_tokens, batch_size: of every answer; halves: less memory than a batch needs halves
-    batch_size, see `fitted`; seed: of whatever an attack draws; recorder: keeps
-    the answers of trials; name: the model's in the report; title: the same on progress bars, None
+    batch_size, see `fitted`; seed: of whatever an attack draws; by_reference: a training prompt's
+    response is what counts as success, as with the held-out ones; recorder: keeps the answers of
+    trials; name: the model's in the report; title: the same on progress bars, None
     for no bars; load_base: loads the base model this one was tuned from, None where there is none.
     """
 
@@ -102,6 +103,7 @@ class Target:
     batch_size: int = 32
     halves: bool = False
     seed: int = 0
+    by_reference: bool = True
     recorder: Recorder | None = None
     name: str = "model"
     title: str | None = None
@@ -205,8 +207,9 @@ class Target:
 
     def verdicts(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Verdict]:
         """The judge's verdict on each answer."""
+        wanted = [prompt.response if self.by_reference else None for prompt in prompts]
         return self.judge.verdicts(
-            [(prompt.text, text, prompt.response) for prompt, text in zip(prompts, texts)]
+            [(prompt.text, text, one) for prompt, text, one in zip(prompts, texts, wanted)]
         )
 
 

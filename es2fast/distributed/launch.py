@@ -22,6 +22,8 @@ from es2fast.distributed.runtime import resolve_device
 from es2fast.errors import STOPPED, RunInterrupted, RunStopped, UserError
 from es2fast.run.folder import RunFolder
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
 
 def launch_to_end(config: Path, folder: RunFolder, **options: Any) -> None:
     """`launch`, for what goes on with the trained model.
@@ -71,9 +73,12 @@ def launch(
     if resolved == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(cores()) // count)))
+    places = ["--num_gpus", str(count)]
+    if resolved == "cuda" and (visible := environment.pop(VISIBLE, None)) is not None:
+        places = included(visible, count)
     command = [
-        *(sys.executable, "-m", "deepspeed.launcher.runner"),
-        *("--log_level", "warning", "--num_gpus", str(count), "--master_port", str(free_port())),
+        *(sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "warning"),
+        *(*places, "--master_port", str(free_port())),
         *("--module", "es2fast.train", "--config", str(config), *overrides),
     ]
     code = _run(command, environment, log)
@@ -81,6 +86,22 @@ def launch(
         kind = RunStopped if code == STOPPED else UserError
         where = "above" if log is None else str(log)
         raise kind(f"train: the deepspeed launcher ended with code {code}; see {where}")
+
+
+def included(visible: str, count: int) -> list[str]:
+    """The launcher's options for the first `count` GPUs that the variable names. It would ignore
+    the variable beside a number of GPUs, and take those that come first on the machine.
+
+    Raises:
+        UserError: they are not named by numbers.
+    """
+    chosen = [name.strip() for name in visible.split(",")][:count]
+    if not all(name.isdigit() for name in chosen):
+        raise UserError(
+            f"{VISIBLE}: {visible!r} names GPUs otherwise than by numbers, which is all that the "
+            "deepspeed launcher knows; give their numbers, as nvidia-smi -L lists them"
+        )
+    return ["--include", f"localhost:{','.join(chosen)}"]
 
 
 def launch_evaluation(folder: Path, processes: int) -> None:

@@ -69,6 +69,12 @@ class EvaluationPrompts:
     fit_harmful: Sequence[Prompt]
     fit_harmless: Sequence[Prompt]
 
+    @property
+    def by_reference(self) -> bool:
+        """Held-out harmful prompts say what counts as success; otherwise a training prompt's
+        response, such as a harmful answer to learn from, does not say it either."""
+        return any(prompt.response is not None for prompt in self.harmful)
+
 
 class Preparation:
     """One attack on one model: prepared when that is needed; what it told about itself and the
@@ -182,6 +188,7 @@ class SubjectAnswers:
                 batch_size=size if isinstance(size, int) else starting_rows(model, tokens),
                 halves=size == "auto",
                 seed=settings.seed,
+                by_reference=self.prompts.by_reference,
                 name=self.subject.name,
                 title=None if self._quiet else self.subject.name,
                 load_base=None if self._base_subject is None else self._base_subject.load,
@@ -285,6 +292,8 @@ class SubjectAnswers:
         more = [base] if base else []
         if type(attack).prepare is not Attack.prepare:  # it may search, by the judge's verdicts
             more.append(self._judge.identity)
+            if any(prompt.response is not None for prompt in self.prompts.fit_harmful):
+                more.append(f"by reference: {self.prompts.by_reference}")
         return Scope(
             model=self.subject.name,
             fingerprint=self.subject.key,

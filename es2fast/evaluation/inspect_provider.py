@@ -140,5 +140,6 @@ def _target(config: Config, place: str, *, fitted: bool) -> Target:
         batch_size=size if isinstance(size, int) else starting_rows(model, tokens),
         halves=size == "auto",
         seed=settings.seed,
+        by_reference=False,
         load_base=None if base == place else lambda: load(base),
     )

@@ -15,7 +15,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -41,7 +41,7 @@ from es2fast.evaluation.judging import check_calibration, judged_attacks
 from es2fast.evaluation.lm_tasks import check as check_tasks
 from es2fast.evaluation.measure import Measured, shift_ranks
 from es2fast.evaluation.parallel import answer_shares, collect, is_main, ranks, world_size
-from es2fast.evaluation.split import split_prompts
+from es2fast.evaluation.split import attackers_prompts, leave_out_learnt, split_prompts
 from es2fast.evaluation.subject import (
     TEACHER,
     ModelAnswers,
@@ -209,8 +209,13 @@ def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> Report | None:
     config = load_config(folder.config, overrides)
     summary = json.loads(folder.summary.read_text())
     layers = sorted(int(layer) for layer in summary["layers"])
+    saved = load_config(folder.config)
     groups = load_groups(config.data)
     _check_held_out(groups)
+    learnt = groups if config.data == saved.data else load_groups(saved.data)
+    notes = [] if learnt is groups else leave_out_learnt(groups, learnt, config, saved)
+    for note in notes if is_main() else ():
+        print(f"note: {note}")
     trained = config.model.model_copy(update={"name": str(folder.model), "revision": None})
     formatter = Formatter(load_tokenizer(config.model), config.data)
     subjects = [
@@ -222,7 +227,7 @@ def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> Report | None:
     prompts = EvaluationPrompts(
         groups.eval_harmful[:limit], groups.eval_harmless[:limit], harmful, groups.harmless[:fit]
     )
-    more = {"layers": layers, "extra": {"train": summary}}
+    more = {"layers": layers, "extra": {"train": summary}, "notes": notes}
     config = _judged_by(config, config.model.name)
     report = _reported(subjects, prompts, config, folder, **more)
     if report is None:
@@ -231,24 +236,15 @@ def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> Report | None:
     write_report(folder, report, states=states, config=config)
     write_model_card(
         folder.model,
-        config=config,
+        config=config.model_copy(update={"data": saved.data}),
         report=report,
         base_model=config.model.name,
         layers=layers,
         d0={int(layer): d0 for layer, d0 in summary["d0"].items()},
-        data_summary=groups.report.lines(),
+        data_summary=learnt.report.lines(),
         train=summary,
     )
     return report
-
-
-def attackers_prompts(config: Config, harmful: Sequence[Prompt]) -> list[Prompt]:
-    """Of a run's harmful training prompts those that attacks are fitted on. Where the run's
-    responses are refusals (`refusal.source: column`) these are left out: no attacker wants them."""
-    chosen = harmful[: config.evaluate.fit_limit]
-    if config.refusal.source == "column":
-        return [replace(prompt, response=None) for prompt in chosen]
-    return list(chosen)
 
 
 _OF_EVALUATION = ("evaluate", "data", "model", "train.device")

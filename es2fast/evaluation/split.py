@@ -1,10 +1,11 @@
-"""Which prompts rates are measured on, and which are the attacker's, when both are in one file."""
+"""Which prompts rates are measured on, and which are the attacker's."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from es2fast.config import EvaluateConfig
+from es2fast.config import Config, EvaluateConfig
 from es2fast.data import Prompt, PromptGroups
 from es2fast.data.groups import without_near
 from es2fast.errors import UserError
@@ -54,3 +55,49 @@ def split_prompts(
         found[name] = held_out[: settings.limit]
         found[f"fit_{name}"] = fit[: settings.fit_limit]
     return EvaluationPrompts(**found), notes
+
+
+def attackers_prompts(config: Config, harmful: Sequence[Prompt]) -> list[Prompt]:
+    """Of a run's harmful training prompts those that attacks are fitted on. Where the run's
+    responses are refusals (`refusal.source: column`) these are left out: no attacker wants them."""
+    chosen = harmful[: config.evaluate.fit_limit]
+    if config.refusal.source == "column":
+        return [replace(prompt, response=None) for prompt in chosen]
+    return list(chosen)
+
+
+def leave_out_learnt(
+    groups: PromptGroups, learnt: PromptGroups, config: Config, saved: Config
+) -> list[str]:
+    """Takes prompts that a run was trained on, and near duplicates of these, out of the held-out
+    ones, in place; says how many.
+
+    Args:
+        groups: of the evaluation, whose sources are others than the run's.
+        learnt: the run's own.
+        config, saved: of the evaluation and of the run.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    notes = []
+    for name in ("harmful", "harmless"):
+        held_out, known = getattr(groups, f"eval_{name}"), getattr(learnt, name)
+        keys = {prompt.key for prompt in (*learnt.harmful, *learnt.harmless)}
+        kept = [prompt for prompt in held_out if prompt.key not in keys]
+        if (threshold := config.data.near_duplicates) is not None:
+            kept = without_near(kept, known, threshold).kept
+        if not kept:
+            raise UserError(
+                f"data.eval_{name}: the run was trained on all {len(held_out)} prompts, or nearly; "
+                f"give --{name} FILE with others"
+            )
+        if len(kept) < len(held_out):
+            notes.append(
+                f"data.eval_{name}: {len(held_out) - len(kept)} of {len(held_out)} prompts are "
+                "left out, since the run was trained on them, or on near duplicates"
+            )
+        setattr(groups, f"eval_{name}", kept)
+        if getattr(config.data, name) == getattr(saved.data, name):
+            setattr(groups, name, known)  # what `load_groups` took out was learnt all the same
+    return notes

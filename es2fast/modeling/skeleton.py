@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,12 @@ def check_lora_targets(skeleton: nn.Module, train: TrainConfig) -> None:
 
     config = LoraConfig(target_modules=targets)
     linear = {name: m for name, m in skeleton.named_modules() if isinstance(m, nn.Linear)}
-    matched = [m for name, m in linear.items() if check_target_module_exists(config, name)]
+    try:
+        matched = [m for name, m in linear.items() if check_target_module_exists(config, name)]
+    except re.error as error:
+        raise UserError(
+            f"train.lora.targets: {targets!r} is no regular expression ({error})"
+        ) from None
     width = skeleton.config.get_text_config().hidden_size  # type: ignore[union-attr,operator]
     if matched and train.update_filter and all(m.in_features > width for m in matched):
         raise UserError(

@@ -10,6 +10,7 @@ is whole (2 bytes per parameter, divided by the ranks), since its hooks want eve
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from es2fast.modeling.taps import backbone, blocks, causal_lm
 from es2fast.ops.moments.cache import TeacherMoments, half_head
 from es2fast.ops.moments.op import teacher_moments
 
+ALL_LINEAR = "all-linear"
 ANCHORS = 16  # likeliest tokens that the moments keep apart
 
 
@@ -72,32 +74,47 @@ def _with_lora(
 
     from es2fast.modeling.lora import fuse_adapters
 
-    everywhere = train.lora.targets == "all-linear"
+    targets = train.lora.targets
+    named = isinstance(targets, list)
     lora = LoraConfig(
         r=train.lora.r,
         lora_alpha=train.lora.alpha,
         lora_dropout=train.lora.dropout,
-        target_modules=_linear_modules(model, deepest) if everywhere else train.lora.targets,
-        layers_to_transform=None if everywhere else list(range(deepest + 1)),
+        target_modules=targets if named else _linear_modules(model, deepest, str(targets)),
+        layers_to_transform=list(range(deepest + 1)) if named else None,
         task_type="CAUSAL_LM",
     )
-    try:
-        student = get_peft_model(model, lora, revision=revision)
+    try:  # in the weights' precision, as DeepSpeed makes them at stages 1 and 2
+        student = get_peft_model(model, lora, revision=revision, autocast_adapter_dtype=False)
     except ValueError as error:
         raise UserError(f"train.lora.targets: {error}") from None
     fuse_adapters(student)
     return student
 
 
-def _linear_modules(model: nn.Module, deepest: int) -> list[str]:
-    """Full names of the linear layers inside blocks 0..deepest."""
+def _linear_modules(model: nn.Module, deepest: int, pattern: str = ALL_LINEAR) -> list[str]:
+    """Full names of the linear layers inside blocks 0..deepest, all or those that a regular
+    expression fits.
+
+    Raises:
+        UserError: it fits none.
+    """
     wanted = {
         id(module)
         for block in blocks(model)[: deepest + 1]
         for module in block.modules()
         if isinstance(module, nn.Linear)
     }
-    return [name for name, module in model.named_modules() if id(module) in wanted]
+    names = [name for name, module in model.named_modules() if id(module) in wanted]
+    if pattern == ALL_LINEAR:
+        return names
+    found = [name for name in names if re.fullmatch(pattern, name)]
+    if not found:
+        raise UserError(
+            f"train.lora.targets: {pattern!r} fits no linear layer of blocks 0..{deepest}, which "
+            f"are named as {names[0]!r}"
+        )
+    return found
 
 
 @contextmanager
@@ -118,7 +135,7 @@ def teacher_hidden(student: nn.Module, teacher: nn.Module | None, inputs: dict[s
     if teacher is not None:
         with evaluating(teacher):
             return backbone(teacher)(**inputs).last_hidden_state
-    with _adapters_off(student):
+    with evaluating(student), _adapters_off(student):
         return backbone(student)(**inputs).last_hidden_state
 
 

@@ -39,8 +39,14 @@ def save_model(
         template: the chat template that the model was trained on; default: the tokenizer's.
     """
     state = full_state_dict(model, main=main)
-    if not main:
-        return
+    if main:
+        write_model(model, state, tokenizer, folder, template=template)
+
+
+def write_model(
+    model: nn.Module, state: Any, tokenizer: Any, folder: Path, *, template: str | None = None
+) -> None:
+    """The second half of `save_model`, on the rank that writes: `state` from `full_state_dict`."""
     partial = folder.with_name(folder.name + ".tmp")
     remove(partial)
     model.save_pretrained(partial, state_dict=state)  # type: ignore[operator]
@@ -101,7 +107,9 @@ def export_merged(source: str, out: Path, *, dtype: str) -> None:
     if not is_adapter(source):
         raise UserError(f"export: {source!r} holds no LoRA adapter; there is nothing to merge")
     _must_not_exist(out)
-    base = ModelConfig.model_validate(adapter_base(source))
+    own = Path(source) / SETTINGS
+    remote = own.is_file() and load_config(own).model.trust_remote_code
+    base = ModelConfig.model_validate(adapter_base(source) | {"trust_remote_code": remote})
     from peft import PeftModel
 
     plain = load_causal_lm(base, dtype)

@@ -24,6 +24,7 @@ from es2fast.config import Config
 from es2fast.training.weights import TrainableWeights
 
 TOLERANCE = 1.1  # times the budget: where scaling the update begins
+SMALLEST = 1 / 64  # share of the update below which scaling ends
 
 
 class DualAscent:
@@ -85,7 +86,8 @@ def scale_update(
         kl: of the model as it is, nats per token.
         measure: the KL of the weights as they then are, the same on every rank.
         scale: t to begin with (Wortsman et al. 2022, arXiv 2109.01903: alpha).
-        budget: nats per token; t falls further while the KL is more than 10 % above.
+        budget: nats per token; t falls further while the KL is more than 10 % above, down to about
+            `SMALLEST`: below, it is rounding that differs and not the weights.
 
     Returns:
         (t, KL).
@@ -99,7 +101,7 @@ def scale_update(
     t = scale
     if t < 1:
         kl = at(t)
-    while budget is not None and kl > TOLERANCE * budget:
+    while budget is not None and kl > TOLERANCE * budget and t > SMALLEST:
         t *= math.sqrt(DualAscent.AIM * budget / kl)
         kl = at(t)
     return t, kl

@@ -20,13 +20,14 @@ import torch
 from es2fast.config import Config, save_config
 from es2fast.distributed.interrupt import StopWish
 from es2fast.distributed.runtime import Runtime
+from es2fast.distributed.zero import full_state_dict
 from es2fast.errors import RunStopped
 from es2fast.modeling.taps import blocks
-from es2fast.run.export import save_model
+from es2fast.run.export import write_model
 from es2fast.run.files import write_text
 from es2fast.run.folder import RunFolder
 from es2fast.run.metrics import MetricsWriter
-from es2fast.training.budget import DualAscent, scale_update
+from es2fast.training.budget import TOLERANCE, DualAscent, scale_update
 from es2fast.training.checkpoint import load
 from es2fast.training.engine import build_engine
 from es2fast.training.feed import Feed
@@ -136,26 +137,35 @@ def train(
         raise RunStopped(message)
     _save(engine, plan, folder.model, runtime)
     if runtime.is_main and result.scale < config.train.update_scale:
-        print(
-            f"note: the update was scaled by {result.scale:.3f} to meet kl.budget="
-            f"{config.kl.budget:g}; a lower train.lr keeps more of it",
-            flush=True,
-        )
+        print(_scaled_note(result, config), flush=True)
     runtime.barrier()
     return result
 
 
+def _scaled_note(result: TrainResult, config: Config) -> str:
+    budget = config.kl.budget
+    assert budget is not None and result.kl is not None
+    text = f"note: the update was scaled by {result.scale:.3f} to meet kl.budget={budget:g}"
+    if result.kl > TOLERANCE * budget:
+        return (
+            f"{text}, and its KL is still {result.kl:.3g}: most of that is rounding; "
+            "give a larger kl.budget"
+        )
+    return f"{text}; a lower train.lr keeps more of it"
+
+
 def _save(engine: Any, plan: Plan, target: Path, runtime: Runtime) -> None:
-    """The student's weights, and the configuration that they come from beside them."""
-    save_model(
-        engine.module.student,
-        plan.formatter.tokenizer,
-        target,
-        main=runtime.is_main,
-        template=plan.formatter.template if plan.config.data.chat_template else None,
-    )
-    if runtime.is_main:
+    """The student's weights, and the configuration that they come from beside them; call on every
+    rank."""
+    student = engine.module.student
+    state = full_state_dict(student, main=runtime.is_main)
+
+    def write() -> None:
+        template = plan.formatter.template if plan.config.data.chat_template else None
+        write_model(student, state, plan.formatter.tokenizer, target, template=template)
         save_config(plan.config, target / "es2fast.yaml")
+
+    runtime.long_on_main(write)  # a large model may take longer than a collective waits
 
 
 def _stop_message(result: TrainResult, trouble: str, good: GoodWeights, folder: RunFolder) -> str:

@@ -52,7 +52,7 @@ def find(plan: Plan, runtime: Runtime) -> Resumed | None:
     Raises:
         UserError: it is another run's, and `train.overwrite` is not set.
     """
-    about = runtime.on_main(_newest, plan)
+    about = runtime.long_on_main(_newest, plan)  # it reads whole checkpoints
     if about is None:
         return None
     folder = CheckpointFolder(plan.folder.checkpoints).at(about["step"])

@@ -32,6 +32,7 @@ def identity_of(plan: Plan) -> dict[str, Any]:
     return _sharing(plan) | {
         "dtype": plan.dtype,
         "model": model_fingerprint(model.name, model.revision),
+        "template": plan.formatter.template_hash,
         "data": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16],
     }
 
@@ -54,6 +55,7 @@ def check_same_run(manifest: Mapping[str, Any], plan: Plan) -> None:
     names = {
         "model": "the weights of model.name",
         "data": "the prompts in data",
+        "template": "the chat template or the tokenizer",
         "dtype": "model.dtype",
     }
     for key, words in names.items():

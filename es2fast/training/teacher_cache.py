@@ -270,7 +270,7 @@ def cache_teacher(
     """
     cache = open_cache(plan, harmless, runtime)
     with ExitStack() as stack:  # another run on the same rows waits here and finds it finished
-        runtime.on_main(_lock, cache, stack)
+        runtime.long_on_main(_lock, cache, stack)
         files, why = runtime.on_main(cache.read_index)
         if "head" in (head := runtime.from_main(cache.meaning)):
             cache.meaning["head"] = head["head"]

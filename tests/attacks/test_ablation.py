@@ -304,7 +304,7 @@ def test_what_cannot_be_orthogonalised_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_orthogonalised_model_can_be_saved(tied: bool, tmp_path: Path) -> None:
-    target = small_target(tiny_model("llama", tie_word_embeddings=tied), title="tuned")
+    target = small_target(tiny_model("llama", tie_word_embeddings=tied), name="tuned")
     settings = {"name": "ablation_weights", "save": str(tmp_path / "out"), "layer": 1}
     attack = make_attack(settings | {"position": -1})
     before = snapshot(target.model)

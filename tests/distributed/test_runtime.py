@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.launcher import runner
 
-from es2fast.distributed.launch import free_port
+from es2fast.distributed.launch import free_port, included
 from es2fast.distributed.runtime import Runtime, resolve_device, resolve_dtype
 from es2fast.errors import UserError
 
@@ -40,6 +41,19 @@ def test_long_work_is_waited_for_in_pieces(monkeypatch: pytest.MonkeyPatch) -> N
     assert alone.long_on_main(work, 0.05) == "done"
     with pytest.raises(UserError, match="no time"):
         alone.long_on_main(work, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "places"),
+    [("2,3", 2, ["--include", "localhost:2,3"]), ("5, 1,0", 2, ["--include", "localhost:5,1"])],
+)
+def test_ranks_go_to_the_gpus_that_are_visible(visible: str, count: int, places: list[str]) -> None:
+    assert included(visible, count) == places
+    given = runner.parse_args([*places, "train.py"])
+    pool = runner.parse_inclusion_exclusion({"localhost": 8}, given.include, given.exclude)
+    assert sorted(pool["localhost"]) == sorted(int(n) for n in visible.split(",")[:count])
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES: 'GPU-1f' names GPUs otherwise than"):
+        included("GPU-1f", 1)
 
 
 JOIN = """

@@ -26,13 +26,13 @@ from es2fast.evaluation.answering import EvaluationPrompts, Subject, SubjectAnsw
 from es2fast.evaluation.answers import HARMFUL, AnswerLog, Scope
 from es2fast.evaluation.measure import Measured
 from es2fast.evaluation.run import (
-    attackers_prompts,
     evaluate_models,
     evaluate_paths,
     model_names,
     saved_states,
     weights_of,
 )
+from es2fast.evaluation.split import attackers_prompts
 from es2fast.evaluation.teacher import SavedTeacher, token_batches, token_stats
 from es2fast.judges import registry
 from es2fast.judges.calibration import calibrate
@@ -394,6 +394,21 @@ def test_a_reference_that_decides_is_told(parts: Parts, tmp_path: Path) -> None:
     free = [Prompt.of(prompt.text) for prompt in prompts.harmful]
     asked = dataclasses.replace(prompts, harmful=free)
     assert evaluate_models(base, asked, plain, RunFolder(tmp_path)).warnings == []
+
+
+@pytest.mark.parametrize("by_reference", [True, False])
+def test_a_training_response_is_success_only_where_held_out_ones_are(
+    parts: Parts, by_reference: bool, tmp_path: Path
+) -> None:
+    model, formatter, prompts = parts
+    text = "Sure, first you take the tools and then you open the door with them."
+    fit = [Prompt.of(prompt.text, "an answer to learn from") for prompt in prompts.fit_harmful]
+    held_out = prompts.harmful if by_reference else [Prompt.of(p.text) for p in prompts.harmful]
+    asked = dataclasses.replace(prompts, fit_harmful=fit, harmful=held_out)
+    subject, folder = Subject.of(BASE, model, formatter), RunFolder(tmp_path)
+    part = SubjectAnswers(subject, asked, CONFIG, folder, AnswerLog(folder.answers), RulesJudge())
+    found = part.target.verdicts(fit[:1], [text])
+    assert found == ["gibberish" if by_reference else "useful"]
 
 
 def test_refusals_in_a_column_are_no_attackers_success() -> None:

@@ -10,7 +10,7 @@ from es2fast.config import Config, parse_config
 from es2fast.data import load_groups
 from es2fast.errors import UserError
 from es2fast.evaluation.run import evaluate_paths
-from es2fast.evaluation.split import split_prompts
+from es2fast.evaluation.split import leave_out_learnt, split_prompts
 from es2fast.run.folder import RunFolder
 
 # distinct words throughout, so that only what is meant to be similar is
@@ -50,6 +50,29 @@ def test_rows_that_nearly_repeat_a_held_out_one_are_kept_from_the_attacker(tmp_p
     assert note.startswith("harmful: 2 of the 10 further rows nearly repeat a held-out one")
     assert repr(NEAR[0]) in note or repr(NEAR[1]) in note
     assert len(prompts.fit_harmless) == 8
+
+
+def test_what_a_run_was_trained_on_is_not_held_out(tmp_path: Path) -> None:
+    trained = {"harmful": ROWS[:4], "harmless": ["tell me about paris", "explain a sonnet"]}
+    for name, rows in trained.items():
+        (tmp_path / f"fit_{name}.txt").write_text("\n".join(rows) + "\n")
+    sources = {name: str(tmp_path / f"fit_{name}.txt") for name in trained}
+    run = config_of(tmp_path, ROWS[4:6], **sources)
+    learnt = load_groups(run.data)
+    assert len(learnt.harmful) == 4
+    other = [ROWS[0], NEAR[0], ROWS[10], NEAR[1], ROWS[11]]
+    (tmp_path / "other.txt").write_text("\n".join(other) + "\n")
+    asked = run.model_copy(deep=True)
+    asked.data.eval_harmful[0].source = str(tmp_path / "other.txt")
+    groups = load_groups(asked.data)
+    assert [p.text for p in groups.harmful] == ROWS[2:4]  # what overlaps has gone from the fit
+    notes = leave_out_learnt(groups, learnt, asked, run)
+    assert [p.text for p in groups.eval_harmful] == ROWS[10:12]
+    assert [p.text for p in groups.harmful] == ROWS[:4]  # and is back: it was learnt
+    assert notes[0].startswith("data.eval_harmful: 3 of 5 prompts are left out, since the run was")
+    (tmp_path / "other.txt").write_text("\n".join(ROWS[:3]) + "\n")
+    with pytest.raises(UserError, match=r"eval_harmful: the run was trained on all 3 prompts"):
+        leave_out_learnt(load_groups(asked.data), learnt, asked, run)
 
 
 def test_without_near_duplicates_nothing_is_said(tmp_path: Path) -> None:

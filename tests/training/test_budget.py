@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from es2fast.config import parse_config
-from es2fast.training.budget import DualAscent, scale_update
+from es2fast.training.budget import SMALLEST, DualAscent, scale_update
 from es2fast.training.weights import TrainableWeights
 
 
@@ -58,6 +58,16 @@ def test_an_update_is_scaled_down_to_the_budget(power: float) -> None:
     scale, kl = scale_update(weights, start, 1.0, measure, budget=0.05)
     assert 0.005 < kl <= 0.055 and kl == pytest.approx(measure())
     torch.testing.assert_close(model.weight - start[0], torch.full((2, 3), scale))
+
+
+def test_a_budget_below_rounding_ends_the_scaling() -> None:
+    model = nn.Linear(3, 2, bias=False)
+    weights = TrainableWeights(model)
+    start = weights.copy()
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    scale, kl = scale_update(weights, start, 1.0, lambda: 3e-4, budget=2e-4)
+    assert 0 < scale <= SMALLEST and kl == 3e-4
 
 
 @pytest.mark.parametrize("budget", [None, 0.3])

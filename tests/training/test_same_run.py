@@ -39,6 +39,17 @@ def planned(project: Path, ranks: int, micro: int, accumulation: int = 1, *more:
     return make_plan(load_config(project / "run.yaml", [*batch, *more]), world_size=ranks)
 
 
+def other_template(project: Path) -> Plan:
+    """The same run when somebody has edited the template meanwhile."""
+    path = project / "model" / "chat_template.jinja"
+    before = path.read_text()
+    path.write_text(before.replace("<bot>", "<bot><bot>", 1))
+    plan = planned(project, 1, 4)
+    path.write_text(before)
+    assert "<bot>" in before
+    return plan
+
+
 def test_the_rows_of_a_step_decide(project: Path) -> None:
     written = identity_of(planned(project, 2, 2))
     for plan, words in (
@@ -64,6 +75,7 @@ def test_the_rows_of_a_step_decide(project: Path) -> None:
             "train.micro_batch_size=4 and",
         ),
         (planned(project, 1, 4, 1, "model.dtype=bf16"), "model.dtype (fp32 there, bf16 now)"),
+        (other_template(project), "another state of the chat template or the tokenizer"),
     ):
         with pytest.raises(UserError) as told:
             check_same_run(written, plan)

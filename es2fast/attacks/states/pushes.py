@@ -55,14 +55,6 @@ class Pushes:
     total: float = 0.0  # of |push|
     relative: float = 0.0  # of |push| / |e|
 
-    def add(self, push: Tensor, states: Tensor) -> None:
-        """Counts the rows of push (n, H) that are not zero; states (n, H) before the push."""
-        size = push.float().norm(dim=-1)
-        norm = states.float().norm(dim=-1).clamp_min(1e-12)
-        self.count += int((size > 0).sum())
-        self.total += float(size.sum())
-        self.relative += float((size / norm).sum())
-
     def merge(self, other: Pushes) -> None:
         """Adds another batch's sums."""
         self.count += other.count
@@ -78,6 +70,30 @@ class Pushes:
     def relative_push(self) -> float:
         """Mean |push| / |e| where something was pushed; 0 without pushes."""
         return self.relative / max(self.count, 1)
+
+
+class PushSums:
+    """`Pushes` in the making: added up on the devices where the states are, so that no pass of the
+    model waits for the host."""
+
+    def __init__(self) -> None:
+        self._sums: dict[torch.device, Tensor] = {}  # (3,) fp32: count, total, relative
+
+    def add(self, push: Tensor, states: Tensor) -> None:
+        """Counts the rows of push (n, H) that are not zero; states (n, H) before the push."""
+        size = push.float().norm(dim=-1)
+        norm = states.float().norm(dim=-1).clamp_min(1e-12)
+        sums = torch.stack([(size > 0).float().sum(), size.sum(), (size / norm).sum()])
+        before = self._sums.get(sums.device)
+        self._sums[sums.device] = sums if before is None else before + sums
+
+    def read(self) -> Pushes:
+        """What was added so far."""
+        found = Pushes()
+        for sums in self._sums.values():
+            count, total, relative = sums.tolist()
+            found.merge(Pushes(round(count), total, relative))
+        return found
 
 
 def total_of(answers: Sequence[Answer]) -> Pushes:
@@ -309,16 +325,18 @@ class PushAttack(Attack):
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[Pushes]:
-        """Installs the pushes for as long as the context lasts; yields their statistics."""
-        pushes, mask, every = Pushes(), _Mask(), blocks(model)
-        handles = [every[i].register_forward_hook(self._hook(i, pushes, mask))
+        """Installs the pushes for as long as the context lasts; yields their statistics, which are
+        complete behind it."""
+        pushes, sums, mask, every = Pushes(), PushSums(), _Mask(), blocks(model)
+        handles = [every[i].register_forward_hook(self._hook(i, sums, mask))
                    for i in self.layers()]  # fmt: skip
         if self.settings.positions == "all":
             handles.append(backbone(model).register_forward_pre_hook(mask.see, with_kwargs=True))
         with hooks(handles):
             yield pushes
+        pushes.merge(sums.read())
 
-    def _hook(self, layer: int, pushes: Pushes, mask: _Mask) -> Callable[..., Any]:
+    def _hook(self, layer: int, sums: PushSums, mask: _Mask) -> Callable[..., Any]:
         @torch.no_grad()
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             hidden = hidden_of(output)
@@ -328,7 +346,7 @@ class PushAttack(Attack):
             where = (slice(None), -1) if last else mask.real(hidden)
             states = hidden[where].float()
             push = self.push(layer, states)
-            pushes.add(push, states)
+            sums.add(push, states)
             hidden = hidden.clone()
             hidden[where] = (states + push).to(hidden.dtype)
             return with_hidden(output, hidden)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from es2fast.attacks.base import Answer, Attack, AttackSettings, Cost, Target, Trial
 from es2fast.attacks.search import Parameters, best, trials_of
-from es2fast.attacks.states.pushes import Pushes, total_of
+from es2fast.attacks.states.pushes import Pushes, PushSums, total_of
 from es2fast.data import Prompt
 from es2fast.errors import UserError
 from es2fast.modeling.taps import backbone, blocks, hidden_of, hooks, position_ids, with_hidden
@@ -124,16 +124,16 @@ class Replacement(Attack):
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[Pushes]:
-        """Replaces for as long as the context lasts; yields how far the states were moved."""
-        pushes = Pushes()
+        """Replaces for as long as the context lasts; yields how far the states were moved,
+        which is complete behind it."""
+        pushes, sums = Pushes(), PushSums()
         picked: dict[str, Tensor] = {}
         points = self._points(model)
-        with hooks(
-            [points[i].register_forward_hook(self._hook(i, pushes, picked)) for i in self.at]
-        ):
+        with hooks([points[i].register_forward_hook(self._hook(i, sums, picked)) for i in self.at]):
             yield pushes
+        pushes.merge(sums.read())
 
-    def _hook(self, layer: int, pushes: Pushes, picked: dict[str, Tensor]) -> Callable[..., Any]:
+    def _hook(self, layer: int, sums: PushSums, picked: dict[str, Tensor]) -> Callable[..., Any]:
         """Replaces the last m positions of a prompt pass; `picked` holds the rows' source prompts,
         written by the lowest block."""
 
@@ -147,7 +147,7 @@ class Replacement(Attack):
             if layer == self.at[0]:
                 picked["rows"] = torch.cdist(states[:, -1], source[:, -1]).argmin(1)
             wanted = source[picked["rows"].to(hidden.device)]
-            pushes.add((wanted - states).flatten(0, 1), states.flatten(0, 1))
+            sums.add((wanted - states).flatten(0, 1), states.flatten(0, 1))
             hidden = hidden.clone()
             hidden[:, -source.shape[1] :] = wanted.to(hidden.dtype)
             return with_hidden(output, hidden)
