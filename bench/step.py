@@ -322,7 +322,8 @@ def table(path: Path) -> str:
         "of plain |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for (model, dtype, rows, device, name), row in latest.items():
+    largest_first = sorted(latest.items(), key=lambda one: one[0][2], reverse=True)
+    for (model, dtype, rows, device, name), row in largest_first:
         if "error" in row:
             continue
         trained, _, teacher = name.partition("-")[2].partition("-")
