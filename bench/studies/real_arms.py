@@ -216,7 +216,7 @@ ARMS: dict[str, Arm] = {
         contrast="all",
     ),
     "contrast_mean": Arm(
-        "the mean of the updates of contrast's seed and the one before it (0: the third)",
+        "the mean of the updates of two runs of contrast, seeds 0 and 2, or s and s - 1",
         of="contrast",
         mean=(0, 2),
     ),

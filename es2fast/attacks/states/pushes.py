@@ -77,13 +77,13 @@ class PushSums:
     model waits for the host."""
 
     def __init__(self) -> None:
-        self._sums: dict[torch.device, Tensor] = {}  # (3,) fp32: count, total, relative
+        self._sums: dict[torch.device, Tensor] = {}  # (3,) fp64: count, total, relative
 
     def add(self, push: Tensor, states: Tensor) -> None:
         """Counts the rows of push (n, H) that are not zero; states (n, H) before the push."""
         size = push.float().norm(dim=-1)
         norm = states.float().norm(dim=-1).clamp_min(1e-12)
-        sums = torch.stack([(size > 0).float().sum(), size.sum(), (size / norm).sum()])
+        sums = torch.stack([(size > 0).sum(), size.sum(), (size / norm).sum()]).double()
         before = self._sums.get(sums.device)
         self._sums[sums.device] = sums if before is None else before + sums
 
