@@ -41,7 +41,7 @@ from es2fast.evaluation.judging import check_calibration, judged_attacks
 from es2fast.evaluation.lm_tasks import check as check_tasks
 from es2fast.evaluation.measure import Measured, shift_ranks
 from es2fast.evaluation.parallel import answer_shares, collect, is_main, ranks, world_size
-from es2fast.evaluation.split import attackers_prompts, leave_out_learnt, split_prompts
+from es2fast.evaluation.split import attackers_prompts, split_prompts, without_learnt
 from es2fast.evaluation.subject import (
     TEACHER,
     ModelAnswers,
@@ -212,8 +212,7 @@ def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> Report | None:
     saved = load_config(folder.config)
     groups = load_groups(config.data)
     _check_held_out(groups)
-    learnt = groups if config.data == saved.data else load_groups(saved.data)
-    notes = [] if learnt is groups else leave_out_learnt(groups, learnt, config, saved)
+    learnt, notes = without_learnt(groups, config, saved)
     for note in notes if is_main() else ():
         print(f"note: {note}")
     trained = config.model.model_copy(update={"name": str(folder.model), "revision": None})
@@ -241,7 +240,7 @@ def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> Report | None:
         base_model=config.model.name,
         layers=layers,
         d0={int(layer): d0 for layer, d0 in summary["d0"].items()},
-        data_summary=learnt.report.lines(),
+        data_summary=notes if learnt is None else learnt.report.lines(),
         train=summary,
     )
     return report

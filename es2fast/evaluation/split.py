@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from es2fast.config import Config, EvaluateConfig
-from es2fast.data import Prompt, PromptGroups
+from es2fast.data import Prompt, PromptGroups, load_groups
 from es2fast.data.groups import without_near
 from es2fast.errors import UserError
 from es2fast.evaluation.answering import EvaluationPrompts
@@ -64,6 +64,27 @@ def attackers_prompts(config: Config, harmful: Sequence[Prompt]) -> list[Prompt]
     if config.refusal.source == "column":
         return [replace(prompt, response=None) for prompt in chosen]
     return list(chosen)
+
+
+def without_learnt(
+    groups: PromptGroups, config: Config, saved: Config
+) -> tuple[PromptGroups | None, list[str]]:
+    """What a run was trained on, and what to tell about it; see `leave_out_learnt`.
+
+    Args:
+        groups: of the evaluation; what was learnt is taken out of the held-out prompts.
+        config, saved: of the evaluation and of the run.
+
+    Returns:
+        the run's own groups; None where its files can no longer be read, which is told.
+    """
+    if config.data == saved.data:
+        return groups, []
+    try:
+        learnt = load_groups(saved.data)
+    except UserError as error:
+        return None, [f"whether the run was trained on held-out prompts is not known: {error}"]
+    return learnt, leave_out_learnt(groups, learnt, config, saved)
 
 
 def leave_out_learnt(

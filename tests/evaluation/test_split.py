@@ -10,7 +10,7 @@ from es2fast.config import Config, parse_config
 from es2fast.data import load_groups
 from es2fast.errors import UserError
 from es2fast.evaluation.run import evaluate_paths
-from es2fast.evaluation.split import leave_out_learnt, split_prompts
+from es2fast.evaluation.split import leave_out_learnt, split_prompts, without_learnt
 from es2fast.run.folder import RunFolder
 
 # distinct words throughout, so that only what is meant to be similar is
@@ -66,13 +66,20 @@ def test_what_a_run_was_trained_on_is_not_held_out(tmp_path: Path) -> None:
     asked.data.eval_harmful[0].source = str(tmp_path / "other.txt")
     groups = load_groups(asked.data)
     assert [p.text for p in groups.harmful] == ROWS[2:4]  # what overlaps has gone from the fit
-    notes = leave_out_learnt(groups, learnt, asked, run)
+    own, notes = without_learnt(groups, asked, run)
+    assert own == learnt and without_learnt(learnt, run, run) == (learnt, [])
     assert [p.text for p in groups.eval_harmful] == ROWS[10:12]
     assert [p.text for p in groups.harmful] == ROWS[:4]  # and is back: it was learnt
     assert notes[0].startswith("data.eval_harmful: 3 of 5 prompts are left out, since the run was")
     (tmp_path / "other.txt").write_text("\n".join(ROWS[:3]) + "\n")
     with pytest.raises(UserError, match=r"eval_harmful: the run was trained on all 3 prompts"):
         leave_out_learnt(load_groups(asked.data), learnt, asked, run)
+    gone = run.model_copy(deep=True)
+    gone.data.harmful[0].source = str(tmp_path / "gone.txt")  # of another machine
+    groups = load_groups(asked.data)
+    own, (note,) = without_learnt(groups, asked, gone)
+    assert own is None and note.startswith("whether the run was trained on held-out prompts is not")
+    assert "gone.txt" in note and len(groups.eval_harmful) == 3
 
 
 def test_without_near_duplicates_nothing_is_said(tmp_path: Path) -> None:
