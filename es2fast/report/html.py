@@ -63,9 +63,10 @@ CAPTIONS = {
     ),
     "training": (
         "Training curves",
-        "Read: the separation loss should fall and stay down while the KL stays low; λ is drawn "
-        "where it changes, as it does under a KL budget. Beware: the KL is measured on harmless "
-        "training prompts, not on held-out ones.",
+        "Read: the separation loss and the refusals' cross-entropy should fall and stay down "
+        "(steps under a simulated attack stand out) while the KL stays low; λ is drawn where it "
+        "changes, as it does under a KL budget; a mean of runs has a line for each. Beware: the KL "
+        "is measured on harmless training prompts, not on held-out ones.",
     ),
 }
 

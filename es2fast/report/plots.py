@@ -46,11 +46,13 @@ LAYER_PANELS = (
 def training_curves(
     rows: Sequence[Mapping[str, Any]], kl_budget: float | None = None
 ) -> list[Figure]:
-    """Loss, separation, KL, λ, distances and norms over the optimizer steps, a panel each.
+    """Loss, separation, refusal anchor, KL, λ, distances and norms over the optimizer steps, a
+    panel each.
 
     Args:
         rows: metrics.jsonl; a row without a metric leaves a gap, a metric in no row has no panel,
-            and neither has a λ that never changes.
+            and neither has a λ that never changes. Rows of several seeds, a mean's, are a line
+            each.
         kl_budget: nats per token, drawn as a line in the KL panel.
     """
     figures = []
@@ -132,6 +134,7 @@ def _panels(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, dict[str,
     return [
         ("Total loss", "loss (dimensionless)", _single(rows, "loss")),
         ("Separation loss per layer", "loss (units of d0)", _per_layer(rows, "sep/")),
+        ("Refusal of harmful prompts", "cross-entropy (nats per token)", _single(rows, "refusal")),
         ("KL to base, harmless tokens", "nats per token", _single(rows, "kl")),
         ("λ, weight of the KL", "λ (1/nat)", _single(rows, "kl_weight")),
         ("Distance per layer", "mean distance / d0", _per_layer(rows, "distance_over_base/")),
@@ -140,15 +143,23 @@ def _panels(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, dict[str,
 
 
 def _single(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any]:
-    points = [(row.get("step", i), row[key]) for i, row in enumerate(rows) if _known(row, key)]
-    return {"": tuple(zip(*points))} if points else {}
+    """The metric's line, or one for each seed where rows have one."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for i, row in enumerate(rows):
+        if _known(row, key):
+            name = f"seed {row['seed']}" if "seed" in row else ""
+            points.setdefault(name, []).append((row.get("step", i), row[key]))
+    return {name: tuple(zip(*points[name])) for name in sorted(points)}
 
 
 def _per_layer(rows: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, Any]:
     found = {key for row in rows for key in row if key.startswith(prefix)}
     layers = sorted((key.removeprefix(prefix) for key in found), key=lambda k: (len(k), k))
-    series = {layer: _single(rows, prefix + layer) for layer in layers}
-    return {f"block {shown_name(layer)}": line[""] for layer, line in series.items() if line}
+    return {
+        ", ".join(filter(None, (f"block {shown_name(layer)}", name))): line
+        for layer in layers
+        for name, line in _single(rows, prefix + layer).items()
+    }
 
 
 def _known(row: Mapping[str, Any], key: str) -> bool:

@@ -22,6 +22,7 @@ from es2fast.run.export import SETTINGS, is_adapter
 from es2fast.run.files import remove, write_text
 from es2fast.run.folder import RunFolder
 from es2fast.run.identity import other_run
+from es2fast.run.metrics import metrics_of_parts
 
 MEAN = "mean_of_seeds"  # in train.json of a run that is a mean
 _WEIGHTS, _LORA = "adapter_model.safetensors", "adapter_config.json"
@@ -67,6 +68,8 @@ def write_mean(parts: Sequence[RunFolder], written: RunFolder) -> None:
     remove(written.model)
     partial.rename(written.model)
     save_config(config, written.config)
+    files = {one.train.seed: part.metrics for one, part in zip(configs, parts)}
+    write_text(written.metrics, metrics_of_parts(files))
     write_text(written.summary, json.dumps(_summary(configs, told), indent=1) + "\n")
 
 

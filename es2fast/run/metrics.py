@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +67,24 @@ class MetricsWriter:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl, ascending by step; empty when there is no such file.
+    """Rows of a metrics.jsonl, ascending by step; empty when there is no such file. Those of a mean
+    of runs (`es2fast average`) have the `seed` of the run that each is of.
 
     A line cut off by a crash is skipped, and a step that a resumed run logged again counts once,
     with its last values.
     """
-    rows: dict[Any, dict[str, Any]] = {}
+    rows: dict[tuple[int, int], dict[str, Any]] = {}
     for index, row in enumerate(read_lines(Path(path))):
-        step = row.get("step")
-        rows[step if isinstance(step, int) else index] = row
-    return [rows[step] for step in sorted(rows)]
+        step, seed = row.get("step"), row.get("seed", 0)
+        rows[step if isinstance(step, int) else index, seed if isinstance(seed, int) else 0] = row
+    return [rows[place] for place in sorted(rows)]
+
+
+def metrics_of_parts(parts: Mapping[int, Path]) -> str:
+    """What the metrics.jsonl of a mean holds: the rows of its runs, whose files are given by seed,
+    each with its seed; nothing of a run whose file is gone."""
+    rows = [{"seed": seed, **row} for seed, path in parts.items() for row in read_metrics(path)]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def cut_metrics(path: Path, step: int) -> None:

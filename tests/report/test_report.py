@@ -520,6 +520,17 @@ def test_training_curves_draw_what_was_logged():
     assert plots.training_curves([{"step": 1, "lr": 1e-4}]) == []
 
 
+def test_a_mean_of_runs_has_a_line_per_seed():
+    rows = [
+        {"seed": s, "step": i, "refusal": 1.0 / i + s, "sep/3": i} for s in (2, 0) for i in (1, 2)
+    ]
+    separation, refusal = axes_of(plots.training_curves(rows))
+    assert refusal.get_title() == "Refusal of harmful prompts"
+    lines = {line.get_label(): line.get_xydata().tolist() for line in refusal.lines}
+    assert lines == {"seed 0": [[1, 1], [2, 0.5]], "seed 2": [[1, 3], [2, 2.5]]}
+    assert [line.get_label() for line in separation.lines] == ["block 3, seed 0", "block 3, seed 2"]
+
+
 def test_a_fixed_weight_has_no_panel():
     def titles(weights):
         rows = [{"step": i, "kl": 0.1 * i, "kl_weight": w} for i, w in enumerate(weights)]

@@ -19,6 +19,7 @@ from es2fast.modeling.load import load_causal_lm, load_merged
 from es2fast.run.average import average_runs
 from es2fast.run.export import save_model
 from es2fast.run.folder import RunFolder
+from es2fast.run.metrics import read_metrics
 
 LAYERS = ["q_proj", "down_proj"]
 
@@ -46,6 +47,8 @@ def finished_run(path: Path, base: Path, seed: int, layers: int = 2, **options: 
         "d0": {"2": 4 + 1e-12 * seed},
     }
     folder.summary.write_text(json.dumps(told))
+    rows = [{"step": step, "kl": seed * 0.1 + step} for step in (2, 1)]
+    folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert folder.finished
     return path
 
@@ -74,6 +77,8 @@ def test_the_mean_of_three_runs(tmp_path: Path) -> None:
     told = json.loads(mean.summary.read_text())
     assert told == {"steps": 9, "seconds": 4.5, "kl": None, "lambda": 10.0, "layers": [2],
                     "d0": {"2": 4 + 1e-12}, "mean_of_seeds": "1, 2, 3"}  # fmt: skip
+    told = [(row["seed"], row["step"], row["kl"]) for row in read_metrics(mean.metrics)]
+    assert told == [(s, step, s * 0.1 + step) for step in (1, 2) for s in (1, 2, 3)]
     assert json.loads((mean.model / "adapter_config.json").read_text())["r"] == 8
     found = dict(load_merged(ModelConfig(name=str(mean.model)), "fp32").named_parameters())
     plain = dict(load_causal_lm(ModelConfig(name=str(base)), "fp32").named_parameters())
