@@ -226,6 +226,17 @@ ARMS: dict[str, Arm] = {
     "contrast_mean_80": Arm(
         "contrast_mean, of whose update four fifths are kept", of="contrast", mean=(0, 2), scale=0.8
     ),
+    "contrast_mean3": Arm(
+        "the mean of the updates of three runs of contrast, seeds 0, 1 and 2",
+        of="contrast",
+        mean=(0, 1, 2),
+    ),
+    "contrast_mean3_90": Arm(
+        "contrast_mean3, of whose update nine tenths are kept",
+        of="contrast",
+        mean=(0, 1, 2),
+        scale=0.9,
+    ),
     "probed_mean_90": Arm(
         "as contrast_mean_90, SCAV at one block, the middle third or all among the simulated "
         "attacks, and the first four tokens of refusals with a quarter of the weight of later ones "

@@ -20,7 +20,7 @@ from es2fast.run.files import read_lines
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = ROOT / "bench" / "results" / "real_models.jsonl"
 KL_ROWS = ROWS.with_name("real_models_kl.jsonl")
-CODE_ROWS = ROWS.with_name("real_models_code.jsonl")
+ABILITY_ROWS = ROWS.with_name("real_models_abilities.jsonl")
 EVALUATION = ROOT / "docs" / "evaluation.md"
 REAL_MODELS = ROOT / "docs" / "real_models.md"
 README = ROOT / "README.md"
@@ -177,17 +177,22 @@ def kl_table(rows: Sequence[Row], models: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-TASKS = {"humaneval": "HumanEval", "mbpp": "MBPP, sanitized"}
+TASKS = {
+    "humaneval": "HumanEval, solved",
+    "mbpp": "MBPP (sanitized), solved",
+    "benign": "JailbreakBench's harmless half, answered",
+    "borderline": "built-in borderline prompts, answered",
+}
 
 
-def code_table(rows: Sequence[Row], models: Sequence[str]) -> str:
-    """Tasks solved: one line per model, one column per set of tasks, in Markdown."""
+def ability_table(rows: Sequence[Row], models: Sequence[str]) -> str:
+    """Tasks passed: one line per model, one column per set of tasks, in Markdown."""
     found = {(row["model"], row["tasks"]): row for row in rows}
     known = [name for name in TASKS if any(row["tasks"] == name for row in rows)]
     if not known:
         return "Nothing measured yet.\n"
     lines = [
-        "| solved (lost, won beside the base; McNemar) | "
+        "| (lost, won beside the base; McNemar) | "
         + " | ".join(TASKS[name] for name in known)
         + " |",
         "|:--|" + "--:|" * len(known),
@@ -195,11 +200,11 @@ def code_table(rows: Sequence[Row], models: Sequence[str]) -> str:
     for model in models:
         own = [found.get((model, name)) for name in known]
         if any(own):
-            lines.append(f"| {model} | " + " | ".join(map(_solved, own)) + " |")
+            lines.append(f"| {model} | " + " | ".join(map(_passed, own)) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _solved(row: Row | None) -> str:
+def _passed(row: Row | None) -> str:
     if row is None:
         return "–"
     words = f"{_rate(row['passed'] / row['n'], row['n'])}, n = {row['n']}"
@@ -237,8 +242,8 @@ def documents(rows: Sequence[Row]) -> dict[Path, str]:
             parts[f"{prefix}legend"] = legend(some, models)
         split = [row for row in read_lines(KL_ROWS) if row["base"] == PRIMARY]
         parts["split"] = kl_table(split, models)
-        code = [row for row in read_lines(CODE_ROWS) if row["base"] == PRIMARY]
-        parts["code"] = code_table(code, models)
+        able = [row for row in read_lines(ABILITY_ROWS) if row["base"] == PRIMARY]
+        parts["abilities"] = ability_table(able, with_seeds(models, able))
         found[path] = fill(path.read_text(), parts)
     return found
 

@@ -1,12 +1,19 @@
-"""Can a hardened model still write code? Functional correctness beside the base model's.
+"""What can a hardened model no longer do? Task by task beside the base model.
 
-    python bench/studies/real_code.py --model DIR --work DIR --arms longer \\
-        --humaneval HumanEval.jsonl.gz --mbpp sanitized-mbpp.json
+    python bench/studies/real_abilities.py --model DIR --work DIR --arms longer \\
+        --humaneval HumanEval.jsonl.gz --mbpp sanitized-mbpp.json \\
+        --benign jbb_benign.csv --borderline 300
 
-pass@1 of one greedy answer through the chat template on HumanEval (Chen et al., arXiv 2107.03374,
-164 tasks) and the test part of sanitized MBPP (Austin et al., arXiv 2108.07732, 257 tasks), whose
-files are given; one row per model and set in bench/results/real_models_code.jsonl. Answers stay in
-the working folder, and what is there is not made again.
+- **Code**: pass@1 of one greedy answer through the chat template on HumanEval (Chen et al., arXiv
+  2107.03374, 164 tasks) and the test part of sanitized MBPP (Austin et al., arXiv 2108.07732, 257
+  tasks), whose files are given.
+- **Answers to harmless prompts**, not refused by the library's rules: the benign half of
+  JailbreakBench (Chao et al., arXiv 2404.01318), each of which is about the same thing as a harmful
+  one, whose file is given, and prompts drawn from `builtin:borderline`, which no arm but those that
+  say so (`Arm.more`) trains on.
+
+One row per model and set in bench/results/real_models_abilities.jsonl. Answers stay in the working
+folder, and what is there is not made again.
 
 It runs what the models write, each program in a process with limits of time and memory and without
 files to write. That is no sandbox: use a machine on which nothing can be lost.
@@ -17,13 +24,14 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import random
 import re
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,16 +42,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench._harness import Rows, conditions
 from bench.studies.real_arms import BASE
-from bench.studies.real_report import CODE_ROWS
-from es2fast.config import DataConfig, ModelConfig
+from bench.studies.real_report import ABILITY_ROWS
+from es2fast.config import DataConfig, DataSource, ModelConfig
 from es2fast.data import Formatter, Prompt, model_fingerprint
+from es2fast.data.prompts import read_source
+from es2fast.judges.rules import is_refusal
 from es2fast.modeling.generate import generate
 from es2fast.modeling.load import load_merged, load_tokenizer
 from es2fast.progress import tqdm
 from es2fast.report.stats import mcnemar
 from es2fast.run.files import read_lines
 
-TOKENS = 256  # of an answer
+CODE_TOKENS, TOKENS = 256, 32  # of an answer: a program, and as in the study's other answers
 PASSED = 77  # exit code behind the last test: a program that ends itself before has not passed
 SECONDS = 10  # of a program
 BYTES = 2 << 30  # of its memory
@@ -54,8 +64,17 @@ class Task:
     """question: what the model is asked; before, after: what surrounds its code in the program."""
 
     question: str
-    before: str
-    after: str
+    before: str = ""
+    after: str = ""
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """What a model is asked, how long its answers may be, and which of them pass."""
+
+    tasks: Sequence[Task]
+    tokens: int
+    passes: Callable[[Task, str], bool]
 
 
 def humaneval(path: Path) -> list[Task]:
@@ -83,6 +102,21 @@ def mbpp(path: Path) -> list[Task]:
         )
         for one in found
     ]
+
+
+def benign(path: Path) -> list[Task]:
+    found = read_source(DataSource(source=str(path)), "--benign").prompts
+    return [Task(prompt.text) for prompt in found]
+
+
+def borderline(count: int) -> list[Task]:
+    """So many of the built-in prompts, of all kinds, always the same."""
+    found = read_source(DataSource(source="builtin:borderline"), "--borderline").prompts
+    return [Task(prompt.text) for prompt in random.Random(0).sample(found, count)]
+
+
+def answered(task: Task, answer: str) -> bool:
+    return not is_refusal(answer)
 
 
 def code_of(answer: str) -> str:
@@ -117,7 +151,7 @@ def _limits() -> None:
 def answers(
     folder: Path,
     head: dict[str, Any],
-    tasks: Sequence[Task],
+    asked: Tasks,
     kept: Path,
     formatter: Formatter,
     arguments: argparse.Namespace,
@@ -125,27 +159,24 @@ def answers(
     """Of every task, in their order, and the seconds; kept ones where they are those of this model
     to these questions, None seconds then."""
     rows = list(read_lines(kept)) if kept.is_file() else []
-    if (
-        rows
-        and rows[0] == head
-        and [r["question"] for r in rows[1:]] == [t.question for t in tasks]
-    ):
+    questions = [task.question for task in asked.tasks]
+    if rows and rows[0] == head and [row["question"] for row in rows[1:]] == questions:
         return [row["answer"] for row in rows[1:]], None
     start = time.perf_counter()
     model = load_merged(ModelConfig(name=str(folder)), arguments.dtype).eval()
-    prompts = [Prompt.of(task.question) for task in tasks]
+    prompts = [Prompt.of(question) for question in questions]
     order = sorted(range(len(prompts)), key=lambda i: len(formatter.prompt_ids(prompts[i])))
     found = [""] * len(prompts)
     for first in tqdm(range(0, len(order), arguments.batch), f"{kept.stem}", unit="batch"):
         batch = order[first : first + arguments.batch]
         made = generate(
-            model, formatter, [prompts[i] for i in batch], max_new_tokens=TOKENS,
+            model, formatter, [prompts[i] for i in batch], max_new_tokens=asked.tokens,
             device=torch.device("cpu"),
         )  # fmt: skip
         for i, text in zip(batch, made, strict=True):
             found[i] = text
     kept.parent.mkdir(parents=True, exist_ok=True)
-    lines = [head, *({"question": t.question, "answer": a} for t, a in zip(tasks, found))]
+    lines = [head, *({"question": q, "answer": a} for q, a in zip(questions, found))]
     kept.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     return found, time.perf_counter() - start
 
@@ -159,31 +190,45 @@ def main() -> None:
     parser.add_argument("--arms", required=True, help="trained ones, with commas between them")
     parser.add_argument("--humaneval", type=Path)
     parser.add_argument("--mbpp", type=Path)
+    parser.add_argument("--benign", type=Path, help="JailbreakBench's harmless half")
+    parser.add_argument("--borderline", type=int, default=0, help="how many built-in prompts")
     parser.add_argument("--batch", type=int, default=41, help="tasks answered at a time")
-    parser.add_argument("--out", type=Path, default=CODE_ROWS)
+    parser.add_argument("--out", type=Path, default=ABILITY_ROWS)
     arguments = parser.parse_args()
     formatter = Formatter(load_tokenizer(ModelConfig(name=str(arguments.model))), DataConfig())
     out = Rows(arguments.out, conditions("cpu"))
-    for name, read in (("humaneval", humaneval), ("mbpp", mbpp)):
-        path = getattr(arguments, name)
-        tasks = [] if path is None else read(path)
+    for name, asked in sets(arguments).items():
         passed: dict[str, list[bool]] = {}
-        for arm in (BASE, *arguments.arms.split(",")) if tasks else ():
+        for arm in (BASE, *arguments.arms.split(",")):
             folder = arguments.model if arm == BASE else arguments.work / arm / "model"
             head = {
                 "weights": model_fingerprint(str(folder)),
                 "dtype": arguments.dtype,
-                "tokens": TOKENS,
+                "tokens": asked.tokens,
             }
-            kept = arguments.work / "code" / f"{arm}-{name}.jsonl"
-            texts, seconds = answers(folder, head, tasks, kept, formatter, arguments)
-            passed[arm] = [passes(*pair) for pair in zip(tasks, texts, strict=True)]
+            kept = arguments.work / "abilities" / f"{arm}-{name}.jsonl"
+            texts, seconds = answers(folder, head, asked, kept, formatter, arguments)
+            passed[arm] = [asked.passes(*pair) for pair in zip(asked.tasks, texts, strict=True)]
             pairs = list(zip(passed[BASE], passed[arm], strict=True))
             lost, won = pairs.count((True, False)), pairs.count((False, True))
             out.add(
-                base=arguments.label, model=arm, tasks=name, n=len(tasks), passed=sum(passed[arm]),
-                lost=lost, won=won, p=mcnemar(lost, won), seconds=seconds, **head,
+                base=arguments.label, model=arm.replace("-seed", ", seed "), tasks=name,
+                n=len(pairs), passed=sum(passed[arm]), lost=lost, won=won, p=mcnemar(lost, won), seconds=seconds, **head,
             )  # fmt: skip
+
+
+def sets(arguments: argparse.Namespace) -> dict[str, Tasks]:
+    """What was asked for, by name."""
+    found = {}
+    if arguments.humaneval:
+        found["humaneval"] = Tasks(humaneval(arguments.humaneval), CODE_TOKENS, passes)
+    if arguments.mbpp:
+        found["mbpp"] = Tasks(mbpp(arguments.mbpp), CODE_TOKENS, passes)
+    if arguments.benign:
+        found["benign"] = Tasks(benign(arguments.benign), TOKENS, answered)
+    if arguments.borderline:
+        found["borderline"] = Tasks(borderline(arguments.borderline), TOKENS, answered)
+    return found
 
 
 if __name__ == "__main__":
