@@ -213,7 +213,8 @@ def main() -> None:
             lost, won = pairs.count((True, False)), pairs.count((False, True))
             out.add(
                 base=arguments.label, model=arm.replace("-seed", ", seed "), tasks=name,
-                n=len(pairs), passed=sum(passed[arm]), lost=lost, won=won, p=mcnemar(lost, won), seconds=seconds, **head,
+                n=len(pairs), passed=sum(passed[arm]), lost=lost, won=won, p=mcnemar(lost, won),
+                seconds=seconds, **head,
             )  # fmt: skip
 
 
