@@ -104,7 +104,8 @@ def _over_limits(base: ModelResult, tuned: ModelResult) -> Iterator[str]:
     rise, kl = _refusal_rise(base, tuned), _kl(tuned)
     if rise > REFUSAL_LIMIT:
         limit = f"over the limit of {100 * REFUSAL_LIMIT:.0f}"
-        yield f"harmless refusals rose by {100 * rise:.0f} points, {limit}"
+        more = f"{round(rise * tuned.harmless.n)} of {tuned.harmless.n} prompts"
+        yield f"harmless refusals rose by {100 * rise:.0f} points ({more}), {limit}"
     if kl > KL_LIMIT:
         yield f"KL on response tokens is {kl:.3g}, over the limit of {KL_LIMIT:g}"
 
