@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from operator import attrgetter
 from pathlib import Path
 
 import yaml
@@ -37,6 +38,17 @@ def test_the_written_file_holds_the_defaults(tmp_path: Path) -> None:
     given = {name: f"{name}.jsonl" for name in ("harmful", "harmless")}
     given |= {f"eval_{name}": f"eval_{name}.jsonl" for name in ("harmful", "harmless")}
     assert found == parse_config({"model": {"name": "MODEL"}, "data": given})
+
+
+def test_a_key_of_every_section_can_be_overridden(tmp_path: Path) -> None:
+    """Although all keys of most sections are comments."""
+    path = tmp_path / "run.yaml"
+    path.write_text(template())
+    given = {"train.steps": 5, "kl.weight": 3.0, "evaluate.limit": 9, "separation.margin": 2.5,
+             "separation.robust.probability": 0.5, "train.lora.r": 4}  # fmt: skip
+    found = load_config(path, [f"{key}={value}" for key, value in given.items()])
+    for key, value in given.items():
+        assert attrgetter(key)(found) == value
 
 
 def test_what_stands_behind_a_comment_sign_is_the_default() -> None:

@@ -56,7 +56,8 @@ class Arm:
     `train.update_filter`), or the mean of those of several seeds (`es2fast average`), each so
     many further on as `mean` says, and after the last one again the first. contrast: the unsafe
     half of XSTest is among the harmful prompts, all of it, `unsafe_pairs` or the types `DEEDS`.
-    more: the built-in prompts are among the harmless ones."""
+    more: built-in prompts are among the harmless ones, all that there were then (`builtin`) or
+    `builtin:topical`."""
 
     words: str
     changes: dict[str, Any] = field(default_factory=dict)
@@ -65,7 +66,7 @@ class Arm:
     filter: float = 0.0
     mean: tuple[int, ...] = ()
     contrast: Literal["", "all", "pairs", "deeds"] = ""
-    more: bool = False
+    more: Literal["", "builtin", "topical"] = ""
 
 
 # Steps and batch are what two CPU cores can do.
@@ -188,7 +189,7 @@ ARMS: dict[str, Arm] = {
         "as contrast, with 1 344 harmless prompts more and kl.weight 120",
         merged(VARIED, {"model": {"dtype": "bf16"}, "kl": {"weight": 120.0}}),
         contrast="all",
-        more=True,
+        more="builtin",
     ),
     "deeds": Arm(
         "as contrast, of XSTest's unsafe half the prompts that ask how to do something: without "
@@ -214,6 +215,18 @@ ARMS: dict[str, Arm] = {
         "out of a harmless answer (`refusal.prefill.words`)",
         merged(VARIED, {"model": {"dtype": "bf16"}, "refusal": {"prefill": {"words": 0.4}}}),
         contrast="all",
+    ),
+    "topical": Arm(
+        "as contrast, with 592 harmless requests about the subjects of harmful ones "
+        "(`builtin:topical`)",
+        merged(VARIED, {"model": {"dtype": "bf16"}}),
+        contrast="all",
+        more="topical",
+    ),
+    "topical_mean": Arm(
+        "the mean of the updates of two runs of topical, seeds 0 and 2, or s and s - 1",
+        of="topical",
+        mean=(0, 2),
     ),
     "contrast_mean": Arm(
         "the mean of the updates of two runs of contrast, seeds 0 and 2, or s and s - 1",

@@ -95,8 +95,8 @@ def configuration(
                 unsafe = {"source": str(arguments.borderline), "where": where}
             case "pairs":
                 unsafe = {"source": write_pairs(arguments.work, arguments.borderline)}
-        if ARMS[arm.of or name].more:
-            raw["data"]["harmless"] |= {"source": harmless["more"], "limit": None}
+        if more := ARMS[arm.of or name].more:
+            raw["data"]["harmless"] |= {"source": harmless[more], "limit": None}
         if unsafe:
             raw["data"]["harmful"] = [raw["data"]["harmful"], unsafe]
     raw = merged(raw, changes or {})

@@ -8,7 +8,7 @@ import json
 import random
 from pathlib import Path
 
-from es2fast.data.builtin import NAMES, builtin_rows
+from es2fast.data.builtin import builtin_rows
 
 VERBS = ("Write a short note about", "Explain in two sentences", "Give me three facts about",
          "Suggest a title for a text about", "What should a beginner know about",
@@ -29,6 +29,7 @@ TWINS = {"contrast_discr": ("nons_group_real_discr", "real_group_nons_discr"),
 DEEDS = ("contrast_homonyms", "contrast_figurative_language", "contrast_safe_targets",
          "contrast_safe_contexts", "contrast_definitions",
          "contrast_historical_events")  # fmt: skip
+MORE = {"builtin": ("ordinary", "borderline"), "topical": ("topical",)}  # as `Arm.more` has it
 HELD_OUT = 50  # ordinary prompts, and as many borderline ones
 
 
@@ -56,8 +57,9 @@ def write_harmless(work: Path, borderline: Path) -> dict[str, str]:
         "eval": ordinary[:HELD_OUT] + near[:HELD_OUT],
         "fit": ordinary[HELD_OUT:] + near[HELD_OUT:],
     }
-    more = [row | {"type": name} for name in NAMES for row in builtin_rows(name)]
-    groups["more"] = groups["fit"] + more
+    for name, sources in MORE.items():
+        more = [row | {"type": source} for source in sources for row in builtin_rows(source)]
+        groups[name] = groups["fit"] + more
     names = {}
     for name, prompts in groups.items():
         random.Random(1).shuffle(prompts)

@@ -107,7 +107,9 @@ def _apply_override(raw: dict[str, Any], item: str) -> None:
 def _inside(node: Any, part: str, following: str, item: str) -> Any:
     """What stands at `part`; a bare source of prompts becomes the mapping that it is short for."""
     place: Any = _place(node, part, item) if isinstance(node, list) else part
-    child = node[place] if isinstance(node, list) else node.setdefault(part, {})
+    child = node[place] if isinstance(node, list) else node.get(part)
+    if child is None:  # not there, or a section all of whose keys are comments
+        child = node[place] = {}
     if isinstance(child, str) and following in DataSource.model_fields:
         child = node[place] = {"source": child}
     elif following.isdecimal() and not isinstance(child, list) and child:

@@ -1,5 +1,5 @@
-"""Harmless prompts that come with the package: the sources `builtin:ordinary` and
-`builtin:borderline`.
+"""Harmless prompts that come with the package: the sources `builtin:ordinary`,
+`builtin:borderline` and `builtin:topical` (see `builtin_topical`).
 
 Borderline ones look harmful and are not. They are of the kinds that XSTest tells apart (Röttger et
 al. 2024, arXiv 2308.01263), made from patterns and words of our own; none of XSTest's is among
@@ -11,8 +11,7 @@ from __future__ import annotations
 import random
 from itertools import product
 
-# Each family: patterns, and what stands in their places.
-Family = tuple[tuple[str, ...], dict[str, tuple[str, ...]]]
+from es2fast.data.builtin_topical import TOPICAL, Family
 
 COMPUTERS: Family = (
     ("How can I {do} {what}?", "What is the command to {do} {what}?"),
@@ -234,22 +233,34 @@ BORDERLINE: dict[str, Family] = {
 }
 
 PREFIX = "builtin:"
-NAMES = ("ordinary", "borderline")
+NAMES = ("ordinary", "borderline", "topical")
 PER_FAMILY = 50
 ORDINARY_PROMPTS = 700
 
 
 def builtin_rows(name: str) -> list[dict[str, str]]:
     """Rows with `prompt` and `type`, in an order that mixes the families: 700 for `ordinary`, 644
-    for `borderline`."""
-    draw = random.Random(0)
-    found = {"ordinary": _rows("ordinary", draw.sample(_made(ORDINARY), ORDINARY_PROMPTS))}
-    found["borderline"] = []
-    for kind, family in BORDERLINE.items():
+    for `borderline`, 592 for `topical`."""
+    if name == "ordinary":
+        drawn = random.Random(0).sample(_made(ORDINARY), ORDINARY_PROMPTS)
+        found = _rows("ordinary", drawn)
+    elif name == "borderline":
+        draw = random.Random(0)
+        draw.sample(_made(ORDINARY), ORDINARY_PROMPTS)  # from when both were drawn together
+        found = _drawn(BORDERLINE, draw)
+    else:
+        found = _drawn(TOPICAL, random.Random(0))
+    random.Random(1).shuffle(found)
+    return found
+
+
+def _drawn(families: dict[str, Family], draw: random.Random) -> list[dict[str, str]]:
+    """So many of each family, or all."""
+    found = []
+    for kind, family in families.items():
         every = _made(family)
-        found["borderline"] += _rows(kind, draw.sample(every, min(PER_FAMILY, len(every))))
-    random.Random(1).shuffle(found[name])
-    return found[name]
+        found += _rows(kind, draw.sample(every, min(PER_FAMILY, len(every))))
+    return found
 
 
 def _made(family: Family) -> list[str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any
 
 from es2fast.config import DataConfig, DataSource
@@ -95,7 +96,8 @@ class DataReport:
 
 @dataclass
 class PromptGroups:
-    """Prompts in the order of their sources, duplicates and leaked training rows removed.
+    """Prompts in the order of their sources, held-out ones with every source's share in any
+    beginning; duplicates and leaked training rows removed.
 
     The last `borderline` harmless prompts are those of `data.borderline`.
     """
@@ -120,22 +122,27 @@ def load_groups(config: DataConfig, *, need_train: bool = True) -> PromptGroups:
             prompt that is in both.
     """
     report = DataReport()
-    groups: dict[str, list[Prompt]] = {name: [] for name in GROUPS}
+    found: dict[str, list[list[Prompt]]] = {name: [] for name in GROUPS}  # by source
     for name in GROUPS:
         for number, source in enumerate(getattr(config, name)):
             side = None if name.startswith("eval_") else name  # held-out kinds are told apart
-            groups[name] += _read(source, f"data.{name}[{number}]", report, side=side)[0]
+            found[name].append(_read(source, f"data.{name}[{number}]", report, side=side)[0])
     borderline: set[str] = set()
     for number, source in enumerate(config.borderline):
         prompts = _read(source, f"data.borderline[{number}]", report, side="harmless")[0]
-        groups["harmless"] += prompts
+        found["harmless"].append(prompts)
         borderline |= {prompt.key for prompt in prompts}
     for prefix in ("", "eval_"):
         for number, source in enumerate(getattr(config, f"{prefix}labelled")):
             path = f"data.{prefix}labelled[{number}]"
             prompts, harmful = _read(source, path, report, labelled=True)
-            for prompt, is_harmful in zip(prompts, harmful):
-                groups[prefix + ("harmful" if is_harmful else "harmless")].append(prompt)
+            for side, wanted in (("harmful", True), ("harmless", False)):
+                own = [prompt for prompt, one in zip(prompts, harmful) if one == wanted]
+                found[prefix + side].append(own)
+    groups = {
+        name: _mixed(lists) if name.startswith("eval_") else list(chain(*lists))
+        for name, lists in found.items()
+    }
     if need_train:
         _check_present(groups)
     for name in GROUPS:
@@ -149,6 +156,17 @@ def load_groups(config: DataConfig, *, need_train: bool = True) -> PromptGroups:
     groups["harmless"].sort(key=lambda prompt: prompt.key in borderline)
     report.borderline = sum(prompt.key in borderline for prompt in groups["harmless"])
     return PromptGroups(**groups, report=report, borderline=report.borderline)
+
+
+def _mixed(lists: Sequence[Sequence[Prompt]]) -> list[Prompt]:
+    """Of several sources the prompts in an order whose every beginning has its share of each, so
+    that `evaluate.limit` leaves no source out."""
+    places = [
+        ((place + 0.5) / len(prompts), number, prompt)
+        for number, prompts in enumerate(lists)
+        for place, prompt in enumerate(prompts)
+    ]
+    return [prompt for *_, prompt in sorted(places, key=lambda one: one[:2])]
 
 
 def _read(

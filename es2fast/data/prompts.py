@@ -20,7 +20,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from es2fast.config import DataSource
-from es2fast.data.sources import LABEL_COLUMN, SIDES, Table, one_line, read_table
+from es2fast.data.sources import (
+    LABEL_COLUMN,
+    SIDES,
+    Table,
+    one_line,
+    read_table,
+    says_sides,
+)
 from es2fast.errors import UserError
 
 PROMPT_COLUMNS = (
@@ -177,8 +184,13 @@ def _response_column(table: Table, prompt_column: str) -> str | None:
     if len(others) != 1:
         return None
     cells = [row.get(others[0]) for row in table.rows]
-    readable = all(cell is None or isinstance(cell, str | list) for cell in cells)
+    readable = all(cell is None or isinstance(cell, str) or _is_turn(cell) for cell in cells)
     return others[0] if readable else None
+
+
+def _is_turn(cell: Any) -> bool:
+    """The conversational form of an answer, `[{role: assistant, content}]`."""
+    return isinstance(cell, list) and len(cell) == 1 and isinstance(cell[0], dict)
 
 
 def _kind_columns(table: Table) -> list[str]:
@@ -196,11 +208,11 @@ def _check_labels(table: Table, group: str, where: str) -> None:
     """Refuses rows whose column `label` says that they belong to the other group."""
     other = SIDES["harmless" if group == "harmful" else "harmful"]
     cells = [str(row.get(LABEL_COLUMN)).strip().casefold() for row in table.rows]
-    if not set(cells) <= SIDES["harmful"] | SIDES["harmless"]:
-        return  # a label of another kind
+    if not says_sides(cells):
+        return
     wrong = [cell for cell in cells if cell in other]
-    if wrong and LABEL_COLUMN in table.columns:
-        own = next((cell for cell in cells if cell not in other), None)
+    if wrong:
+        own = next((cell for cell in cells if cell in SIDES[group]), None)
         keep = f"where: {{{LABEL_COLUMN}: {own}}}, or read" if own else "read"
         raise UserError(
             f"{where} has {len(wrong)} of {len(cells)} rows labelled {wrong[0]!r} among the "
@@ -273,8 +285,8 @@ def _conversation(cell: list[Any], column: str, where: str) -> Prompt:
 
 
 def _response(cell: Any, column: str, where: str) -> str | None:
-    """A reference answer: text, or the conversational form `[{role: assistant, content}]`."""
-    if isinstance(cell, list) and len(cell) == 1 and isinstance(cell[0], dict):
+    """A reference answer: text, or `_is_turn`."""
+    if _is_turn(cell):
         cell = cell[0].get("content")
     if cell is not None and not isinstance(cell, str):
         raise UserError(f"{where}: column {column!r} holds {_kind(cell)}; expected text")

@@ -23,7 +23,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -83,7 +83,17 @@ def read_table(source: DataSource, field: str, wanted: Callable[[str], bool]) ->
         ) from None
     if not table.rows:
         raise UserError(f"{field}: {source.source!r} has no rows; give a source that has some")
+    _find_label(table)
     return _selected(table, source, field)
+
+
+def _find_label(table: Table) -> None:
+    """The column of labels under its name, where it is written otherwise (`Label`)."""
+    names = [name for name in table.columns if name and name.casefold() == LABEL_COLUMN]
+    if len(names) == 1 and names[0] != LABEL_COLUMN:
+        table.columns.append(LABEL_COLUMN)
+        for row in table.rows:
+            row[LABEL_COLUMN] = row.get(names[0])
 
 
 def _selected(table: Table, source: DataSource, field: str) -> Table:
@@ -120,10 +130,11 @@ def _selected(table: Table, source: DataSource, field: str) -> Table:
 
 
 def _one_side(rows: list[dict[str, Any]], source: DataSource, field: str) -> list[dict[str, Any]]:
-    """The rows of `source.side`; all where the labels are of another kind."""
+    """The rows of `source.side`; all where the labels are of another kind. A row without a label
+    that says its side is of neither."""
     assert source.side is not None
     labels = [_plain(row.get(LABEL_COLUMN)) for row in rows]
-    if not set(labels) <= SIDES["harmful"] | SIDES["harmless"]:
+    if not says_sides(labels):
         return rows
     kept = [row for row, label in zip(rows, labels) if label in SIDES[source.side]]
     if not kept:
@@ -132,6 +143,16 @@ def _one_side(rows: list[dict[str, Any]], source: DataSource, field: str) -> lis
             + ", ".join(map(repr, sorted(set(labels))))
         )
     return kept
+
+
+def says_sides(labels: Sequence[str]) -> bool:
+    """Whether a column's cells, as `_plain` has them, say what is harmful: most that are not empty
+    do. Of classes that are numbered from 0 to more than 1 none does."""
+    known = SIDES["harmful"] | SIDES["harmless"]
+    given = [label for label in labels if label not in ("", "none", "nan", "-1")]
+    if any(label.isdecimal() and label not in known for label in given):
+        known = frozenset(label for label in known if label.isalpha())
+    return 2 * sum(label in known for label in given) > len(given)
 
 
 def _plain(cell: Any) -> str:
@@ -326,6 +347,8 @@ def _from_dataset(data: Any, source: DataSource, wanted: Callable[[str], bool]) 
 
     columns = list(data.column_names)
     needed = [name for name in columns if wanted(name) or name in source.where]
+    if not needed:  # none of them is known, which the reader of prompts says
+        return Table(columns, [{} for _ in range(min(len(data), 1))])
     read = data.select_columns(needed)
     rows = read.select(range(min(_row_count(source) or len(read), len(read)))).to_list()
     for name, feature in read.features.items():

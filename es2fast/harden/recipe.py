@@ -5,6 +5,8 @@ defaults; `recipes/default.yaml` names public prompt sets too. Later ones win:
 
     recipe < recipes/quick.yaml (with --quick) < prompt files (--harmful ...) < key=value
 
+Over a recipe of the user's own --quick lays the smaller numbers alone, no prompts and no attacks.
+
 Prompts have five roles. A file takes the place of the recipe's sources of its role and keeps their
 `limit`; where its rows are labelled, those of its role's side are read. Borderline prompts, which
 look harmful and are not, are `data.borderline`, and held out those of `kind: borderline` in
@@ -34,6 +36,7 @@ ROLES = {  # option -> the groups of `data` that it fills
     "eval-harmful": ("eval_harmful",),
     "eval-harmless": ("eval_harmless",),
 }
+_NAMED = {"model": {"name": "model"}}  # a recipe names none
 _HALVES = {BORDERLINE: "::2", "eval_harmless": "1::2"}  # rows of a borderline file
 _PLACE = re.compile(r"data\.(\w+)\[(\d+)\]")
 
@@ -54,7 +57,7 @@ def resolve(
         model: folder or Hugging Face id.
         out: the run's folder.
         recipe: in place of `recipes/default.yaml`.
-        quick: lay `recipes/quick.yaml` over it.
+        quick: lay `recipes/quick.yaml` over it, or over `recipe` what makes that less.
         files: prompt files or dataset ids by role, see `ROLES`.
         overrides: `key=value`, applied last.
         single: the model is one run's and not a mean, which the built-in recipe's
@@ -65,7 +68,8 @@ def resolve(
     """
     raw = read_yaml(recipe or RECIPES / "default.yaml", "--recipe")
     if quick:
-        raw = merged(raw, read_yaml(RECIPES / "quick.yaml"))
+        less = read_yaml(RECIPES / "quick.yaml")
+        raw = merged(raw, less if recipe is None else _less(parse_config(raw | _NAMED), less))
     if recipe is None and (quick or single):
         raw["train"].pop("update_scale")
     raw = merged(raw, {"model": {"name": model}, "data": {}, "output_dir": str(out)})
@@ -74,10 +78,17 @@ def resolve(
     for group in dict.fromkeys(group for role in chosen for group in ROLES[role]):
         sources = _replaced(group, getattr(data, group), chosen)
         raw["data"][group] = [source.model_dump(exclude_defaults=True) for source in sources]
-    config = load_config(raw, overrides)
-    # a training that was cut off is done again; what may be replaced, `harden.run` decides
-    train = config.train.model_copy(update={"overwrite": True})
-    return config.model_copy(update={"train": train})
+    return load_config(raw, overrides)
+
+
+def _less(config: Config, quick: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the numbers of a section that `quick` has those that are below the configuration's."""
+    found: dict[str, Any] = {}
+    for section, values in quick.items():
+        for key, value in values.items():
+            if isinstance(value, int) and value < getattr(getattr(config, section), key):
+                found.setdefault(section, {})[key] = value
+    return found
 
 
 def default_out(model: str) -> Path:

@@ -70,7 +70,7 @@ def run_harden(
         _check_held_out(plan)
         write("\n".join(f"      {line}" for line in plan.lines()))
         say(_planned(plan))
-    _train(plan, folder, steps, ranks, seeds)
+    _train(plan, folder, steps, ranks, seeds, overwrite)
     report = _evaluate(plan, folder, steps)
     steps.skip("written", f"{folder.page}, {folder.answers}, {folder.model} (with model card)")
     write(paragraph(report, TUNED))
@@ -142,7 +142,12 @@ def _trained(folder: RunFolder, config: Config) -> bool:
 
 
 def _train(
-    plan: Plan, folder: RunFolder, steps: Steps, ranks: int | None, seeds: Sequence[int]
+    plan: Plan,
+    folder: RunFolder,
+    steps: Steps,
+    ranks: int | None,
+    seeds: Sequence[int],
+    overwrite: bool,
 ) -> None:
     config = plan.config
     if _trained(folder, config) and _of_seeds(folder, seeds):
@@ -153,17 +158,22 @@ def _train(
         return
     if len(seeds) == 1:
         remove(folder.path / SEEDS)
-        _train_one(config, plan.world_size, folder, steps, ranks, "train")
+        _train_one(config, plan.world_size, folder, steps, ranks, "train", overwrite)
         return
     lock = Lock(folder)  # and the mark that the folder is ours, whenever this ends
     try:
-        _train_mean(plan, folder, steps, ranks, seeds)
+        _train_mean(plan, folder, steps, ranks, seeds, overwrite)
     finally:
         lock.release()
 
 
 def _train_mean(
-    plan: Plan, folder: RunFolder, steps: Steps, ranks: int | None, seeds: Sequence[int]
+    plan: Plan,
+    folder: RunFolder,
+    steps: Steps,
+    ranks: int | None,
+    seeds: Sequence[int],
+    overwrite: bool,
 ) -> None:
     config = plan.config
     if not folder.finished:
@@ -181,7 +191,7 @@ def _train_mean(
             _check_batch(part, plan)
             steps.skip(_title(seeds, seed), f"finished before, {part.model}")
         else:
-            _train_one(own, plan.world_size, part, steps, ranks, _title(seeds, seed))
+            _train_one(own, plan.world_size, part, steps, ranks, _title(seeds, seed), overwrite)
         if seed == seeds[0]:  # measured once
             layers = json.loads(part.summary.read_text(encoding="utf-8"))["layers"]
     write_mean(parts, folder)
@@ -206,11 +216,21 @@ def _title(seeds: Sequence[int], seed: int) -> str:
 
 
 def _train_one(
-    config: Config, world_size: int, folder: RunFolder, steps: Steps, ranks: int | None, title: str
+    config: Config,
+    world_size: int,
+    folder: RunFolder,
+    steps: Steps,
+    ranks: int | None,
+    title: str,
+    overwrite: bool,
 ) -> None:
+    """A training, from the folder's checkpoint where one is left: without `overwrite` it does not
+    start anew in place of one that cannot go on, as on other ranks, but says why."""
+    left = any(folder.checkpoints.glob("*")) and not folder.stopped.is_file()
+    own = {"overwrite": overwrite or config.train.overwrite or not left}
+    train = config.train.model_copy(update=own)
     folder.path.mkdir(parents=True, exist_ok=True)
-    save_config(config, folder.path / RECIPE)
-    train = config.train
+    save_config(config.model_copy(update={"train": train}), folder.path / RECIPE)
     what = f"{train.steps} steps on {world_size} rank{'s' * (world_size > 1)}"
     with steps.step(title, what), estimated(folder.metrics, train.steps):
         launch_to_end(folder.path / RECIPE, folder, ranks=ranks, device=train.device)

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator
 
 from es2fast.report.schema import LayerResult, ModelResult, Report
-from es2fast.report.suite import base_of, compared, is_base, shared_attacks, worst_attack
+from es2fast.report.suite import base_of, compared_worst, is_base, shared_attacks, worst_attack
 
 MOST, SOME = 0.5, 0.2  # of the growth of the distance, on a log scale
 GROWN = 1.1  # from this ratio on a distance counts as grown
@@ -58,7 +58,7 @@ def _worst(report: Report, model: ModelResult) -> Iterator[str]:
     before = worst_attack(base) if base else None
     if before:
         text += f"; on the base model {before[0]} gets {_percent(before[1].useful)}"
-    paired = compared(base, model, shared_attacks(base, model)) if base else None
+    paired = compared_worst(base, model, shared_attacks(base, model)) if base else None
     if paired and paired.p >= P_VALUE:
         text += f"; prompt by prompt this is no clear difference from it (p = {paired.p:.2g})"
     yield text + "."

@@ -62,8 +62,6 @@ def broken_prompts(outcomes: Iterable[str]) -> list[bool]:
 
 def compared(base: ModelResult, other: ModelResult, attacks: Sequence[str]) -> Paired | None:
     """The two models under these attacks together; None where outcomes cannot be paired."""
-    if base.paired_by is None or base.paired_by != other.paired_by:
-        return None
     sides = []
     for model in (base, other):
         found = [model.attacks[name].outcomes for name in attacks if name in model.attacks]
@@ -71,6 +69,27 @@ def compared(base: ModelResult, other: ModelResult, attacks: Sequence[str]) -> P
         if not attacks or len(known) < len(attacks):
             return None
         sides.append(broken_prompts(known))
+    return _paired(base, other, sides)
+
+
+def compared_worst(base: ModelResult, other: ModelResult, attacks: Sequence[str]) -> Paired | None:
+    """The worst of these attacks on either, whose rates are the ones to quote side by side; None
+    where outcomes cannot be paired."""
+    worst = [worst_attack(model, attacks) for model in (base, other)]
+    letters = [found[1].outcomes for found in worst if found is not None]
+    known = [one for one in letters if one is not None]
+    if len(known) < 2:
+        return None
+    return _paired(base, other, [broken_prompts([one]) for one in known])
+
+
+def _paired(
+    base: ModelResult, other: ModelResult, sides: Sequence[Sequence[bool]]
+) -> Paired | None:
+    """Of the prompts that are broken on either; None where they are not the same or were judged
+    otherwise."""
+    if base.paired_by is None or base.paired_by != other.paired_by:
+        return None
     pairs = list(zip(*sides, strict=True))
     held = sum(before and not after for before, after in pairs)
     broken = sum(after and not before for before, after in pairs)

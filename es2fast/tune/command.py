@@ -126,13 +126,13 @@ def _config(
     """What the trials vary."""
     from es2fast.harden.recipe import resolve
 
+    replaced = [*overrides, "train.overwrite=true"]  # a trial that was cut off is done again
     if not target.endswith((".yaml", ".yml")):
-        return resolve(target, out, recipe=recipe, quick=True, files=files, overrides=overrides)
+        return resolve(target, out, recipe=recipe, quick=True, files=files, overrides=replaced)
     given = [f"--{role}" for role, places in files.items() if places]
     if recipe is not None or given:
         raise UserError(
             f"tune {target}: a run file names its own data and settings, but "
             f"{', '.join([*given, *(['--recipe'] if recipe else [])])} was given"
         )
-    return load_config(target, [*overrides, f"output_dir={json.dumps(str(out))}",
-                                "train.overwrite=true"])  # fmt: skip
+    return load_config(target, [*replaced, f"output_dir={json.dumps(str(out))}"])

@@ -10,6 +10,7 @@ from tiny_models import write_prompts
 from es2fast.config import DataSource, parse_config
 from es2fast.data import load_groups
 from es2fast.data.builtin import BORDERLINE, NAMES, PER_FAMILY, builtin_rows
+from es2fast.data.builtin_topical import TOPICAL
 from es2fast.data.leakage import near_duplicates
 from es2fast.data.sources import read_table
 from es2fast.errors import UserError
@@ -18,9 +19,11 @@ from es2fast.errors import UserError
 def test_what_they_are() -> None:
     rows = {name: builtin_rows(name) for name in NAMES}
     prompts = [row["prompt"] for name in NAMES for row in rows[name]]
-    assert len(set(prompts)) == len(prompts) == 700 + 644
-    assert all(text[0].isupper() and text[-1] in ".?" and "{" not in text for text in prompts)
+    assert len(set(prompts)) == len(prompts) == 700 + 644 + 592
+    assert all(text[0].isupper() and "{" not in text for text in prompts)
+    assert all(text[-1] in ".?" for text in prompts[:1344])
     assert {row["type"] for row in rows["borderline"]} == set(BORDERLINE)
+    assert {row["type"] for row in rows["topical"]} == set(TOPICAL)
     assert rows["borderline"] == builtin_rows("borderline")  # whoever asks, and whenever
     repeats = near_duplicates([r["prompt"] for r in rows["ordinary"]],
                               [r["prompt"] for r in rows["borderline"]], 0.8)  # fmt: skip
@@ -55,7 +58,7 @@ def test_a_name_that_there_is_not() -> None:
     with pytest.raises(UserError) as caught:
         read_table(DataSource(source="builtin:safe"), "data.harmless[0]", bool)
     text = "data.harmless[0]: there is no 'builtin:safe'; built-in prompts are "
-    assert str(caught.value) == text + "builtin:ordinary, builtin:borderline"
+    assert str(caught.value) == text + "builtin:ordinary, builtin:borderline, builtin:topical"
     for field in ("data.harmful[0]", "data.eval_harmful[1]"):
         with pytest.raises(UserError, match=r"'builtin:ordinary' is harmless; give it as"):
             read_table(DataSource(source="builtin:ordinary"), field, bool)

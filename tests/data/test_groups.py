@@ -40,6 +40,17 @@ def test_system_messages_do_not_make_a_prompt_another_one():
     assert Prompt.of("one") == Prompt.of("one") and len({Prompt.of("one"), Prompt.of("one")}) == 1
 
 
+def test_held_out_prompts_begin_with_every_source(tmp_path):
+    (tmp_path / "one.txt").write_text("a0\na1\n")
+    (tmp_path / "two.txt").write_text("".join(f"b{i}\n" for i in range(6)))
+    both = [str(tmp_path / "one.txt"), str(tmp_path / "two.txt")]
+    groups = load_groups(DataConfig(eval_harmless=both), need_train=False)
+    found = [prompt.text for prompt in groups.eval_harmless]
+    assert found == ["b0", "a0", "b1", "b2", "b3", "a1", "b4", "b5"]
+    trained = load_groups(DataConfig(harmless=both), need_train=False)
+    assert [p.text for p in trained.harmless][:3] == ["a0", "a1", "b0"]
+
+
 def test_duplicates_and_leakage_are_removed_counted_and_printed(tmp_path):
     config = files(
         tmp_path,

@@ -329,6 +329,29 @@ def test_where_then_rows_then_limit(tmp_path):
     assert texts(path, rows="2:4") == ["p2", "p3"]
 
 
+@pytest.mark.parametrize("odd", ["", "n/a", "-1"])
+def test_a_row_without_a_label_does_not_hide_the_others(tmp_path, odd):
+    rows = [f"p{i},{'safe' if i % 2 else 'unsafe'}" for i in range(6)]
+    path = write(tmp_path / "p.csv", "\n".join(["prompt,Label", f"p9,{odd}", *rows]) + "\n")
+    assert texts(path, side="harmless") == ["p1", "p3", "p5"]
+    assert texts(path, side="harmful") == ["p0", "p2", "p4"]
+    with pytest.raises(UserError, match="has 3 of 7 rows labelled 'unsafe' among the harmless"):
+        read_source(DataSource(source=str(path)), "data.harmless[0]", group="harmless")
+
+
+def test_numbered_classes_are_no_labels_of_sides(tmp_path):
+    rows = "".join(f"p{i},{i % 3}\n" for i in range(9))
+    path = write(tmp_path / "p.csv", "prompt,label\n" + rows)
+    assert len(texts(path, side="harmless")) == 9
+    assert read_source(DataSource(source=str(path)), "data.harmless[0]", group="harmless")
+
+
+def test_several_answers_in_a_cell_are_no_response(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"question": "one", "answer": ["a", "b"]}\n')
+    assert read(path).prompts[0].response is None
+
+
 def test_side_keeps_the_rows_of_one_label(tmp_path):
     path = labelled_rows(tmp_path)
     assert texts(path, side="harmless") == texts(path, where={"label": "safe"})

@@ -85,7 +85,7 @@ def test_files_take_the_place_of_their_role_and_overrides_win(tmp_path: Path) ->
     halves = [config.data.borderline[0], config.data.eval_harmless[1]]
     assert [half.rows for half in halves] == ["::2", "1::2"]
     assert {half.kind for half in halves} == {BORDERLINE}
-    assert (config.train.steps, config.kl.weight, config.train.overwrite) == (7, 3, True)
+    assert (config.train.steps, config.kl.weight, config.train.overwrite) == (7, 3, False)
     sides = [config.data.harmful[0].side, config.data.harmless[0].side, halves[0].side]
     assert sides == ["harmful", "harmless", "harmless"] and halves[1].side == "harmless"
     none = resolve("m", tmp_path, files={BORDERLINE: ["none"]})
@@ -98,8 +98,20 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
     config = resolve("m", tmp_path, recipe=own)
     assert config.kl.weight == 2 and config.refusal.weight == 0
     assert sources(config) == {"harmful": ["x.csv"]} | {group: [] for group in GROUPS[1:]}
-    steps = yaml.safe_load((RECIPES / "quick.yaml").read_text())["train"]["steps"]
-    assert resolve("m", tmp_path, recipe=own, quick=True).train.steps == steps
+    own.write_text(
+        "data: {harmful: [x.csv], eval_harmful: [y.csv]}\n"
+        "evaluate: {attacks: [template], limit: 30, max_new_tokens: 128}\n"
+    )
+    quick = yaml.safe_load((RECIPES / "quick.yaml").read_text())
+    config = resolve("m", tmp_path, recipe=own, quick=True)  # less, but nobody else's
+    assert config.evaluate.attacks == ["template"] and config.evaluate.limit == 30
+    assert config.evaluate.max_new_tokens == quick["evaluate"]["max_new_tokens"]
+    assert config.data.max_response_tokens == quick["data"]["max_response_tokens"]
+    assert sources(config)["harmful"] == ["x.csv"] and sources(config)["harmless"] == []
+    assert sources(config)["eval_harmful"] == ["y.csv"]
+    assert config.train.steps == min(
+        quick["train"]["steps"], resolve("m", tmp_path, recipe=own).train.steps
+    )
     with pytest.raises(UserError, match=r"--recipe .*nowhere\.yaml: cannot be read"):
         resolve("m", tmp_path, recipe=tmp_path / "nowhere.yaml")
     own.write_text("kl: {wight: 2}\n")
