@@ -402,11 +402,15 @@ def export(
     public: Public = False,
 ) -> None:
     """Write the trained model as a plain Hugging Face folder, and upload it if asked to."""
+    from es2fast.report.model_card import merged_card
     from es2fast.run.export import export_run
     from es2fast.training.update_filter import filter_adapter
 
     target = hub_target(push_to_hub, public=public)
-    export_run(run, out, merge=merge, scale=scale, strength=strength, filter_adapter=filter_adapter)
+    export_run(
+        run, out, merge=merge, scale=scale, strength=strength, filter_adapter=filter_adapter,
+        merged_card=merged_card,
+    )  # fmt: skip
     print(f"written: {out}")
     if target is not None:
         print(f"uploaded: {target.push(out)}")

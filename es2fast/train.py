@@ -65,7 +65,7 @@ def _run(config: Config, wish: StopWish) -> None:
 
 def _write_card(plan: Plan, result: TrainResult) -> None:
     """The finished model's README.md."""
-    from es2fast.report.model_card import write_model_card
+    from es2fast.report.model_card import public_source, write_model_card
     from es2fast.training.run import summary
 
     write_model_card(
@@ -75,7 +75,7 @@ def _write_card(plan: Plan, result: TrainResult) -> None:
         base_model=plan.config.model.name,
         layers=result.prepared.layers,
         d0=result.prepared.d0,
-        data_summary=plan.groups.report.lines(),
+        data_summary=plan.groups.report.lines(public_source, prompts=False),
         train=summary(plan, result),
     )
 

@@ -12,7 +12,7 @@ Prompts are compared after `normalise_prompt`, over all turns but system message
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Any
@@ -40,8 +40,8 @@ class SourceReport:
     responses: int
     labels: dict[str, int]
 
-    def line(self) -> str:
-        """One line for the screen."""
+    def line(self, shown: Callable[[str], str] = str) -> str:
+        """One line; `shown`: how the source is named."""
         parts = [f"{self.rows} rows", f"column {self.column!r}"]
         if self.responses:
             origin = f" in {self.response_column!r}" if self.response_column else ""
@@ -50,7 +50,7 @@ class SourceReport:
             parts.append("labels " + ", ".join(f"{k}: {v}" for k, v in sorted(self.labels.items())))
         if self.blank:
             parts.append(f"{self.blank} blank rows skipped")
-        return f"{self.field} {self.source}: {'; '.join(parts)}"
+        return f"{self.field} {shown(self.source)}: {'; '.join(parts)}"
 
 
 @dataclass
@@ -66,9 +66,14 @@ class DataReport:
     near_inside: dict[str, int] = field(default_factory=dict)  # resemble an earlier one; kept
     borderline: int = 0  # of the harmless prompts
 
-    def lines(self) -> list[str]:
-        """Text for the screen, one line per source and per group that is not empty."""
-        out = [source.line() for source in self.sources]
+    def lines(self, shown: Callable[[str], str] = str, *, prompts: bool = True) -> list[str]:
+        """Text, one line per source and per group that is not empty.
+
+        Args:
+            shown: how sources are named.
+            prompts: with an example of what was removed.
+        """
+        out = [source.line(shown) for source in self.sources]
         for group in GROUPS:
             removed = []
             if group == "harmless" and self.borderline:
@@ -78,9 +83,9 @@ class DataReport:
             if self.leakage.get(group):
                 removed.append(f"{self.leakage[group]} removed that also occur in evaluation")
             if self.near_leakage.get(group):
+                example = f", such as {self.near_example[group]}" if prompts else ""
                 removed.append(
-                    f"{self.near_leakage[group]} removed that nearly occur in evaluation, "
-                    f"such as {self.near_example[group]}"
+                    f"{self.near_leakage[group]} removed that nearly occur in evaluation{example}"
                 )
             if self.near_inside.get(group):
                 removed.append(f"{self.near_inside[group]} nearly repeat an earlier one, kept")

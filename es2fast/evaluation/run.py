@@ -54,7 +54,7 @@ from es2fast.judges.registry import judges_of, make_judges
 from es2fast.judges.rules import RulesJudge
 from es2fast.modeling.load import check_weights, load_merged, load_tokenizer
 from es2fast.report.html import write_report
-from es2fast.report.model_card import write_model_card
+from es2fast.report.model_card import public_source, write_model_card
 from es2fast.report.schema import BASE, Report
 from es2fast.run.folder import RunFolder
 
@@ -240,7 +240,7 @@ def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> Report | None:
         base_model=config.model.name,
         layers=layers,
         d0={int(layer): d0 for layer, d0 in summary["d0"].items()},
-        data_summary=notes if learnt is None else learnt.report.lines(),
+        data_summary=[] if learnt is None else learnt.report.lines(public_source, prompts=False),
         train=summary,
     )
     return report

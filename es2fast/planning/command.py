@@ -25,14 +25,14 @@ def plan(
     json_file: Annotated[Path | None, typer.Option("--json", help="write the numbers here")] = None,
 ) -> None:
     """Estimate memory, flop, time and communication of a run without loading any weights."""
-    from es2fast.distributed.memory import memory_per_rank
+    from es2fast.distributed.memory import cpu_memory
     from es2fast.planning.estimate import describe
     from es2fast.planning.machines import machine
     from es2fast.planning.screen import show
     from es2fast.training.plan import make_plan, without_machine
 
     counts = ranks_of(gpus)
-    known = machine(gpu, memory_per_rank("cpu", max(counts)) if gpu.lower() == "cpu" else None)
+    known = machine(gpu, cpu_memory() if gpu.lower() == "cpu" else None)
     resolved = load_config(config, overrides or ())
     wanted = resolved.model.dtype
     dtype = ("fp32" if known.device == "cpu" else "bf16") if wanted == "auto" else wanted

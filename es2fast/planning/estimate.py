@@ -83,16 +83,16 @@ class Estimator:
         if not auto:
             (own,) = found.values()
             return own, found, "named in deepspeed"
-        memory = self._machine.memory
+        memory = self._machine.memory_of_rank(ranks)
         light, why = lightest(
             ranks=ranks, device=self._machine.device, dtype=self._dtype,
             accumulation=config.train.gradient_accumulation,
         )  # fmt: skip
-        stage, reason = pick(found, None if memory is None else int(memory), ranks, light, why)
+        stage, reason = pick(found, memory, ranks, light, why)
         return found[stage], found, reason
 
     def fits(self, config: Config, ranks: int) -> bool:
-        memory = self._machine.memory
+        memory = self._machine.memory_of_rank(ranks)
         return memory is None or self.needs(config, ranks)[0].total <= FILLED * memory
 
     def model(self) -> dict[str, Any]:
@@ -145,7 +145,7 @@ class Estimator:
             "memory_bytes": own.bytes() | {"total": own.total},
             "activation_bytes": {"plain": kept[0], "checkpointed": kept[1]},
             "memory_bytes_by_stage": {str(stage): e.total for stage, e in stages.items()},
-            "memory_available_bytes": machine.memory,
+            "memory_available_bytes": machine.memory_of_rank(ranks),
             "fits": self.fits(config, ranks),
             "smallest_change": smallest_change(config, ranks, own.stage, self.fits),
             "pairs_per_step": batch,

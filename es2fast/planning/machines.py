@@ -19,7 +19,8 @@ PER_NODE = 8  # assumed GPUs of a machine
 
 @dataclass(frozen=True)
 class Machine:
-    """peak: flop/s; bandwidth: of the memory, byte/s; memory: bytes; link, network: byte/s that a
+    """peak: flop/s; bandwidth: of the memory, byte/s; memory: bytes, of a CPU those that its ranks
+    share; link, network: byte/s that a
     rank sends to others of its machine and of other machines (network: an assumption);
     attainable: assumed share of the peak; source: where the peak comes from."""
 
@@ -35,6 +36,12 @@ class Machine:
     @property
     def device(self) -> str:
         return "cpu" if self.name == "cpu" else "cuda"
+
+    def memory_of_rank(self, ranks: int) -> int | None:
+        """Bytes that each of `ranks` ranks has."""
+        if self.memory is None:
+            return None
+        return int(self.memory) // (ranks if self.device == "cpu" else 1)
 
     def between(self, ranks: int) -> float:
         """Byte/s of an exchange among `ranks` ranks."""
@@ -54,7 +61,7 @@ def machine(name: str, memory: int | None = None) -> Machine:
 
     Args:
         name: of `GPUS`, or cpu, whose speed is measured in less than a second.
-        memory: bytes that a CPU's rank has.
+        memory: bytes that a CPU has.
 
     Raises:
         UserError: an unknown name.

@@ -28,21 +28,33 @@ def combined(places: Sequence[Path]) -> Report:
             raise UserError(f"compare: two reports lie in folders named {label!r}; rename one")
     reports = [read_report(path) for path in paths]
     models: list[ModelResult] = []
+    called: dict[str, str] = {}  # by the name here, that in its own report
     for label, report in zip(labels, reports):
         for model in report.models:
             same = [other for r in reports for other in r.models if other.name == model.name]
-            if all(other == model for other in same):
-                name = model.name  # measured once, or alike everywhere
-            else:
-                alone = model.name != BASE and len(report.models) <= 2
-                name = label if alone else f"{label}/{model.name}"
-            if all(name != seen.name for seen in models):
-                models.append(model.model_copy(update={"name": name}))
+            alike = all(_untimed(other) == _untimed(model) for other in same)
+            alone = model.name != BASE and len(report.models) <= 2
+            own = label if alone else f"{label}/{model.name}"
+            name = model.name if alike else own  # alike: measured once, or alike everywhere
+            if alike and called.get(name) == model.name:
+                continue
+            if name in called:  # a folder that is called as a model of another report
+                name = f"{label}/{model.name}"
+            called[name] = model.name
+            models.append(model.model_copy(update={"name": name}))
     layers = {layer for report in reports for layer in report.separated_layers}
     first = reports[0].train
     shown = first.model_copy(update={"layers": sorted(layers)}) if first else None
     warnings = [f"{label}: {text}" for label, r in zip(labels, reports) for text in r.warnings]
     return Report(models=models, train=shown, judge=_judges(reports), warnings=warnings)
+
+
+def _untimed(model: ModelResult) -> ModelResult:
+    """Without how long its attacks took."""
+    attacks = {
+        name: one.model_copy(update={"seconds": None}) for name, one in model.attacks.items()
+    }
+    return model.model_copy(update={"attacks": attacks})
 
 
 def _judges(reports: Sequence[Report]) -> str:

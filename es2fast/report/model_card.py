@@ -22,6 +22,10 @@ from es2fast.run.files import write_text
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.j2"
 TAGS = ["es2fast", "embedding-space-separation", "safety", "arxiv:2603.20206"]
+ADAPTER_NOTE = (
+    "The folder holds an adapter; transformers loads the base model and puts the adapter on it "
+    "(`peft`\nmust be installed)."
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -46,7 +50,8 @@ def write_model_card(
         layers: the decoder blocks that were separated.
         d0: mean distance between the groups in the base model, per block, in the units of the
             residual stream.
-        data_summary: one line of text per data source.
+        data_summary: one line of text per data source, named as `public_source` does and without
+            prompts.
         train: `steps`, `seconds`, `kl`, `lambda` and whatever else the run wants told; only
             numbers and text are shown.
     """
@@ -56,7 +61,7 @@ def write_model_card(
         _metadata(base_model, adapter),
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         base=markdown_text(public_name(base_model)),
-        adapter=adapter,
+        adapter_note=ADAPTER_NOTE if adapter else "",
         data_lines=[markdown_text(line) for line in data_summary],
         layer_lines=[_layer_line(layer, d0) for layer in layers],
         loss=config.separation.loss,
@@ -79,6 +84,20 @@ def public_name(name: str) -> str:
         return name
     flavour = PureWindowsPath if "\\" in name else PurePath
     return flavour(name).name or "local model"
+
+
+def public_source(name: str) -> str:
+    """A source of prompts as a published card may name it; see `public_name`."""
+    return name if is_hub_id(name.partition(":")[0]) else public_name(name)
+
+
+def merged_card(text: str) -> str:
+    """The card of an adapter as that of the plain model that it was folded into."""
+    card = ModelCard(text.replace(f"\n{ADAPTER_NOTE}\n", ""))
+    card.data.tags = [tag for tag in card.data.tags or [] if tag != "lora"]
+    if card.data.get("base_model_relation"):
+        card.data["base_model_relation"] = "finetune"
+    return str(card)
 
 
 def _metadata(base_model: str, adapter: bool) -> ModelCardData:

@@ -21,7 +21,7 @@ from es2fast.config import Config, ModelConfig, load_config, save_config
 from es2fast.distributed.zero import full_state_dict
 from es2fast.errors import UserError
 from es2fast.modeling.load import adapter_base, load_causal_lm, load_tokenizer
-from es2fast.run.files import remove
+from es2fast.run.files import remove, write_text
 from es2fast.run.folder import RunFolder
 
 CHAT_TEMPLATE = "chat_template.jinja"  # where transformers looks for it
@@ -93,13 +93,16 @@ def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / "adapter_config.json").is_file()
 
 
-def export_merged(source: str, out: Path, *, dtype: str) -> None:
+def export_merged(
+    source: str, out: Path, *, dtype: str, merged_card: Callable[[str], str] = str
+) -> None:
     """Folds a LoRA adapter into its base model and writes a plain model folder.
 
     Args:
         source: a folder with an adapter.
         out: must not exist.
         dtype: "bf16" or "fp32".
+        merged_card: what becomes of the model card's text.
 
     Raises:
         UserError: no adapter there; `out` exists; the base model is gone.
@@ -119,6 +122,9 @@ def export_merged(source: str, out: Path, *, dtype: str) -> None:
     for name in _BESIDE:
         if (Path(source) / name).is_file():
             shutil.copy2(Path(source) / name, out)
+    path = out / "README.md"
+    if path.is_file():
+        write_text(path, merged_card(path.read_text(encoding="utf-8")))
 
 
 def export_run(
@@ -129,6 +135,7 @@ def export_run(
     scale: float = 1.0,
     strength: float = 0.0,
     filter_adapter: Callable[[Config, Path, float], None] | None = None,
+    merged_card: Callable[[str], str] = str,
 ) -> None:
     """Writes a run's model to `out`: as trained, or with its LoRA adapter folded in.
 
@@ -137,6 +144,7 @@ def export_run(
             another model than the run's card and report speak of, so these do not come along.
         strength: above 0 the update is filtered, as `train.update_filter`; another model too.
         filter_adapter: does it, in place.
+        merged_card: see `export_merged`.
 
     Raises:
         UserError: no finished run there; `out` exists; nothing to merge, to scale or to filter, or
@@ -152,7 +160,8 @@ def export_run(
         if scale != 1 or strength != 0:
             source = _changed(source, Path(scratch) / "model", scale, strength, filter_adapter)
         if merge:
-            export_merged(str(source), out, dtype="bf16" if _is_bf16(source) else "fp32")
+            dtype = "bf16" if _is_bf16(source) else "fp32"
+            export_merged(str(source), out, dtype=dtype, merged_card=merged_card)
         else:
             shutil.copytree(source, out)
 

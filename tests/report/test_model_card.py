@@ -6,8 +6,9 @@ import pytest
 from huggingface_hub import ModelCard
 
 from es2fast.config import parse_config
+from es2fast.data.groups import DataReport, SourceReport
 from es2fast.ops.separation.op import LOSSES, NEED_MARGIN
-from es2fast.report.model_card import public_name, write_model_card
+from es2fast.report.model_card import merged_card, public_name, public_source, write_model_card
 from es2fast.report.schema import Report
 from es2fast.report.table import table_markdown
 
@@ -127,6 +128,32 @@ def test_local_paths_are_not_published(tmp_path):
     text = card(tmp_path / "out", base_model=str(base))
     assert "# toy, hardened" in text and "secret-user" not in text
     assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model is None
+
+
+def test_sources_are_named_without_their_places_and_prompts() -> None:
+    found = [
+        SourceReport(f"data.harmful[{i}]", name, 9, 0, "prompt", None, 0, {})
+        for i, name in enumerate(("/home/me/secret/harm.csv", "org/set:part", "builtin:ordinary"))
+    ]
+    report = DataReport(found, kept={"harmful": 9}, near_leakage={"harmful": 1},
+                        near_example={"harmful": "how to 'x'"})  # fmt: skip
+    lines = report.lines(public_source, prompts=False)
+    assert [line.split(":")[0] for line in lines[:3]] == [
+        "data.harmful[0] harm.csv", "data.harmful[1] org/set", "data.harmful[2] builtin"
+    ]  # fmt: skip
+    assert "org/set:part: 9 rows" in lines[1] and "builtin:ordinary: 9 rows" in lines[2]
+    assert "1 removed that nearly occur in evaluation)" in lines[3]
+    assert "how to" in report.lines()[3] and "/home/me" in report.lines()[0]
+
+
+def test_a_merged_model_is_no_adapter(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    text = card(tmp_path, base_model="org/model")
+    assert "peft" in text and "- lora" in text and "base_model_relation: adapter" in text
+    merged = merged_card(text)
+    assert "peft" not in merged and "- lora" not in merged and "adapter" not in merged
+    assert "base_model_relation: finetune" in merged and "base_model: org/model" in merged
+    assert merged.count("\n## ") == text.count("\n## ")
 
 
 def test_public_names(tmp_path, monkeypatch):

@@ -302,6 +302,7 @@ def test_reports_side_by_side(tmp_path, full):
            for name, model in models(full).items()}  # fmt: skip
     for name, kl in (("run-a", 0.0123), ("run-b", 0.5)):
         old["tuned"]["harmless"]["kl_to_base"] = kl
+        old["base"]["attacks"]["scav"]["seconds"] = kl  # which make it no other base
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.json").write_text(json.dumps(old))
     both = combined([tmp_path / "run-a", tmp_path / "run-b/report.json"])
@@ -316,6 +317,12 @@ def test_reports_side_by_side(tmp_path, full):
     assert page.count('<section class="card">') == 3 and "<h3>run-b</h3>" in page
     with pytest.raises(UserError, match="two reports lie in folders named 'run-a'"):
         combined([tmp_path / "run-a", tmp_path / "run-a"])
+    (tmp_path / "three").mkdir()
+    named = {"base": old["base"], "run-a": old["tuned"], "other": old["tuned"]}
+    raw = {"models": [{"name": name, **model} for name, model in named.items()]}
+    (tmp_path / "three" / "report.json").write_text(json.dumps(raw))
+    every = combined([tmp_path / name for name in ("run-a", "run-b", "three")])
+    assert every.names == ["base", "run-a", "run-b", "three/run-a", "other"]
 
 
 # Table
