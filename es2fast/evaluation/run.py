@@ -56,6 +56,7 @@ from es2fast.modeling.load import check_weights, load_merged, load_tokenizer
 from es2fast.report.html import write_report
 from es2fast.report.model_card import public_source, write_model_card
 from es2fast.report.schema import BASE, Report
+from es2fast.run.export import SETTINGS
 from es2fast.run.folder import RunFolder
 
 TUNED = "tuned"
@@ -213,8 +214,7 @@ def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> Report | None:
     groups = load_groups(config.data)
     _check_held_out(groups)
     learnt, notes = without_learnt(groups, config, saved)
-    for note in notes if is_main() else ():
-        print(f"note: {note}")
+    _told(notes)
     trained = config.model.model_copy(update={"name": str(folder.model), "revision": None})
     formatter = Formatter(load_tokenizer(config.model), config.data)
     subjects = [
@@ -288,11 +288,10 @@ def evaluate_paths(
         )
     groups = load_groups(config.data, need_train=False)
     _check_held_out(groups)
-    prompts, notes = split_prompts(groups, config.evaluate, config.data.near_duplicates)
-    for note in notes if is_main() else ():
-        print(f"note: {note}")
-    names = model_names(models)
-    named = [*([(BASE, base)] if base is not None else []), *zip(names, models)]
+    named = [*([(BASE, base)] if base is not None else []), *zip(model_names(models), models)]
+    notes = _told([note for one in named for note in _learnt_by(*one, groups, config)])
+    prompts, more = split_prompts(groups, config.evaluate, config.data.near_duplicates)
+    notes += _told(more)
     subjects = []
     for name, place in named:
         model = config.model.model_copy(update=weights_of(place))
@@ -311,6 +310,31 @@ def evaluate_paths(
     middle = report.reported_layers[round(0.6 * len(report.reported_layers)) - 1]
     write_report(folder, report, states=saved_states(folder, report.names, middle))
     return report
+
+
+def _told(notes: list[str]) -> list[str]:
+    for note in notes if is_main() else ():
+        print(f"note: {note}")
+    return notes
+
+
+def _learnt_by(name: str, place: str, groups: PromptGroups, config: Config) -> list[str]:
+    """Takes what es2fast trained a model on out of the prompts of all, in place; what to tell."""
+    run = RunFolder(place)
+    path = run.config if run.finished else Path(place) / SETTINGS
+    try:
+        saved = load_config(path) if path.is_file() else None
+    except UserError:  # of another version
+        saved = None
+    if saved is None:
+        return []
+    notes = without_learnt(groups, config, saved)[1]
+    if saved.data.system_prompt != config.data.system_prompt:
+        notes.append(
+            f"it was trained with data.system_prompt={saved.data.system_prompt!r} and is asked "
+            f"with {config.data.system_prompt!r}"
+        )
+    return [f"{name}: {note}" for note in notes]
 
 
 def weights_of(place: str) -> dict[str, str | None]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from es2fast.config import Config, parse_config
+from es2fast.config import Config, parse_config, save_config
 from es2fast.data import load_groups
 from es2fast.errors import UserError
 from es2fast.evaluation.run import evaluate_paths
@@ -80,6 +80,29 @@ def test_what_a_run_was_trained_on_is_not_held_out(tmp_path: Path) -> None:
     own, (note,) = without_learnt(groups, asked, gone)
     assert own is None and note.startswith("whether the run was trained on held-out prompts is not")
     assert "gone.txt" in note and len(groups.eval_harmful) == 3
+
+
+def test_of_any_model_that_es2fast_made_what_it_learnt_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = {"fit": ROWS[:3], "kind": ["tell me about paris"]}
+    for name, rows in texts.items():
+        (tmp_path / f"{name}.txt").write_text("\n".join(rows) + "\n")
+    sources = {name: str(tmp_path / f"{name}.txt") for name in texts}
+    data = {"harmful": sources["fit"], "harmless": sources["kind"]}
+    saved = parse_config({"model": {"name": "m"}, "data": data})
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    save_config(saved, tmp_path / "one" / "es2fast.yaml")
+    asked = config_of(tmp_path, ROWS[1:])
+    asked.data.system_prompt = "Be brief."
+    with pytest.raises(UserError):  # neither is a model
+        evaluate_paths([str(tmp_path / name) for name in ("one", "two")], asked,
+                       RunFolder(tmp_path / "out"))  # fmt: skip
+    told = capsys.readouterr().out
+    assert "note: one: data.eval_harmful: 2 of 15 prompts are left out, since the run was" in told
+    assert "one: it was trained with data.system_prompt=None and is asked with 'Be brief.'" in told
+    assert "note: two" not in told
 
 
 def test_without_near_duplicates_nothing_is_said(tmp_path: Path) -> None:
