@@ -115,8 +115,15 @@ ATTACKED = {
 }
 
 
-def recipe_table(rows: Sequence[Row]) -> str:
-    """The base model and each seed of the recipe: one line per attack, then the price."""
+ANSWERED = {
+    "benign": "harmless prompts about harmful subjects refused (JailbreakBench's harmless half)",
+    "borderline": "borderline prompts of `builtin:borderline` refused",
+}
+
+
+def recipe_table(rows: Sequence[Row], able: Sequence[Row] = ()) -> str:
+    """The base model and each seed of the recipe: one line per attack, then the price; `able`: rows
+    of `real_abilities`."""
     models = with_seeds([BASE, RECIPE], rows)
     cells = {(row["model"], row["attack"]): row for row in rows}
     seeds = [int(name.partition(", seed ")[2] or 0) for name in models[1:]]
@@ -133,6 +140,11 @@ def recipe_table(rows: Sequence[Row]) -> str:
         rates = [price["refusal_by_type"][kind] for price in prices]
         own_rates = [f"{_rate(rate, n)}, n = {n}" for n, rate in rates]
         lines.append(f"| {kind} harmless prompts refused | " + " | ".join(own_rates) + " |")
+    asked = {(row["model"], row["tasks"]): row for row in able}
+    for tasks, words in ANSWERED.items():
+        answered = [asked.get((name, tasks)) for name in models]
+        if any(answered[1:]):
+            lines.append(f"| {words} | " + " | ".join(map(_refused, answered)) + " |")
     kl, top1, same = "kl_response", "top1_agreement", "intact_rate"
     for title, key, shape in (
         ("KL to the base model, nats per response token", kl, "{:.4f}"),
@@ -142,6 +154,13 @@ def recipe_table(rows: Sequence[Row]) -> str:
         own_figures = [shape.format(price[key]).replace("%", " %") for price in prices]
         lines.append(f"| {title} | " + " | ".join(own_figures) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _refused(row: Row | None) -> str:
+    """Of prompts whose answers `real_abilities` counted."""
+    return (
+        "–" if row is None else f"{_rate(1 - row['passed'] / row['n'], row['n'])}, n = {row['n']}"
+    )
 
 
 def _short(row: Row | None) -> str:
@@ -230,7 +249,8 @@ def fill(text: str, parts: dict[str, str]) -> str:
 def documents(rows: Sequence[Row]) -> dict[Path, str]:
     """Path -> its text as the rows want it."""
     found = {}
-    recipe = recipe_table(shown(rows, PRIMARY))
+    able = [row for row in read_lines(ABILITY_ROWS) if row["base"] == PRIMARY]
+    recipe = recipe_table(shown(rows, PRIMARY), able)
     for path, models in ((EVALUATION, OTHERS), (REAL_MODELS, PARTS), (README, ())):
         parts = {"recipe": recipe}
         for base in sorted({row["base"] for row in rows}):
@@ -242,7 +262,6 @@ def documents(rows: Sequence[Row]) -> dict[Path, str]:
             parts[f"{prefix}legend"] = legend(some, models)
         split = [row for row in read_lines(KL_ROWS) if row["base"] == PRIMARY]
         parts["split"] = kl_table(split, models)
-        able = [row for row in read_lines(ABILITY_ROWS) if row["base"] == PRIMARY]
         parts["abilities"] = ability_table(able, with_seeds(models, able))
         found[path] = fill(path.read_text(), parts)
     return found
