@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from es2fast.config import Config
+from es2fast.config import Config, TrainConfig
 from es2fast.errors import UserError
 
 AUTO = "auto"  # one of the presets, by what fits: `training.stage`
@@ -59,6 +60,10 @@ def load_deepspeed(choice: str | dict[str, Any]) -> dict[str, Any]:
     else:
         raw = _read_json(choice)
     _check_keys(raw)
+    zero = raw.get("zero_optimization", {})
+    for part in ("offload_optimizer", "offload_param"):  # DeepSpeed's own word for none
+        if part in zero and (zero[part] or {}).get("device", "none") in (None, "none"):
+            del zero[part]
     return raw
 
 
@@ -176,7 +181,7 @@ def build_deepspeed(
     raw = load_deepspeed(preset or config.deepspeed)
     train = config.train
     check_batch_sizes(config, world_size)
-    ours = {
+    ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation,
         "train_batch_size": train.micro_batch_size * train.gradient_accumulation * world_size,
@@ -194,9 +199,10 @@ def build_deepspeed(
             raise UserError(
                 f"deepspeed.{key}: {theirs!r} contradicts the run's {value!r}; leave it out"
             )
-        raw[key] = value
+        raw[key] = theirs | value if isinstance(theirs, dict) else value
     raw.setdefault("zero_allow_untested_optimizer", True)
     raw.setdefault("steps_per_print", 2**31 - 1)
+    _fill_optimizer(raw, train)
     _fill_auto(raw, model_config)
     return raw
 
@@ -229,7 +235,26 @@ def _fill_auto(raw: dict[str, Any], model_config: Any | None) -> None:
     for key, value in values.items():
         if zero.get(key) == "auto":
             zero[key] = value
-    unknown = [key for key, value in zero.items() if value == "auto"]
-    unknown += [key for key, value in raw.items() if value == "auto"]
-    if unknown:
-        raise UserError(f"deepspeed.{unknown[0]}: 'auto' cannot be filled in here; give a number")
+    unknown = next(_autos(raw), None)
+    if unknown is not None:
+        raise UserError(f"deepspeed.{unknown}: 'auto' cannot be filled in here; give a value")
+
+
+def _fill_optimizer(raw: dict[str, Any], train: TrainConfig) -> None:
+    """An optimizer's `"auto"` parameters are the run's."""
+    params = (raw.get("optimizer") or {}).get("params") or {}
+    ours = {"lr": train.lr, "betas": list(train.betas), "weight_decay": train.weight_decay}
+    for key, value in ours.items():
+        if params.get(key) == "auto":
+            params[key] = value
+    if params.get("eps") == "auto":
+        del params["eps"]  # the optimizer's own
+
+
+def _autos(value: Any, path: str = "") -> Iterator[str]:
+    """Where an `"auto"` is left."""
+    if value == "auto":
+        yield path
+    elif isinstance(value, dict):
+        for key, below in value.items():
+            yield from _autos(below, f"{path}.{key}".lstrip("."))

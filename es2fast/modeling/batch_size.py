@@ -47,8 +47,9 @@ def rows_within(free: int, config: Any, tokens: int, element_size: int) -> int:
         tokens: of a row, prompt and answer.
         element_size: bytes of a key's or value's element.
     """
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    queries = getattr(config, "num_attention_heads", None) or 1  # state-space models have none
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    width = getattr(config, "head_dim", None) or config.hidden_size // queries
     cache = 2 * config.num_hidden_layers * heads * width * element_size * tokens
     fitting = free // 2 // (cache + 4 * config.vocab_size)
     return min(MOST_ROWS, 1 << max(fitting.bit_length() - 1, 0))

@@ -11,7 +11,7 @@ from torch import nn
 
 from es2fast.config import ModelConfig
 from es2fast.errors import UserError
-from es2fast.modeling.skeleton import missing_tensors
+from es2fast.modeling.skeleton import BROKEN_CONFIG, missing_tensors
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -52,7 +52,7 @@ def load_model_config(model: ModelConfig) -> Any:
         return AutoConfig.from_pretrained(
             model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except BROKEN_CONFIG as error:
         raise UserError(
             f"model.name: {model.name!r} is neither a model folder nor a Hugging Face id that can "
             f"be loaded ({_first(error)})"
@@ -131,8 +131,15 @@ def load_merged(
 
 def adapter_base(folder: str) -> dict[str, str | None]:
     """`name` and `revision` of the model that a folder's LoRA adapter belongs on."""
-    raw = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-    return {"name": raw["base_model_name_or_path"], "revision": raw.get("revision")}
+    path = Path(folder) / "adapter_config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        return {"name": raw["base_model_name_or_path"], "revision": raw.get("revision")}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"model.name: {str(path)!r} does not say of which model the adapter is "
+            "(base_model_name_or_path); give an intact adapter"
+        ) from None
 
 
 def check_weights(name: str) -> None:

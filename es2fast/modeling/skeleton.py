@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from es2fast.config import ModelConfig, TrainConfig
 from es2fast.errors import UserError
 from es2fast.modeling.taps import blocks
+
+# what transformers raises over a config.json that is not what its family has
+BROKEN_CONFIG = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError,
+                 AssertionError, StrictDataclassError)  # fmt: skip
+_SEVERAL_STATES = ("gemma3n", "gemma3n_text")  # whose blocks hold four states per token
 
 
 def make_skeleton(model: ModelConfig, config: Any) -> nn.Module:
@@ -25,13 +31,19 @@ def make_skeleton(model: ModelConfig, config: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     _check_kind(model.name, config, AutoModelForCausalLM, AutoModelForMaskedLM)
+    if "flex" in (model.attn_implementation or ""):
+        raise UserError(
+            f"model.attn_implementation: {model.attn_implementation!r} is not supported, since its "
+            "masks are not those of the rows that go on after an early exit; use sdpa, eager or "
+            "flash_attention_2"
+        )
     options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
     if model.attn_implementation is not None:
         options["attn_implementation"] = model.attn_implementation
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
-    except (ValueError, ImportError) as error:
+    except (*BROKEN_CONFIG, ImportError) as error:
         if model.attn_implementation is None:
             raise UserError(
                 f"model.name: {model.name!r} cannot be built ({_line(error)})"
@@ -46,6 +58,11 @@ def make_skeleton(model: ModelConfig, config: Any) -> nn.Module:
 
 def _check_kind(name: str, config: Any, causal: Any, masked: Any) -> None:
     kind = type(config)
+    if config.model_type in _SEVERAL_STATES:
+        raise UserError(
+            f"model.name: {name!r} is a {config.model_type!r} model, whose blocks hold several "
+            "states per token and not one that could be separated; use another model"
+        )
     text = f"model.name: {name!r} is a {config.model_type!r} model"
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{text}, which has an encoder; use a decoder-only chat model")
@@ -62,7 +79,14 @@ def check_lora_targets(skeleton: nn.Module, train: TrainConfig) -> None:
     """UserError when `train.lora.targets` matches no module of the model, or where the update is to
     be filtered none that reads states of the residual stream's width."""
     targets = train.lora.targets
-    if train.trainable != "lora" or targets == "all-linear":
+    if train.trainable != "lora":
+        return
+    if not any(isinstance(m, nn.Linear) for block in blocks(skeleton) for m in block.modules()):
+        raise UserError(
+            f"train.trainable: lora, but the blocks of a {type(skeleton).__name__} hold no linear "
+            "layers that take adapters; use train.trainable=blocks or all"
+        )
+    if targets == "all-linear":
         return
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists

@@ -18,38 +18,33 @@ from es2fast.modeling.taps import backbone
 
 _ATTENTION = ("self_attn", "self_attention", "attn", "attention", "linear_attn", "mamba", "conv",
               "temporal_block", "mixer")  # fmt: skip
-_MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")
+_MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "shared_mlp", "experts")
 _WRITERS = {"o_proj", "out_proj", "dense", "c_proj", "wo", "out_lin", "down_proj", "fc2",
             "dense_4h_to_h", "w2"}  # fmt: skip
 
 
-def attention_of(block: nn.Module) -> nn.Module:
-    """A block's attention, or what stands in its place in a hybrid model.
+def sublayers(block: nn.Module) -> list[nn.Module]:
+    """A block's attention and MLP, all of either where it has several side by side (Falcon-H1's
+    attention and Mamba, Granite's experts and the MLP that all tokens share).
 
     Raises:
         UserError: the block has none under a known name.
     """
-    return _named(block, _ATTENTION, "attention")
+    return [*_named(block, _ATTENTION, "attention"), *_named(block, _MLP, "MLP")]
 
 
-def mlp_of(block: nn.Module) -> nn.Module:
-    """A block's MLP, experts and all.
-
-    Raises:
-        UserError: the block has none under a known name.
-    """
-    return _named(block, _MLP, "MLP")
-
-
-def _named(block: nn.Module, names: tuple[str, ...], what: str) -> nn.Module:
+def _named(block: nn.Module, names: tuple[str, ...], what: str) -> list[nn.Module]:
+    found: list[nn.Module] = []
     for name in names:
-        found = getattr(block, name, None)
-        if isinstance(found, nn.Module):
-            return found
-    raise UserError(
-        f"model: {type(block).__name__} has no {what} that can be found "
-        f"(looked for {', '.join(names)}); leave this attack out for this model"
-    )
+        part = getattr(block, name, None)
+        if isinstance(part, nn.Module) and not any(part is one for one in found):
+            found.append(part)
+    if not found:
+        raise UserError(
+            f"model: {type(block).__name__} has no {what} that can be found "
+            f"(looked for {', '.join(names)}); leave this attack out for this model"
+        )
+    return found
 
 
 def writers(sublayer: nn.Module) -> list[nn.Module]:

@@ -238,6 +238,10 @@ def cut_tokens(value: Tensor, length: int, count: int) -> Tensor:
     return value[count:] if value.shape == (length,) else value
 
 
+# families whose blocks are given biases or shapes of the whole batch: no row can end early there
+UNCUT = ("bloom", "gpt_bigcode", "mpt")
+
+
 class SeparationTaps:
     """The training forward's view into a model: tapped states, and rows that end early.
 
@@ -248,7 +252,8 @@ class SeparationTaps:
     must still be there, and armed alike, when activation checkpointing recomputes a block during
     backward; so they stay armed until the next pass says otherwise.
 
-    A pass that keeps its harmful rows (`arm(..., keep=True)`, for the refusal anchor) cuts nothing.
+    A pass that keeps its harmful rows (`arm(..., keep=True)`, for the refusal anchor) cuts nothing,
+    nor does a model of `UNCUT`.
     Rows packed into one sequence (`arm(..., packed=...)`) are cut by tokens in place of rows.
 
     In the normed space the deepest state is read inside the block above it, which therefore still
@@ -283,6 +288,7 @@ class SeparationTaps:
         self._packed: tuple[int, int] | None = None
         self._attacked: tuple[Tensor, Tensor, Tensor] | None = None
         self._keep_all = False
+        self._uncut = causal_lm(model).config.get_text_config().model_type in UNCUT
         every, points = blocks(model), tap_points(model, layers, space)
         hit = layers if attacked is None else attacked
         self._handles = [every[i].register_forward_hook(self._attack(i)) for i in hit]
@@ -341,7 +347,7 @@ class SeparationTaps:
         self._num_harmful = num_harmful
         self._packed = packed
         self._attacked = attacked
-        self._keep_all = keep
+        self._keep_all = keep or self._uncut
 
     def disarm(self) -> None:
         """Before any other pass through the same blocks."""

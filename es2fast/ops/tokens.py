@@ -36,7 +36,7 @@ def pack(
         index = token_weights.nonzero().squeeze(1)  # on the CPU: no synchronization
         kept = token_weights.index_select(0, index)
         return to_device(index, device), to_device(kept, device).to(dtype)
-    weights = to_device(token_weights, device).to(dtype)
+    weights = to_device(token_weights, device).to(dtype).contiguous()  # kernels count rows by 1
     if max_valid >= hidden.shape[0]:
         return None, weights
     index = torch.argsort((weights == 0).to(torch.uint8), stable=True)[:max_valid]

@@ -94,9 +94,10 @@ def public_source(name: str) -> str:
 def merged_card(text: str) -> str:
     """The card of an adapter as that of the plain model that it was folded into."""
     card = ModelCard(text.replace(f"\n{ADAPTER_NOTE}\n", ""))
-    card.data.tags = [tag for tag in card.data.tags or [] if tag != "lora"]
-    if card.data.get("base_model_relation"):
-        card.data["base_model_relation"] = "finetune"
+    about: Any = card.data
+    about.tags = [tag for tag in about.tags or [] if tag != "lora"]
+    if about.get("base_model_relation"):
+        about["base_model_relation"] = "finetune"
     return str(card)
 
 

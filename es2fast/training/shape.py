@@ -114,7 +114,7 @@ def shape_of(student: nn.Module, deepest: int) -> Shape:
 
 
 def _block(block: nn.Module, text: Any) -> Block:
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None) or 1  # a state-space model has none
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     products = list(_products(block, text))
     norms = [

@@ -70,6 +70,29 @@ def test_auto_values_that_belong_to_the_run_are_filled(tmp_path: Path) -> None:
     assert raw["bf16"] == {"enabled": False}
 
 
+def test_an_optimizer_of_the_hugging_face_form_is_filled_too() -> None:
+    params = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
+    raw = build_deepspeed(config(deepspeed={"optimizer": {"type": "AdamW", "params": params}}),
+                          world_size=1, dtype="bf16")  # fmt: skip
+    train = config().train
+    assert raw["optimizer"]["params"] == {
+        "lr": train.lr, "betas": list(train.betas), "weight_decay": train.weight_decay
+    }  # fmt: skip
+    odd = {"optimizer": {"type": "AdamW", "params": {"amsgrad": "auto"}}}
+    with pytest.raises(UserError, match=r"deepspeed\.optimizer\.params\.amsgrad: 'auto'"):
+        build_deepspeed(config(deepspeed=odd), world_size=1, dtype="bf16")
+
+
+def test_what_stands_beside_our_own_keys_is_kept() -> None:
+    raw = {
+        "bf16": {"enabled": "auto", "bf16_master_weights_and_grads": True},
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}},
+    }
+    found = build_deepspeed(config(deepspeed=raw), world_size=1, dtype="bf16")
+    assert found["bf16"] == {"enabled": True, "bf16_master_weights_and_grads": True}
+    assert "offload_optimizer" not in found["zero_optimization"]  # which is what none means
+
+
 def test_missing_and_broken_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'zero3'"):
         load_deepspeed("zero-3")

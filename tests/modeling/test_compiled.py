@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from es2fast.errors import UserError
 from es2fast.modeling.compiled import check_compiler, check_stage, compile_blocks, is_compiled
-from es2fast.modeling.sublayers import attention_of, mlp_of
+from es2fast.modeling.sublayers import sublayers
 from es2fast.modeling.taps import Intervention, SeparationTaps, backbone, blocks, position_ids
 
 HARMFUL = 2
@@ -48,7 +48,7 @@ def test_taps_cuts_and_attacks_are_those_of_plain_blocks() -> None:
     first = blocks(model)[0].requires_grad_(True)
     names = list(model.state_dict())
     taps = SeparationTaps(
-        model, [0], attacked=[0, 1], parts=[(0, attention_of(first)), (0, mlp_of(first))]
+        model, [0], attacked=[0, 1], parts=[(0, part) for part in sublayers(first)]
     )
     steps = [(9, CLEAN), (9, OUTSIDE), (9, INSIDE), (13, INSIDE), (13, CLEAN), (17, OUTSIDE)]
     plain = [loss_and_gradient(model, taps, *step) for step in steps]

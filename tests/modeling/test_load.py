@@ -10,13 +10,22 @@ import pytest
 from accelerate import dispatch_model
 from attacks.small import HARMFUL, hook_count, small_target, snapshot, unchanged
 from tiny_models import save_tiny
+from torch import nn
 
 from es2fast.attacks.registry import make_attack
 from es2fast.config import ModelConfig, TrainConfig
 from es2fast.errors import UserError
 from es2fast.evaluation.teacher import SavedTeacher, token_batches
 from es2fast.modeling import load
-from es2fast.modeling.load import adapter_base, load_causal_lm, load_merged, load_tokenizer
+from es2fast.modeling.load import (
+    adapter_base,
+    load_causal_lm,
+    load_merged,
+    load_model_config,
+    load_tokenizer,
+)
+from es2fast.modeling.skeleton import make_skeleton
+from es2fast.modeling.sublayers import sublayers
 from es2fast.modeling.teacher import set_trainable
 from es2fast.run.export import save_model
 
@@ -163,3 +172,41 @@ def test_a_saved_model_tells_transformers_4_its_rotary_base(tmp_path: Path, fami
     assert ("rope_scaling" in raw) == ("rope_scaling" in expected[family])
     again = load_causal_lm(ModelConfig(name=str(tmp_path / "saved")), "fp32")
     assert again.config.rope_parameters == model.config.rope_parameters
+
+
+@pytest.mark.parametrize(
+    "broken", [{"hidden_act": "none_such"}, {"num_attention_heads": 0}, {"pad_token_id": 10**6}]
+)
+def test_a_config_that_its_family_cannot_have(tmp_path: Path, broken: dict[str, Any]) -> None:
+    path = save_tiny(tmp_path) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | broken))
+    model = ModelConfig(name=str(tmp_path))
+    with pytest.raises(UserError, match=r"model\.name: .* cannot be built|that can be loaded"):
+        make_skeleton(model, load_model_config(model))
+
+
+def test_masks_that_cannot_be_cut_and_blocks_with_several_states(tmp_path: Path) -> None:
+    model = ModelConfig(name=str(save_tiny(tmp_path)), attn_implementation="flex_attention")
+    config = load_model_config(model)
+    with pytest.raises(UserError, match=r"attn_implementation: 'flex_attention' is not supported"):
+        make_skeleton(model, config)
+    config.model_type = "gemma3n_text"
+    with pytest.raises(UserError, match="whose blocks hold several states per token"):
+        make_skeleton(ModelConfig(name=str(tmp_path)), config)
+
+
+@pytest.mark.parametrize("text", ["{}", "{", "[]"])
+def test_an_adapter_of_no_model(tmp_path: Path, text: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(UserError, match="does not say of which model the adapter is"):
+        adapter_base(str(tmp_path))
+
+
+def test_all_that_adds_to_the_stream_is_found() -> None:
+    block, shared = nn.Module(), nn.Linear(2, 2)
+    block.self_attn, block.mamba = nn.Linear(2, 2), nn.Linear(2, 2)
+    block.block_sparse_moe, block.mlp, block.shared_mlp = None, shared, shared  # one, twice named
+    assert sublayers(block) == [block.self_attn, block.mamba, shared]
+    del block.self_attn, block.mamba
+    with pytest.raises(UserError, match="has no attention that can be found"):
+        sublayers(block)

@@ -6,10 +6,12 @@ import pytest
 import torch
 from tiny_models import FAMILIES, MORE_FAMILIES, tiny_model
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from es2fast.errors import UserError
 from es2fast.modeling.states import last_token_states
 from es2fast.modeling.taps import (
+    UNCUT,
     Intervention,
     SeparationTaps,
     backbone,
@@ -123,6 +125,22 @@ def test_harmful_rows_end_early_and_change_nothing_for_the_others(family: str) -
     assert torch.equal(run(model), full)
     taps.remove()
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in blocks(model))
+
+
+@pytest.mark.parametrize("family", UNCUT)
+def test_where_blocks_hold_to_the_batch_nothing_is_cut(family: str) -> None:
+    config = AutoConfig.for_model(family, hidden_size=32, n_layer=4, n_head=4, vocab_size=40)
+    model = AutoModelForCausalLM.from_config(config).eval()
+
+    def run(model: nn.Module) -> Tensor:
+        return backbone(model)(input_ids=IDS, attention_mask=MASK).last_hidden_state
+
+    full = run(model)
+    taps = SeparationTaps(model, [0, 1])
+    taps.arm(torch.tensor([5, 5, 4]), num_harmful=2)
+    assert torch.equal(run(model), full)
+    assert taps.states[1].shape == (3, model.config.hidden_size)
+    taps.remove()
 
 
 @pytest.mark.parametrize("space", ["residual", "normed"])

@@ -38,7 +38,7 @@ from es2fast.attacks.states.directions import (
     search_cost,
 )
 from es2fast.data import Prompt
-from es2fast.modeling.sublayers import attention_of, mlp_of
+from es2fast.modeling.sublayers import sublayers
 from es2fast.modeling.taps import blocks, hidden_of, hooks, with_hidden
 
 
@@ -105,7 +105,7 @@ def ablated(
         UserError: the model's attention or MLP cannot be found.
     """
     every = list(blocks(model))
-    added = [part for block in every for part in (attention_of(block), mlp_of(block))]
+    added = [part for block in every for part in sublayers(block)]
     unit = unit.to(next(model.parameters()).device)
     levels = levels or [0.0] * (len(every) + 1)
     handles = [

@@ -41,7 +41,7 @@ from es2fast.attacks.states.directions import (
 from es2fast.data import Prompt
 from es2fast.errors import UserError
 from es2fast.modeling.states import last_token_states
-from es2fast.modeling.sublayers import attention_of, embeddings, fused, mlp_of, writers
+from es2fast.modeling.sublayers import embeddings, fused, sublayers, writers
 from es2fast.modeling.taps import blocks, causal_lm
 from es2fast.run.export import save_model
 
@@ -124,7 +124,7 @@ def written_by(model: nn.Module) -> list[Written]:
     _check_embedding(model)
     found: list[Written] = [(table, "weight", -1) for table in embeddings(model)]
     for block in blocks(model):
-        for part in (attention_of(block), mlp_of(block)):
+        for part in sublayers(block):
             for module in writers(part):
                 found += _tensors(module)
     return found

@@ -27,7 +27,7 @@ class Rows:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         if weights is None:
             return Rows(x, torch.ones(x.shape[0], dtype=dtype, device=x.device), True)
-        return Rows(x, weights.to(x.device, dtype), False)
+        return Rows(x, weights.to(x.device, dtype).contiguous(), False)  # kernels count by 1
 
     def detached(self) -> Rows:
         return Rows(self.x.detach(), self.w, self.equal)

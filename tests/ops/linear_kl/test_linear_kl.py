@@ -125,6 +125,20 @@ def test_every_input_strided(backend, dtype, direction, shared):
     check(problem, backend)
 
 
+@pytest.mark.parametrize("lie", ("apart", "once"))
+def test_weights_that_are_not_dense_and_not_packed(backend, lie):
+    """`max_valid_tokens` that leaves all rows in place leaves the caller's weights in place too."""
+    gen = torch.Generator().manual_seed(6)
+    head, tokens, teacher = (
+        torch.randn(*shape, generator=gen) for shape in ((90, 16), (6, 16), (6, 16))
+    )
+    dense = torch.tensor([1.0, 9, 0, 9, 2, 9, 1, 9, 3, 9, 1, 9])
+    weights = dense[::2] if lie == "apart" else torch.tensor(2.0).expand(6)
+    assert not weights.is_contiguous()
+    options = dict(token_weights=weights, max_valid_tokens=6, reduction="sum")
+    check(Problem(tokens, head, teacher, None, options), backend)
+
+
 @pytest.mark.parametrize("softcap", (1.5, 30.0, 3000.0), ids=("saturated", "gemma", "wide"))
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_sweep_with_softcap(backend, direction, softcap):

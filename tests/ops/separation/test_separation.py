@@ -254,6 +254,21 @@ def test_non_contiguous_rows(backend):
     check(strided, backend)
 
 
+@pytest.mark.parametrize("lie", ("apart", "once"))
+def test_weights_that_are_not_dense(backend, lie):
+    problem = sized(backend, "l2", FP32)
+    n = problem.harmful.shape[0]
+    weights = torch.rand(2 * n)[::2] if lie == "apart" else torch.tensor(0.5).expand(n)
+    assert not weights.is_contiguous()
+    own = Problem(
+        problem.harmful, problem.harmless, problem.options | dict(harmful_weights=weights)
+    )
+    got, mean = run(own, backend, reduction="sum"), oracle(own)
+    pairs = weights.double().sum() * problem.harmless.shape[0]
+    for made, one in ((got.loss, mean.loss), (got.da, mean.da), (got.db, mean.db)):
+        assert relative(made, pairs * one) < 1e-5
+
+
 # --- mistakes -------------------------------------------------------------------------------------
 
 ROWS = torch.zeros(3, 8)
