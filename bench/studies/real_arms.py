@@ -228,6 +228,12 @@ ARMS: dict[str, Arm] = {
         of="topical",
         mean=(0, 2),
     ),
+    "topical_mean_90": Arm(
+        "topical_mean, of whose update nine tenths are kept", of="topical", mean=(0, 2), scale=0.9
+    ),
+    "topical_mean_80": Arm(
+        "topical_mean, of whose update four fifths are kept", of="topical", mean=(0, 2), scale=0.8
+    ),
     "contrast_mean": Arm(
         "the mean of the updates of two runs of contrast, seeds 0 and 2, or s and s - 1",
         of="contrast",

@@ -7,8 +7,9 @@ defaults; `recipes/default.yaml` names public prompt sets too. Later ones win:
 
 Over a recipe of the user's own --quick lays the smaller numbers alone, no prompts and no attacks.
 
-Prompts have five roles. A file takes the place of the recipe's sources of its role and keeps their
-`limit`; where its rows are labelled, those of its role's side are read. Borderline prompts, which
+Prompts have five roles. A file takes the place of the recipe's sources of its role, but for
+built-in prompts, and keeps their `limit`; where its rows are labelled, those of its role's side are
+read. Borderline prompts, which
 look harmful and are not, are `data.borderline`, and held out those of `kind: borderline` in
 `data.eval_harmless`; one file serves both, every other row each.
 """
@@ -137,7 +138,8 @@ def _files(
     kept["side"] = "harmful" if role.endswith("harmful") else "harmless"
     if role == BORDERLINE:
         kept |= {"kind": BORDERLINE, "rows": _HALVES[group]}
-    return [DataSource(source=place, **kept) for place in places]
+    stay = [source for source in own if source.source.startswith(PREFIX)]
+    return [*(DataSource(source=place, **kept) for place in places), *stay]
 
 
 def _remote_roles(config: Config) -> list[str]:

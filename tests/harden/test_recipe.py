@@ -78,7 +78,7 @@ def test_files_take_the_place_of_their_role_and_overrides_win(tmp_path: Path) ->
     default = resolve("m", tmp_path)
     found, before = sources(config), sources(default)
     assert found["harmful"] == ["a.csv", "b.csv"]
-    assert found["harmless"] == ["c.csv"] and found["borderline"] == ["d.csv"]
+    assert found["harmless"] == ["c.csv", "builtin:topical"] and found["borderline"] == ["d.csv"]
     assert found["eval_harmful"] == before["eval_harmful"]
     assert found["eval_harmless"] == [before["eval_harmless"][0], "d.csv"]
     assert [s.limit for s in config.data.harmful] == [default.data.harmful[0].limit] * 2
