@@ -28,7 +28,8 @@ FIGURE = ROWS.with_suffix(".png")
 PRIMARY = "Qwen2.5-Coder-0.5B-Instruct"
 
 OTHERS = (BASE, "paper", "default", *CIRCUIT_BREAKERS)  # models of docs/evaluation.md
-RECIPE = "contrast_mean_80"  # the arm whose settings `es2fast harden` has
+RECIPE = "topical_mean_80"  # the arm whose settings `es2fast harden` has
+BEFORE = "contrast_mean_80"  # and that which it had before, to stand beside it
 FIGURED = (BASE, "anchor_robust", "both_robust", "long", "longer", RECIPE)
 PARTS = (BASE, *(name for name in reversed(ARMS) if name not in OTHERS), *CIRCUIT_BREAKERS)
 
@@ -122,13 +123,15 @@ ANSWERED = {
 
 
 def recipe_table(rows: Sequence[Row], able: Sequence[Row] = ()) -> str:
-    """The base model and each seed of the recipe: one line per attack, then the price; `able`: rows
-    of `real_abilities`."""
+    """The base model, each seed of the recipe and the recipe before it: one line per attack, then
+    the price; `able`: rows of `real_abilities`."""
     models = with_seeds([BASE, RECIPE], rows)
     cells = {(row["model"], row["attack"]): row for row in rows}
     seeds = [int(name.partition(", seed ")[2] or 0) for name in models[1:]]
     pairs = [" and ".join(map(str, sorted(mean_seeds(RECIPE, seed)))) for seed in seeds]
     names = ["base", *(f"hardened, seeds {pair}" for pair in pairs)]
+    if (BEFORE, "direct") in cells:
+        models, names = [*models, BEFORE], [*names, "without `builtin:topical`"]
     lines = ["| | " + " | ".join(names) + " |", "|:--|" + "--:|" * len(models)]
     for attack, words in ATTACKED.items():
         own = [cells.get((name, attack)) for name in models]
