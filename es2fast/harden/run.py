@@ -64,7 +64,11 @@ def run_harden(
         )
     folder, steps = RunFolder(config.output_dir), Steps(3 + mean_of)
     seeds = [config.train.seed + number for number in range(mean_of)]
+    overwrite = overwrite or config.train.overwrite
     check_folder(folder, config, overwrite, seeds)
+    # the plan may be of a folder that holds the run; what is trained anew, `_train_one` decides
+    train = config.train.model_copy(update={"overwrite": True})
+    config = config.model_copy(update={"train": train})
     with steps.step("plan") as say, telling_options(config):
         plan = make_plan(config, world_size=rank_count(ranks, config.train.device))
         _check_held_out(plan)
@@ -227,8 +231,7 @@ def _train_one(
     """A training, from the folder's checkpoint where one is left: without `overwrite` it does not
     start anew in place of one that cannot go on, as on other ranks, but says why."""
     left = any(folder.checkpoints.glob("*")) and not folder.stopped.is_file()
-    own = {"overwrite": overwrite or config.train.overwrite or not left}
-    train = config.train.model_copy(update=own)
+    train = config.train.model_copy(update={"overwrite": overwrite or not left})
     folder.path.mkdir(parents=True, exist_ok=True)
     save_config(config.model_copy(update={"train": train}), folder.path / RECIPE)
     what = f"{train.steps} steps on {world_size} rank{'s' * (world_size > 1)}"

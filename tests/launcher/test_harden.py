@@ -150,9 +150,10 @@ def test_a_model_that_refuses_nothing(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert not (tmp_path / "out/model").exists() and not (tmp_path / "out/STOP").exists()
     with pytest.raises(UserError, match="the deepspeed launcher ended with code"):
         run_harden(config, ranks=2)  # another run: what was trained is not thrown away for it
-    assert "micro_batch_size" in capfd.readouterr().err
+    before = capfd.readouterr()
+    assert "micro_batch_size" in before.err
     report = run_harden(config, ranks=1)
-    printed = capfd.readouterr().out
+    printed = before.out + capfd.readouterr().out
     assert "continues after step 2" in printed  # the wish is seen during the second
     assert "refuses none of the 10 harmful prompts; the anchor teaches refusal.fallback" in printed
     assert printed.strip().splitlines()[-1].startswith("Verdict: ")

@@ -19,6 +19,7 @@ from es2fast.distributed.launch import free_port
 from es2fast.errors import UserError
 from es2fast.modeling.load import load_merged
 from es2fast.probing.choose import probe_layers
+from es2fast.report.model_card import merged_card
 from es2fast.run.export import export_run
 
 pytestmark = [pytest.mark.launcher, pytest.mark.slow]
@@ -133,7 +134,8 @@ def test_adapter_and_merged_export_give_the_same_logits(run: Path) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         assert (found - base(input_ids=IDS).logits).abs().max() > 1e-3
     card = (run / "run/model/README.md").read_text()
-    assert card.count("es2fast") > 0 and (out / "README.md").read_text() == card
+    assert card.count("es2fast") > 0 and (out / "README.md").read_text() == merged_card(card)
+    assert "- lora" in card and "- lora" not in merged_card(card)
 
 
 @pytest.mark.parametrize("merge", [False, True])
