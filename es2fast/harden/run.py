@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from es2fast.attacks.registry import make_attacks
@@ -66,7 +67,7 @@ def run_harden(
     seeds = [config.train.seed + number for number in range(mean_of)]
     overwrite = overwrite or config.train.overwrite
     check_folder(folder, config, overwrite, seeds)
-    # the plan may be of a folder that holds the run; what is trained anew, `_train_one` decides
+    # the plan may be of a folder that holds the run; what is trained anew, `Trainer` decides
     train = config.train.model_copy(update={"overwrite": True})
     config = config.model_copy(update={"train": train})
     with steps.step("plan") as say, telling_options(config):
@@ -74,7 +75,7 @@ def run_harden(
         _check_held_out(plan)
         write("\n".join(f"      {line}" for line in plan.lines()))
         say(_planned(plan))
-    _train(plan, folder, steps, ranks, seeds, overwrite)
+    _train(Trainer(plan, steps, ranks, overwrite), folder, seeds)
     report = _evaluate(plan, folder, steps)
     steps.skip("written", f"{folder.page}, {folder.answers}, {folder.model} (with model card)")
     write(paragraph(report, TUNED))
@@ -145,41 +146,49 @@ def _trained(folder: RunFolder, config: Config) -> bool:
     return all(name.startswith("evaluate.") for name in differences(saved, config))
 
 
-def _train(
-    plan: Plan,
-    folder: RunFolder,
-    steps: Steps,
-    ranks: int | None,
-    seeds: Sequence[int],
-    overwrite: bool,
-) -> None:
-    config = plan.config
+@dataclass(frozen=True)
+class Trainer:
+    """Trains runs of one plan; `ranks` and `overwrite` as `run_harden` has them."""
+
+    plan: Plan
+    steps: Steps
+    ranks: int | None
+    overwrite: bool
+
+    def train(self, config: Config, folder: RunFolder, title: str) -> None:
+        """One run, from the folder's checkpoint where one is left: without `overwrite` it does not
+        start anew in place of one that cannot go on, as on other ranks, but says why."""
+        left = any(folder.checkpoints.glob("*")) and not folder.stopped.is_file()
+        train = config.train.model_copy(update={"overwrite": self.overwrite or not left})
+        folder.path.mkdir(parents=True, exist_ok=True)
+        save_config(config.model_copy(update={"train": train}), folder.path / RECIPE)
+        size = self.plan.world_size
+        what = f"{train.steps} steps on {size} rank{'s' * (size > 1)}"
+        with self.steps.step(title, what), estimated(folder.metrics, train.steps):
+            launch_to_end(folder.path / RECIPE, folder, ranks=self.ranks, device=train.device)
+
+
+def _train(trainer: Trainer, folder: RunFolder, seeds: Sequence[int]) -> None:
+    config = trainer.plan.config
     if _trained(folder, config) and _of_seeds(folder, seeds):
         if any(differences(load_config(folder.config), config)):  # of how it is evaluated
             save_config(config, folder.config)
         for _ in seeds:
-            steps.skip("train", f"finished before, {folder.model}")
+            trainer.steps.skip("train", f"finished before, {folder.model}")
         return
     if len(seeds) == 1:
         remove(folder.path / SEEDS)
-        _train_one(config, plan.world_size, folder, steps, ranks, "train", overwrite)
+        trainer.train(config, folder, "train")
         return
     lock = Lock(folder)  # and the mark that the folder is ours, whenever this ends
     try:
-        _train_mean(plan, folder, steps, ranks, seeds, overwrite)
+        _train_mean(trainer, folder, seeds)
     finally:
         lock.release()
 
 
-def _train_mean(
-    plan: Plan,
-    folder: RunFolder,
-    steps: Steps,
-    ranks: int | None,
-    seeds: Sequence[int],
-    overwrite: bool,
-) -> None:
-    config = plan.config
+def _train_mean(trainer: Trainer, folder: RunFolder, seeds: Sequence[int]) -> None:
+    config = trainer.plan.config
     if not folder.finished:
         remove(folder.model)  # of a mean that was not written to its end
     parts = [RunFolder(folder.path / SEEDS / str(seed)) for seed in seeds]
@@ -192,10 +201,10 @@ def _train_mean(
         changes = {"train": train, "layers": layers, "output_dir": str(part.path)}
         own = config.model_copy(update=changes)
         if _trained(part, own):
-            _check_batch(part, plan)
-            steps.skip(_title(seeds, seed), f"finished before, {part.model}")
+            _check_batch(part, trainer.plan)
+            trainer.steps.skip(f"train, seed {seed}", f"finished before, {part.model}")
         else:
-            _train_one(own, plan.world_size, part, steps, ranks, _title(seeds, seed), overwrite)
+            trainer.train(own, part, f"train, seed {seed}")
         if seed == seeds[0]:  # measured once
             layers = json.loads(part.summary.read_text(encoding="utf-8"))["layers"]
     write_mean(parts, folder)
@@ -213,30 +222,6 @@ def _check_batch(part: RunFolder, plan: Plan) -> None:
             f"--ranks: {str(part.path)!r} was trained with {before} pairs per step and the others "
             f"would have {now}; give --ranks {before * plan.world_size // now} or another --out"
         )
-
-
-def _title(seeds: Sequence[int], seed: int) -> str:
-    return f"train, seed {seed}" if len(seeds) > 1 else "train"
-
-
-def _train_one(
-    config: Config,
-    world_size: int,
-    folder: RunFolder,
-    steps: Steps,
-    ranks: int | None,
-    title: str,
-    overwrite: bool,
-) -> None:
-    """A training, from the folder's checkpoint where one is left: without `overwrite` it does not
-    start anew in place of one that cannot go on, as on other ranks, but says why."""
-    left = any(folder.checkpoints.glob("*")) and not folder.stopped.is_file()
-    train = config.train.model_copy(update={"overwrite": overwrite or not left})
-    folder.path.mkdir(parents=True, exist_ok=True)
-    save_config(config.model_copy(update={"train": train}), folder.path / RECIPE)
-    what = f"{train.steps} steps on {world_size} rank{'s' * (world_size > 1)}"
-    with steps.step(title, what), estimated(folder.metrics, train.steps):
-        launch_to_end(folder.path / RECIPE, folder, ranks=ranks, device=train.device)
 
 
 def _evaluate(plan: Plan, folder: RunFolder, steps: Steps) -> Report:

@@ -20,7 +20,7 @@ _ATTENTION = ("self_attn", "self_attention", "attn", "attention", "linear_attn",
               "temporal_block", "mixer")  # fmt: skip
 _MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "shared_mlp", "experts")
 _WRITERS = {"o_proj", "out_proj", "dense", "c_proj", "wo", "out_lin", "down_proj", "fc2",
-            "dense_4h_to_h", "w2"}  # fmt: skip
+            "dense_4h_to_h", "w2", "output_linear"}  # fmt: skip
 
 
 def sublayers(block: nn.Module) -> list[nn.Module]:

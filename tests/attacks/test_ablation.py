@@ -12,7 +12,7 @@ from attacks.small import HARMFUL, HARMLESS, Says, logits, padded, small_target,
 from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from es2fast.attacks.base import Answer, Target
 from es2fast.attacks.registry import make_attack
@@ -269,6 +269,41 @@ def test_experts_are_orthogonalised_too(monkeypatch: pytest.MonkeyPatch) -> None
     real = padded(target)["attention_mask"].bool()
     torch.testing.assert_close(found[real], wanted[real], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(plain, wanted, atol=1e-2)
+
+
+BESIDE: dict[str, dict[str, Any]] = {  # blocks with several sublayers of a kind, side by side
+    "granitemoeshared": {"num_local_experts": 4, "num_experts_per_tok": 2,
+                         "shared_intermediate_size": 24},
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8,
+                  "mamba_n_groups": 1, "head_dim": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", BESIDE)
+def test_nothing_that_a_block_adds_is_forgotten(family: str) -> None:
+    config = AutoConfig.for_model(
+        family, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=40, **BESIDE[family],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, unit = AutoModelForCausalLM.from_config(config).eval(), unit_vector()
+
+    def run() -> tuple[float, Tensor]:
+        """The largest component of a block's input along the direction, and the logits."""
+        with torch.no_grad():
+            out = model(torch.arange(12)[None], output_hidden_states=True)
+        states = out.hidden_states[:-1]
+        return max(float((h @ unit).abs().max() / h.norm(dim=-1).max()) for h in states), out.logits
+
+    before, plain = run()
+    with orthogonalised(model, unit):
+        left, by_weights = run()
+    with ablated(model, unit):
+        by_states = run()[1]
+    assert left < 1e-6 < 1e-2 < before
+    scale = by_weights.abs().max()
+    assert (by_states - by_weights).abs().max() < 2e-5 * scale
+    assert (plain - by_weights).abs().max() > 1e-2 * scale
 
 
 def with_adapter(model: nn.Module, **options: Any) -> Any:

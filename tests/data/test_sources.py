@@ -267,6 +267,13 @@ def test_saved_datasets_and_parquet(tmp_path, form):
     assert "its columns are 'prompt', 'label', 'other'" in message(path, split="test", column="x")
 
 
+def test_a_saved_dataset_without_a_known_column_names_those_it_has(tmp_path):
+    datasets.Dataset.from_dict({"query": ["one"], "x": [1]}).save_to_disk(tmp_path / "set")
+    assert "no column recognised as the prompt; set `column` to one of 'query', 'x'" in message(
+        tmp_path / "set"
+    )
+
+
 def test_a_folder_of_data_files(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     assert texts(saved(tmp_path, "files"), split="test") == ["one", "two", "three"]

@@ -99,6 +99,12 @@ def test_names_and_numbers_that_are_wrong_are_told() -> None:
     assert ranks_of("8, 1,8") == [1, 8]
 
 
+def test_the_ranks_of_a_cpu_share_its_memory() -> None:
+    assert [machine("cpu", 16_000).memory_of_rank(ranks) for ranks in (1, 8)] == [16_000, 2_000]
+    assert [machine("H100").memory_of_rank(ranks) for ranks in (1, 8)] == [80e9, 80e9]
+    assert machine("cpu").memory_of_rank(8) is None
+
+
 def test_the_command_writes_its_estimates(tmp_path: Path) -> None:
     raw = {
         "model": {"name": str(save_tiny(tmp_path / "model"))},
