@@ -48,7 +48,7 @@ from es2fast.data import Formatter, Prompt, model_fingerprint
 from es2fast.data.prompts import read_source
 from es2fast.judges.rules import is_refusal
 from es2fast.modeling.generate import generate
-from es2fast.modeling.load import load_merged, load_tokenizer
+from es2fast.modeling.load import free_memory, load_merged, load_tokenizer
 from es2fast.progress import tqdm
 from es2fast.report.stats import mcnemar
 from es2fast.run.files import read_lines
@@ -175,6 +175,8 @@ def answers(
         )  # fmt: skip
         for i, text in zip(batch, made, strict=True):
             found[i] = text
+    del model
+    free_memory()
     kept.parent.mkdir(parents=True, exist_ok=True)
     lines = [head, *({"question": q, "answer": a} for q, a in zip(questions, found))]
     kept.write_text("".join(f"{json.dumps(line)}\n" for line in lines))

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import shutil
 import sys
 import time
@@ -58,7 +57,7 @@ from es2fast.distributed import runtime as runtimes
 from es2fast.errors import UserError
 from es2fast.evaluation.answering import EvaluationPrompts, Subject
 from es2fast.evaluation.run import evaluate_models
-from es2fast.modeling.load import load_causal_lm, load_tokenizer
+from es2fast.modeling.load import free_memory, load_causal_lm, load_tokenizer
 from es2fast.report.schema import ModelResult
 from es2fast.run.folder import RunFolder
 from es2fast.run.metrics import read_metrics
@@ -152,7 +151,7 @@ def run(cell: Cell, shared: Seed, work: Path, prompts: int, runtime: Any) -> dic
         tuned = load_causal_lm(config.model.model_copy(update={"name": str(saved)}), "fp32").eval()
         row |= figures(shared.evaluate(tuned, layers), layers)
     shutil.rmtree(out)
-    gc.collect()
+    free_memory()
     return row
 
 

@@ -5,7 +5,6 @@ The model is loaded when something of it is missing, and not at all when everyth
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import time
@@ -27,6 +26,7 @@ from es2fast.evaluation.answers import HARMFUL, HARMLESS, TRIAL, AnswerLog, Scop
 from es2fast.evaluation.estimate import Missing, announcement
 from es2fast.judges.base import Judge
 from es2fast.modeling.batch_size import starting_rows
+from es2fast.modeling.load import free_memory
 from es2fast.progress import tqdm
 from es2fast.report.schema import BASE
 from es2fast.run.files import write_text
@@ -207,9 +207,7 @@ class SubjectAnswers:
             if self._target is not None:
                 self._target.model.train(self._was_training)
                 self._target = None
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                free_memory()
 
     def preparation(self, attack: Attack) -> Preparation:
         """How an attack is prepared here."""

@@ -6,7 +6,6 @@ result does not depend on its neighbours beyond rounding. They run sorted by len
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +18,7 @@ from es2fast.config import ModelConfig
 from es2fast.data import model_fingerprint
 from es2fast.distributed.runtime import resolve_device, resolve_dtype
 from es2fast.errors import UserError
-from es2fast.modeling.load import load_causal_lm, load_tokenizer
+from es2fast.modeling.load import free_memory, load_causal_lm, load_tokenizer
 from es2fast.modeling.taps import position_ids
 from es2fast.progress import tqdm
 
@@ -131,9 +130,7 @@ class JudgeModel:
         """Frees the model's memory."""
         if self._model is not None:
             self._model = None
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            free_memory()
 
     @property
     def _pad(self) -> int:

@@ -7,7 +7,6 @@ every rank does the same.
 
 from __future__ import annotations
 
-import gc
 import json
 import time
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from es2fast.distributed.interrupt import StopWish
 from es2fast.distributed.runtime import Runtime
 from es2fast.distributed.zero import full_state_dict
 from es2fast.errors import RunStopped
+from es2fast.modeling.load import free_memory
 from es2fast.modeling.taps import blocks
 from es2fast.run.export import write_model
 from es2fast.run.files import write_text
@@ -104,9 +104,7 @@ def train(
     else:
         prepared, harmless, texts = resumed.prepared, resumed.harmless, resumed.texts
         prepared.teacher = cached_teacher(plan, harmless, runtime)
-    gc.collect()  # the base model of the preparation is gone before two models are loaded
-    if runtime.device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_memory()  # the base model of the preparation is gone before two models are loaded
     if runtime.is_main:
         prepared.save(folder)
         print(f"layers {prepared.layers}: {prepared.reason}", flush=True)
