@@ -42,11 +42,13 @@ def combined(places: Sequence[Path]) -> Report:
                 name = f"{label}/{model.name}"
             called[name] = model.name
             models.append(model.model_copy(update={"name": name}))
-    layers = {layer for report in reports for layer in report.separated_layers}
-    first = reports[0].train
-    shown = first.model_copy(update={"layers": sorted(layers)}) if first else None
+    trainings = {
+        label: report.train.model_copy(update={"layers": report.separated_layers})
+        for label, report in zip(labels, reports)
+        if report.train
+    }
     warnings = [f"{label}: {text}" for label, r in zip(labels, reports) for text in r.warnings]
-    return Report(models=models, train=shown, judge=_judges(reports), warnings=warnings)
+    return Report(models=models, trainings=trainings or None, judge=_judges(reports), warnings=warnings)
 
 
 def _untimed(model: ModelResult) -> ModelResult:

@@ -38,7 +38,7 @@ def _model_findings(report: Report, model: ModelResult) -> Iterator[str]:
     yield from _worst(report, model)
     yield from _loops(model)
     base = base_of(report, model)
-    for layer in report.separated_layers if report.train else []:
+    for layer in report.separated_layers if report.all_trainings else []:
         found = model.separation.get(str(layer))
         before = base.separation.get(str(layer)) if base else None
         if found:

@@ -111,7 +111,7 @@ def write_page(
         for name, drawn in figures.items()
         if drawn
     ]
-    train = report.train
+    layers = {layer for one in report.all_trainings.values() for layer in one.layers or []}
     page = (
         _environment()
         .get_template("report.html.j2")
@@ -124,12 +124,12 @@ def write_page(
             models=report.names,
             rows=table_rows(report),
             legend=legend(),
-            train=train,
+            trainings=report.all_trainings,
             warnings=report.warnings,
             figures=shown,
             judges=judges_section(report),
             examples=_examples(report),
-            settings=config_rows(config, train.layers if train else None) if config else [],
+            settings=config_rows(config, sorted(layers) or None) if config else [],
             resolved=_yaml(config) if config else "",
         )
     )

@@ -189,6 +189,7 @@ class Report(_Part):
     version: Literal[2] = 2
     models: list[ModelResult] = Field(min_length=1)
     train: TrainSummary | None = None
+    trainings: dict[str, TrainSummary] | None = None  # in place of it, where several reports are one
     judge: str = "rules"  # several: the first decides
     calibration: dict[str, Any] | None = None  # of that judge, see es2fast.judges.calibration
     created: str | None = None  # ISO 8601, UTC
@@ -251,9 +252,14 @@ class Report(_Part):
         return sorted({int(layer) for model in self.models for layer in model.separation})
 
     @property
+    def all_trainings(self) -> dict[str, TrainSummary]:
+        """How the models came about, where that is known; a single one has the name ""."""
+        return self.trainings or ({"": self.train} if self.train else {})
+
+    @property
     def separated_layers(self) -> list[int]:
-        """`train.layers` when given, otherwise every reported layer."""
-        named = self.train.layers if self.train else None
+        """`layers` of any training when given, otherwise every reported layer."""
+        named = {layer for one in self.all_trainings.values() for layer in one.layers or []}
         return sorted(named) if named else self.reported_layers
 
 

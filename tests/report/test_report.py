@@ -303,6 +303,7 @@ def test_reports_side_by_side(tmp_path, full):
     for name, kl in (("run-a", 0.0123), ("run-b", 0.5)):
         old["tuned"]["harmless"]["kl_to_base"] = kl
         old["base"]["attacks"]["scav"]["seconds"] = kl  # which make it no other base
+        old["train"] = full["train"] | {"steps": round(1000 * kl), "layers": [round(10 * kl)]}
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.json").write_text(json.dumps(old))
     both = combined([tmp_path / "run-a", tmp_path / "run-b/report.json"])
@@ -315,6 +316,8 @@ def test_reports_side_by_side(tmp_path, full):
     assert result.exit_code == 0, result.output
     page = (tmp_path / "both.html").read_text()
     assert page.count('<section class="card">') == 3 and "<h3>run-b</h3>" in page
+    assert "Training of run-a: 12 steps" in page and "Training of run-b: 500 steps" in page
+    assert both.separated_layers == [0, 5]
     with pytest.raises(UserError, match="two reports lie in folders named 'run-a'"):
         combined([tmp_path / "run-a", tmp_path / "run-a"])
     (tmp_path / "three").mkdir()
