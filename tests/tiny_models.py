@@ -46,6 +46,8 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
                   "moe_intermediate_size": 24},
     "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16},
+    "llama4_text": {"head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 48,
+                    "attention_chunk_size": 32},
     "olmo2": {},
     "gpt_neox": {},
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},

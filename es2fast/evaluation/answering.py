@@ -27,6 +27,7 @@ from es2fast.evaluation.estimate import Missing, announcement
 from es2fast.judges.base import Judge
 from es2fast.modeling.batch_size import starting_rows
 from es2fast.modeling.load import free_memory
+from es2fast.modeling.states import BATCH, check_padding
 from es2fast.progress import tqdm
 from es2fast.report.schema import BASE
 from es2fast.run.files import write_text
@@ -173,7 +174,11 @@ class SubjectAnswers:
 
     @property
     def target(self) -> Target:
-        """The model, loaded when it is first asked for."""
+        """The model, loaded when it is first asked for.
+
+        Raises:
+            UserError: it does not mask padding.
+        """
         if self._target is None:
             settings = self.settings
             model, formatter = self.subject.load(), self.subject.formatter
@@ -195,6 +200,7 @@ class SubjectAnswers:
             )
             self._was_training = self._target.model.training
             self._target.model.eval()
+            check_padding(model, formatter, self.prompts.harmful[:BATCH])
             self._loaded(self._target)
         return self._target
 

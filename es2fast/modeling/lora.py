@@ -20,31 +20,28 @@ from torch.autograd.function import once_differentiable
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x (.., in), W (out, in) frozen, b (out,) frozen or None, A, B, s -> (.., out)."""
+    """x (N, in), W (out, in) frozen, b (out,) frozen or None, A, B, s -> (N, out)."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s: float
     ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        inner = flat @ a.t()
-        ctx.save_for_backward(flat, inner, weight, a, b)
-        ctx.scaling, ctx.shape = s, x.shape
-        out = nn.functional.linear(flat, weight, bias)
-        torch.addmm(out, inner, b.t(), alpha=s, out=out)
-        return out.view(*x.shape[:-1], len(weight))
+        inner = x @ a.t()
+        ctx.save_for_backward(x, inner, weight, a, b)
+        ctx.scaling = s
+        out = nn.functional.linear(x, weight, bias)
+        return torch.addmm(out, inner, b.t(), alpha=s, out=out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        flat, inner, weight, a, b = ctx.saved_tensors
-        grad = grad.reshape(-1, grad.shape[-1])
+        x, inner, weight, a, b = ctx.saved_tensors
         low = (grad @ b).mul_(ctx.scaling)
         to_x = None
         if ctx.needs_input_grad[0]:
             to_x = grad @ weight
-            to_x = torch.addmm(to_x, low, a, out=to_x).view(ctx.shape)
-        return to_x, None, None, low.t() @ flat, (grad.t() @ inner).mul_(ctx.scaling), None
+            to_x = torch.addmm(to_x, low, a, out=to_x)
+        return to_x, None, None, low.t() @ x, (grad.t() @ inner).mul_(ctx.scaling), None
 
 
 class FusedLoraLinear(Linear):
@@ -57,7 +54,10 @@ class FusedLoraLinear(Linear):
             return plain
         base: Any = self.base_layer
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        return _LoraLinear.apply(x, base.weight, base.bias, a, b, self.scaling[name])
+        flat = x.reshape(-1, x.shape[-1])
+        out = _LoraLinear.apply(flat, base.weight, base.bias, a, b, self.scaling[name])
+        # a view made here may be changed in place by what follows (Llama 4), one made there not
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     def _fusible(self, x: Tensor) -> str | None:
         """The one adapter that acts, if it is LoRA as in the paper, without dropout, and in one

@@ -22,11 +22,13 @@ from torch import Tensor, nn
 
 from es2fast.data import Formatter, Prompt
 from es2fast.distributed.runtime import Runtime
+from es2fast.errors import UserError
 from es2fast.modeling.taps import backbone, blocks, causal_lm, position_ids, tapped
 from es2fast.progress import tqdm
 
 STATE_BYTES = 2 << 30  # of fp32 states held at a time
 BATCH = 32  # prompts per forward pass
+PADDING_ERROR = 0.1  # of a state's norm: rounding in bf16, and experts that it chooses, stay below
 
 Select = Callable[[Tensor], Tensor]  # of left-padded hidden states: (B, T, H) -> (B, K)
 
@@ -78,6 +80,40 @@ def last_token_states(
                 # a copy: a view would keep the block's whole (B, T, H) output alive
                 kept[layer].append(states[layer].to("cpu", torch.float32, copy=True))
     return {layer: torch.cat(kept.pop(layer)) for layer in list(kept)}  # parts freed as it goes
+
+
+def check_padding(
+    model: nn.Module,
+    formatter: Formatter,
+    prompts: Sequence[Prompt],
+    forward: Callable[..., Any] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """That a prompt has the same states beside a longer row, where it is padded, as alone.
+
+    Recurrent models that take an attention mask and ignore it (RWKV, xLSTM) would be trained and
+    attacked on states of their padding.
+
+    Args:
+        model: a causal language model in eval mode; call on every rank.
+        formatter: its chat format.
+        prompts: at least one, of which the shortest is taken.
+        forward, device: see `last_token_states`.
+
+    Raises:
+        UserError: they differ by more than `PADDING_ERROR` of their norm.
+    """
+    ids = min((formatter.prompt_ids(prompt) for prompt in prompts), key=len)
+    batches = [formatter.pad([ids]), formatter.pad([ids, [*ids, *ids]])]
+    last = len(blocks(model)) - 1
+    alone, padded, _ = last_token_states(model, batches, [last], forward, device)[last]
+    error = ((padded - alone).norm() / alone.norm()).item()
+    if error > PADDING_ERROR:
+        raise UserError(
+            f"model.name: {type(causal_lm(model)).__name__} gives a prompt other states where it "
+            f"is padded (they differ by {error:.0%}), so it does not heed the attention mask; take "
+            "a model that does, rows are padded here"
+        )
 
 
 def states_by_block(

@@ -76,9 +76,13 @@ def backbone(model: nn.Module) -> Any:
         UserError: the model has no decoder that this library can find.
     """
     inner = causal_lm(model)
-    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
-    if decoder is None or decoder is inner:
-        decoder = getattr(inner, getattr(inner, "base_model_prefix", "model"), None)
+    found = [inner.get_decoder()] if hasattr(inner, "get_decoder") else []
+    names = (getattr(inner, "base_model_prefix", ""), "model", "transformer")
+    found += [getattr(inner, name, None) for name in names]
+    # `get_decoder` may be at a loss (Llama 4: the model itself), or take a head for it (ModernBERT)
+    heads = [inner.get_output_embeddings()] if hasattr(inner, "get_output_embeddings") else []
+    no_decoder = (None, inner, *heads)
+    decoder = next((one for one in found if not any(one is other for other in no_decoder)), None)
     if decoder is None:
         raise UserError(
             f"model: {type(inner).__name__} has no decoder that can be found; "

@@ -94,7 +94,7 @@ def _with_lora(
 
 def _linear_modules(model: nn.Module, deepest: int, pattern: str = ALL_LINEAR) -> list[str]:
     """Full names of the linear layers inside blocks 0..deepest, all or those that a regular
-    expression fits.
+    expression fits; without the routers that are one (Llama 4, Phi MoE), of another output.
 
     Raises:
         UserError: it fits none.
@@ -103,7 +103,7 @@ def _linear_modules(model: nn.Module, deepest: int, pattern: str = ALL_LINEAR) -
         id(module)
         for block in blocks(model)[: deepest + 1]
         for module in block.modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear) and "Router" not in type(module).__name__
     }
     names = [name for name, module in model.named_modules() if id(module) in wanted]
     if pattern == ALL_LINEAR:

@@ -48,7 +48,9 @@ def combined(places: Sequence[Path]) -> Report:
         if report.train
     }
     warnings = [f"{label}: {text}" for label, r in zip(labels, reports) for text in r.warnings]
-    return Report(models=models, trainings=trainings or None, judge=_judges(reports), warnings=warnings)
+    return Report(
+        models=models, trainings=trainings or None, judge=_judges(reports), warnings=warnings
+    )
 
 
 def _untimed(model: ModelResult) -> ModelResult:

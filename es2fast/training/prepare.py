@@ -30,7 +30,7 @@ from es2fast.distributed.zero import zero3_loading
 from es2fast.errors import UserError
 from es2fast.modeling import head as heads
 from es2fast.modeling.load import DTYPES, load_causal_lm
-from es2fast.modeling.states import STATE_BYTES, states_by_block
+from es2fast.modeling.states import BATCH, STATE_BYTES, check_padding, states_by_block
 from es2fast.modeling.taps import backbone, blocks, check_layers
 from es2fast.modeling.teacher import teacher_tokens
 from es2fast.ops.separation.whitening import Whitening
@@ -126,6 +126,7 @@ def prepare(plan: Plan, runtime: Runtime) -> tuple[Prepared, list[Prompt], Ancho
 
     Raises:
         UserError: a layer the model does not have; a head that the fused loss does not reproduce;
+            a model that does not mask padding;
             groups too small to probe, or with equal states; a base model that refuses nothing
             where `refusal.fallback` is empty.
     """
@@ -134,6 +135,13 @@ def prepare(plan: Plan, runtime: Runtime) -> tuple[Prepared, list[Prompt], Ancho
     probe_ids = torch.tensor([formatter.prompt_ids(groups.harmless[0])], device=runtime.device)
     error = run("parity", input_ids=probe_ids).item()
     heads.check_parity(error, DTYPES[runtime.dtype], model.config)
+    check_padding(
+        model,
+        formatter,
+        groups.harmful[:BATCH],
+        lambda **inputs: run("states", **inputs),
+        runtime.device,
+    )
     if config.layers != "auto":
         check_layers(config.layers, len(blocks(model)))
     harmless = fill_responses(plan, model, runtime)

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import OBJECTS, VERBS, tiny_model, tokenizer
+from tiny_models import FAMILIES, MORE_FAMILIES, OBJECTS, VERBS, tiny_model, tokenizer
 from torch import multiprocessing
 from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from es2fast.config import DataConfig
 from es2fast.data import Formatter, Prompt
 from es2fast.distributed.runtime import Runtime
-from es2fast.modeling.states import last_token_states, states_by_block
+from es2fast.errors import UserError
+from es2fast.modeling.states import check_padding, last_token_states, states_by_block
 from es2fast.modeling.taps import blocks, hidden_of
 from modeling import states_ranks
 
@@ -59,6 +61,23 @@ def test_nothing_but_the_last_tokens_is_kept() -> None:
     last_token_states(model, batches(), [0])
     handle.remove()
     assert len(outputs) == 3
+
+
+PROMPTS = [Prompt.of("describe the car please"), Prompt.of("steal it")]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
+def test_models_that_heed_the_attention_mask(family: str) -> None:
+    check_padding(tiny_model(family), Formatter(tokenizer(), DataConfig()), PROMPTS)
+
+
+def test_a_model_that_reads_its_padding() -> None:
+    config = AutoConfig.for_model(
+        "rwkv", vocab_size=64, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(UserError, match=r"model\.name: RwkvForCausalLM .* does not heed"):
+        check_padding(model, Formatter(tokenizer(), DataConfig()), PROMPTS)
 
 
 def test_many_prompts_on_two_ranks(tmp_path: Path) -> None:

@@ -201,3 +201,13 @@ def test_layers_out_of_range_are_named() -> None:
     with pytest.raises(UserError, match=r"block 7 .* blocks 0\.\.3"):
         check_layers([1, 7], 4)
     assert check_layers([3, 1], 4) == [1, 3]
+
+
+def test_a_decoder_is_never_the_head() -> None:
+    """What ModernBERT's `get_decoder` gives."""
+    config = AutoConfig.for_model(
+        "modernbert-decoder", vocab_size=64, hidden_size=32, intermediate_size=48,
+        num_hidden_layers=3, num_attention_heads=4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        cls_token_id=1, sep_token_id=2,
+    )  # fmt: skip
+    assert len(blocks(AutoModelForCausalLM.from_config(config))) == 3
