@@ -227,6 +227,7 @@ def evaluate(
     """
     from es2fast.distributed.interrupt import LIFELINE, die_with_launcher
     from es2fast.evaluation.run import evaluate_paths, evaluate_run
+    from es2fast.evaluation.split import replacing
     from es2fast.report.table import print_table
     from es2fast.run.folder import RunFolder
 
@@ -238,7 +239,7 @@ def evaluate(
         "data.harmful": fit_harmful,
         "data.harmless": fit_harmless,
     }
-    named = [f"{key}={json.dumps(list(files))}" for key, files in sources.items() if files]
+    named = replacing({key: files for key, files in sources.items() if files})
     chosen = {"evaluate.attacks": attacks and attacks.split(","), "evaluate.judge": judge,
               "evaluate.limit": limit,
               "evaluate.lm_eval.tasks": lm_eval and lm_eval.split(","),

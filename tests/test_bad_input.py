@@ -331,6 +331,7 @@ PROMPTS = [
     ("harmful", "a.parquet", "PAR1", "not a readable Parquet file"),
     ("harmless", "a.csv", LABELS, "4 of 8 rows labelled 'unsafe' | where: {label: safe}"),
     ("harmful", "a.csv", LABELS, "4 of 8 rows labelled 'safe' | data.labelled"),
+    ("eval_harmful", "a.csv", LABELS, "4 of 8 rows labelled 'safe' | data.eval_labelled"),
 ]
 
 

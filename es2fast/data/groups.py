@@ -130,7 +130,8 @@ def load_groups(config: DataConfig, *, need_train: bool = True) -> PromptGroups:
     found: dict[str, list[list[Prompt]]] = {name: [] for name in GROUPS}  # by source
     for name in GROUPS:
         for number, source in enumerate(getattr(config, name)):
-            side = None if name.startswith("eval_") else name  # held-out kinds are told apart
+            # of held-out harmless prompts the kinds are told apart
+            side = None if name == "eval_harmless" else name.removeprefix("eval_")
             found[name].append(_read(source, f"data.{name}[{number}]", report, side=side)[0])
     borderline: set[str] = set()
     for number, source in enumerate(config.borderline):

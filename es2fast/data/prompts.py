@@ -130,7 +130,7 @@ def read_source(
         )
     response = _response_column(table, column)
     if not labelled and group is not None:
-        _check_labels(table, group, where)
+        _check_labels(table, group, where, "eval_" if field.startswith("data.eval_") else "")
     label_of = _labels(table, where) if labelled else None
     kinds = [] if labelled else _kind_columns(table)
     found = SourceRows([], [], len(table.rows), 0, column, response, {})
@@ -204,7 +204,7 @@ def _kind_columns(table: Table) -> list[str]:
     return found
 
 
-def _check_labels(table: Table, group: str, where: str) -> None:
+def _check_labels(table: Table, group: str, where: str, prefix: str) -> None:
     """Refuses rows whose column `label` says that they belong to the other group."""
     other = SIDES["harmless" if group == "harmful" else "harmful"]
     cells = [str(row.get(LABEL_COLUMN)).strip().casefold() for row in table.rows]
@@ -216,7 +216,7 @@ def _check_labels(table: Table, group: str, where: str) -> None:
         keep = f"where: {{{LABEL_COLUMN}: {own}}}, or read" if own else "read"
         raise UserError(
             f"{where} has {len(wrong)} of {len(cells)} rows labelled {wrong[0]!r} among the "
-            f"{group} ones; keep the others with {keep} it as data.labelled"
+            f"{group} ones; keep the others with {keep} it as data.{prefix}labelled"
         )
 
 

@@ -2,7 +2,9 @@
 
 SIGTERM, SIGINT and SIGUSR1 ask a rank to stop: it notes the wish, all ranks agree on it with the
 step's metrics, save and exit together. A collective save in a handler would deadlock, since
-launchers signal ranks one after another. A second signal, seconds later, ends the rank at once.
+launchers signal ranks one after another. A second signal, seconds later, ends the rank at once, and
+so does the first one to a run of one rank that has made no step yet: what the base model was asked
+is kept as it comes, and nothing else is there to save.
 
 A rank does not outlive its launcher: Linux kills it with its parent (PR_SET_PDEATHSIG), and it
 waits in a thread for the lock that `launch.launch` holds on a file while it lives.
@@ -25,14 +27,19 @@ from typing import IO
 LIFELINE = "ES2FAST_LIFELINE"  # names the file whose lock the launching process holds
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_WISH = 3.0  # seconds within which launchers and terminals repeat one wish
+ENDED = "asked to stop before the first step; the same command again continues\n"
 _PR_SET_PDEATHSIG = 1
 
 
 class StopWish:
-    """Whether this process was asked to stop; false until `listen` and a signal."""
+    """Whether this process was asked to stop; false until `listen` and a signal.
+
+    stepping: from now on there is something to save.
+    """
 
     def __init__(self) -> None:
         self.wanted = False
+        self.stepping = False
         self._since = 0.0
 
     def listen(self) -> None:
@@ -41,6 +48,9 @@ class StopWish:
             signal.signal(number, self._noted)
 
     def _noted(self, number: int, frame: FrameType | None) -> None:
+        if not self.stepping and os.environ.get("WORLD_SIZE", "1") == "1":
+            os.write(1, ENDED.encode())  # print is not for handlers
+            os._exit(0)
         now = time.monotonic()
         if self.wanted and now - self._since > SAME_WISH:
             signal.signal(number, signal.SIG_DFL)

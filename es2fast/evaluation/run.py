@@ -41,7 +41,12 @@ from es2fast.evaluation.judging import check_calibration, judged_attacks
 from es2fast.evaluation.lm_tasks import check as check_tasks
 from es2fast.evaluation.measure import Measured, shift_ranks
 from es2fast.evaluation.parallel import answer_shares, collect, is_main, ranks, world_size
-from es2fast.evaluation.split import attackers_prompts, split_prompts, without_learnt
+from es2fast.evaluation.split import (
+    attackers_prompts,
+    check_replaced,
+    split_prompts,
+    without_learnt,
+)
 from es2fast.evaluation.subject import (
     TEACHER,
     ModelAnswers,
@@ -208,6 +213,7 @@ def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> Report | None:
     folder.check_finished("evaluate")
     _check_overrides(overrides)
     config = load_config(folder.config, overrides)
+    check_replaced(config.data, overrides)
     summary = json.loads(folder.summary.read_text())
     layers = sorted(int(layer) for layer in summary["layers"])
     saved = load_config(folder.config)
@@ -221,12 +227,9 @@ def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> Report | None:
         _subject(name, model, config, formatter)
         for name, model in ((BASE, config.model), (TUNED, trained))
     ]
-    limit, fit = config.evaluate.limit, config.evaluate.fit_limit
-    harmful = attackers_prompts(config, groups.harmful)
-    prompts = EvaluationPrompts(
-        groups.eval_harmful[:limit], groups.eval_harmless[:limit], harmful, groups.harmless[:fit]
-    )
-    more = {"layers": layers, "extra": {"train": summary}, "notes": notes}
+    prompts = run_prompts(config, groups)
+    extra = {"train": summary, "asked": asked_of(config, prompts)}
+    more = {"layers": layers, "extra": extra, "notes": notes}
     config = _judged_by(config, config.model.name)
     report = _reported(subjects, prompts, config, folder, **more)
     if report is None:
@@ -244,6 +247,28 @@ def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> Report | None:
         train=summary,
     )
     return report
+
+
+def run_prompts(config: Config, groups: PromptGroups) -> EvaluationPrompts:
+    """What a run's models are asked and attacks are fitted on."""
+    limit, fit = config.evaluate.limit, config.evaluate.fit_limit
+    return EvaluationPrompts(
+        groups.eval_harmful[:limit],
+        groups.eval_harmless[:limit],
+        attackers_prompts(config, groups.harmful),
+        groups.harmless[:fit],
+    )
+
+
+def asked_of(config: Config, prompts: EvaluationPrompts) -> str:
+    """Hash of settings and prompts: reports of two models with the same one can be told apart by
+    the models alone."""
+    settings = config.evaluate.model_dump(mode="json", exclude={"batch_size", "device_map"})
+    groups = {
+        name: [(prompt.turns, prompt.response, prompt.kinds) for prompt in group]
+        for name, group in vars(prompts).items()
+    }
+    return hash_of(settings, groups, config.data.system_prompt)
 
 
 _OF_EVALUATION = ("evaluate", "data", "model", "train.device")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from es2fast.config import Config, EvaluateConfig
+from es2fast.config import Config, DataConfig, EvaluateConfig
 from es2fast.data import Prompt, PromptGroups, load_groups
 from es2fast.data.groups import without_near
 from es2fast.errors import UserError
@@ -64,6 +65,39 @@ def attackers_prompts(config: Config, harmful: Sequence[Prompt]) -> list[Prompt]
     if config.refusal.source == "column":
         return [replace(prompt, response=None) for prompt in chosen]
     return list(chosen)
+
+
+def replacing(files: Mapping[str, Sequence[str]]) -> list[str]:
+    """Overrides that put files in place of all that a run's configuration names for the same
+    prompts. Of a file with labels the rows of its side are read.
+
+    Args:
+        files: by `data.harmful`, `data.harmless`, `data.eval_harmful` and `data.eval_harmless`.
+    """
+    found = []
+    for key, places in files.items():
+        side = "harmful" if key.endswith("harmful") else "harmless"
+        found.append(f"{key}={json.dumps([{'source': one, 'side': side} for one in places])}")
+    for prefix in ("data.", "data.eval_"):
+        if {f"{prefix}harmful", f"{prefix}harmless"} <= files.keys():
+            found.append(f"{prefix}labelled=[]")
+    if "data.harmless" in files:
+        found.append("data.borderline=[]")
+    return found
+
+
+def check_replaced(data: DataConfig, overrides: Sequence[str]) -> None:
+    """UserError where an override replaces the prompts of one side and a source of both kinds adds
+    the run's own to them."""
+    keys = {item.partition("=")[0].strip() for item in overrides}
+    for prefix in ("", "eval_"):
+        sides = {f"data.{prefix}{side}" for side in ("harmful", "harmless")}
+        one = sides & keys
+        if getattr(data, f"{prefix}labelled") and one and f"data.{prefix}labelled" not in keys:
+            raise UserError(
+                f"{sorted(one)[0]}: replaced, but data.{prefix}labelled of the run has prompts of "
+                f"this side too; replace both sides, or set data.{prefix}labelled=[]"
+            )
 
 
 def without_learnt(

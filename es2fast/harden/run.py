@@ -24,7 +24,7 @@ from es2fast.config import Config, load_config, save_config
 from es2fast.distributed.launch import launch_evaluation, launch_to_end, rank_count
 from es2fast.distributed.runtime import resolve_device
 from es2fast.errors import UserError
-from es2fast.evaluation.run import TUNED, evaluate_run
+from es2fast.evaluation.run import TUNED, asked_of, evaluate_run, run_prompts
 from es2fast.harden.progress import Steps, estimated, write
 from es2fast.harden.recipe import ROLES, telling_options
 from es2fast.report.schema import Report, read_report
@@ -225,9 +225,9 @@ def _check_batch(part: RunFolder, plan: Plan) -> None:
 
 
 def _evaluate(plan: Plan, folder: RunFolder, steps: Steps) -> Report:
-    if _evaluated(folder):
+    report = _evaluated(plan, folder)
+    if report is not None:
         steps.skip("evaluate", f"finished before, {folder.report}")
-        report = read_report(folder.report)
         print_table(report)
         return report
     settings, groups = plan.config.evaluate, plan.groups
@@ -270,12 +270,21 @@ def attack_both(folder: RunFolder, processes: int) -> Report:
     return report
 
 
-def _evaluated(folder: RunFolder) -> bool:
-    """The report is younger than the model and the settings."""
-    if not folder.report.is_file():
-        return False
-    written = folder.report.stat().st_mtime
-    return all(path.stat().st_mtime <= written for path in (folder.summary, folder.config))
+def _evaluated(plan: Plan, folder: RunFolder) -> Report | None:
+    """The report that is there, where it is younger than the model and of these settings and
+    prompts; `evaluate` may have put another one in its place."""
+    if not folder.report.is_file() or _older(folder.report, folder.summary):
+        return None
+    try:
+        report = read_report(folder.report)
+    except UserError:  # of another version
+        return None
+    wanted = asked_of(plan.config, run_prompts(plan.config, plan.groups))
+    return report if report.asked == wanted else None
+
+
+def _older(path: Path, other: Path) -> bool:
+    return path.stat().st_mtime < other.stat().st_mtime
 
 
 def _is_answer(line: str) -> bool:

@@ -197,6 +197,7 @@ class Report(_Part):
     created: str | None = None  # ISO 8601, UTC
     es2fast: str | None = None  # version of the library
     seed: int | None = None  # of the evaluation
+    asked: str | None = None  # hash of a run's evaluation settings and prompts
     max_new_tokens: int | None = None  # of every answer
     warnings: list[str] = Field(default_factory=list)
 

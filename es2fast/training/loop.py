@@ -118,6 +118,8 @@ def train(
     )
     profiler = StepProfiler(config.train.profile, engine, folder, runtime.is_main)
     saver = Checkpoints(plan, runtime, prepared, harmless, texts, wish)
+    if wish is not None:
+        wish.stepping = True
     try:
         steps = _Steps(config, engine, prepared, feed, writer, runtime, profiler, saver, resumed)
         result, good = steps.run(), steps.good

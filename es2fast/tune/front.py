@@ -96,7 +96,7 @@ def front_figure(done: list[Any], best: list[Any]) -> Figure:
     axes.scatter([0], [base], marker="*", s=70, color=COLOURS[1], label="base model")
     axes.axvline(1, color="#555555", linestyle=":", linewidth=1, label="limit")
     axes.set(
-        xlabel="damage: max(refusals + / 5 points, KL / 0.02)",
+        xlabel="damage: max(refusals, gibberish + / 5 points, KL / 0.02)",
         ylabel="worst attack, useful answers",
         ylim=(-0.03, 1.03),
     )

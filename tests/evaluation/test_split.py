@@ -6,11 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from es2fast.config import Config, parse_config, save_config
+from es2fast.config import Config, load_config, parse_config, save_config
 from es2fast.data import load_groups
 from es2fast.errors import UserError
 from es2fast.evaluation.run import evaluate_paths
-from es2fast.evaluation.split import leave_out_learnt, split_prompts, without_learnt
+from es2fast.evaluation.split import (
+    check_replaced,
+    leave_out_learnt,
+    replacing,
+    split_prompts,
+    without_learnt,
+)
 from es2fast.run.folder import RunFolder
 
 # distinct words throughout, so that only what is meant to be similar is
@@ -127,3 +133,22 @@ def test_too_few_are_left(tmp_path: Path) -> None:
     config.evaluate.fit_limit = 4
     with pytest.raises(UserError, match=r"8 prompts to measure and 2 for the attacker.*2 of the 4"):
         evaluate_paths(["none"], config, RunFolder(tmp_path / "out"))
+
+
+def test_files_take_the_place_of_all_that_a_run_names_for_their_side(tmp_path: Path) -> None:
+    rows = [f"{'harmful' if i % 2 else 'safe'},{text}" for i, text in enumerate(ROWS)]
+    (tmp_path / "both.csv").write_text("label,prompt\n" + "\n".join(rows) + "\n")
+    (tmp_path / "other.csv").write_text("label,prompt\nunsafe,run away\nsafe,sit down\n")
+    labelled = config_of(tmp_path, [], eval_harmful=[], eval_harmless=[],
+                         eval_labelled=str(tmp_path / "both.csv"))  # fmt: skip
+    save_config(labelled, tmp_path / "run.yaml")
+    other = [str(tmp_path / "other.csv")]
+    chosen = replacing({"data.eval_harmful": other, "data.eval_harmless": other})
+    groups = load_groups(load_config(tmp_path / "run.yaml", chosen).data, need_train=False)
+    assert [p.text for p in groups.eval_harmful] == ["run away"]
+    assert [p.text for p in groups.eval_harmless] == ["sit down"]
+    one = replacing({"data.eval_harmful": other})
+    with pytest.raises(UserError, match=r"data\.eval_harmful: replaced, but data\.eval_labelled"):
+        check_replaced(load_config(tmp_path / "run.yaml", one).data, one)
+    check_replaced(labelled.data, chosen)
+    assert replacing({"data.harmless": other})[-1] == "data.borderline=[]"

@@ -11,6 +11,7 @@ import pytest
 from tiny_models import save_tiny, write_prompts
 
 from es2fast.errors import RunInterrupted, UserError
+from es2fast.evaluation.run import evaluate_run
 from es2fast.harden.recipe import resolve
 from es2fast.harden.run import RECIPE, attack_both, run_harden
 from es2fast.run.folder import RunFolder
@@ -51,7 +52,12 @@ def test_from_a_name_to_a_verdict_and_on_from_where_it_stopped(
     times = {name: (out / name).stat().st_mtime_ns for name in names}
     assert run_harden(config(), ranks=1) == report  # nothing is done twice
     assert times == {name: (out / name).stat().st_mtime_ns for name in names}
-    assert "train: finished before" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert "train: finished before" in printed and "evaluate: finished before" in printed
+
+    evaluate_run(out, ["evaluate.attacks=[direct]", "evaluate.limit=4"])
+    again = run_harden(config(), ranks=1)  # that was another evaluation
+    assert [model.attacks for model in again.models] == [model.attacks for model in report.models]
 
     with pytest.raises(
         UserError, match=r"another train\.steps \(3 there, 5 now\), evaluate\.limit \("
