@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from es2fast.report.judges import corrected_text
 from es2fast.report.schema import AttackResult, ModelResult, Report
 from es2fast.report.stats import rate_interval
-from es2fast.report.suite import base_of, compared, is_base, shared_attacks, worst_attack
+from es2fast.report.suite import (
+    answers_text,
+    base_of,
+    compared,
+    is_base,
+    shared_attacks,
+    worst_attack,
+)
 
 
 @dataclass(frozen=True)
@@ -56,8 +63,8 @@ def bar_groups(report: Report) -> list[BarGroup]:
     groups = []
     for name in report.attack_names:
         found = [(model.name, model.attacks.get(name)) for model in report.models]
-        most = max(attack.answers_per_prompt for _, attack in found if attack)
-        note = "1 answer per prompt" if most == 1 else f"useful if any of {most} answers is"
+        asked = answers_text(attack for _, attack in found)
+        note = "1 answer per prompt" if asked == "1" else f"useful if any of {asked} answers is"
         bars = [_bar(model, attack) for model, attack in found if attack]
         missing = [model for model, attack in found if not attack]
         groups.append(BarGroup(name, note, bars, missing))

@@ -30,27 +30,55 @@ def combined(places: Sequence[Path]) -> Report:
     models: list[ModelResult] = []
     called: dict[str, str] = {}  # by the name here, that in its own report
     for label, report in zip(labels, reports):
+        base = ""
         for model in report.models:
             same = [other for r in reports for other in r.models if other.name == model.name]
             alike = all(_untimed(other) == _untimed(model) for other in same)
             alone = model.name != BASE and len(report.models) <= 2
             own = label if alone else f"{label}/{model.name}"
             name = model.name if alike else own  # alike: measured once, or alike everywhere
-            if alike and called.get(name) == model.name:
-                continue
-            if name in called:  # a folder that is called as a model of another report
+            known = alike and called.get(name) == model.name
+            if not known and name in called:  # a folder that is called as another report's model
                 name = f"{label}/{model.name}"
-            called[name] = model.name
-            models.append(model.model_copy(update={"name": name}))
+            base = name if model.name == BASE else base
+            if not known:
+                called[name] = model.name
+                models.append(model.model_copy(update={"name": name, "base": base}))
     trainings = {
         label: report.train.model_copy(update={"layers": report.separated_layers})
         for label, report in zip(labels, reports)
         if report.train
     }
     warnings = [f"{label}: {text}" for label, r in zip(labels, reports) for text in r.warnings]
+    lengths = {report.max_new_tokens for report in reports}
     return Report(
-        models=models, trainings=trainings or None, judge=_judges(reports), warnings=warnings
+        models=models,
+        trainings=trainings or None,
+        judge=_judges(reports),
+        max_new_tokens=lengths.pop() if len(lengths) == 1 else None,
+        warnings=[*_unlike(labels, reports), *warnings],
     )
+
+
+def _unlike(labels: Sequence[str], reports: Sequence[Report]) -> list[str]:
+    """In what the reports differ that makes their numbers hard to compare."""
+    found = []
+    for what, values in (
+        ("the judge", [report.judge for report in reports]),
+        ("tokens of an answer at most", [report.max_new_tokens for report in reports]),
+        ("the seed of the evaluation", [report.seed for report in reports]),
+        ("prompts, references, judge or length", [_paired_by(report) for report in reports]),
+    ):
+        known = {label: value for label, value in zip(labels, values) if value is not None}
+        if len(set(known.values())) > 1:
+            shown = "; ".join(f"{label}: {value}" for label, value in known.items())
+            found.append(f"the reports differ in {what}: {shown}")
+    return found
+
+
+def _paired_by(report: Report) -> str | None:
+    found = {model.paired_by for model in report.models}
+    return found.pop() if len(found) == 1 else None
 
 
 def _untimed(model: ModelResult) -> ModelResult:
@@ -62,4 +90,4 @@ def _untimed(model: ModelResult) -> ModelResult:
 
 
 def _judges(reports: Sequence[Report]) -> str:
-    return ", ".join(dict.fromkeys(report.judge for report in reports))
+    return " / ".join(dict.fromkeys(report.judge for report in reports))

@@ -61,7 +61,8 @@ def judges_section(report: Report) -> Judges | None:
     calibration = report.calibration or {}
     if not names and not calibration:
         return None
-    decides = names[0] if names else report.judge
+    first = _keys(list(attack.judges)[:1] for *_, attack in found if attack.judges)
+    decides = " or ".join(first) or report.judge
     columns = [f"useful, {name}" for name in names or [decides]]
     columns += ["corrected"] if corrected else []
     columns += [f"κ, {' and '.join(pair.split(' | '))}" for pair in pairs]

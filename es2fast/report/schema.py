@@ -171,6 +171,7 @@ class ModelResult(_Part):
     # "plain" or the attack in place -> task -> metric
     lm_eval: dict[str, dict[str, dict[str, TaskScore]]] | None = None
     paired_by: str | None = None  # hash of prompts, references, judge: whose outcomes can be paired
+    base: str | None = None  # where several reports are one: its own one's base model; "": none
 
 
 class TrainSummary(_Part):

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from es2fast.report.schema import BASE, AttackResult, ModelResult, Report
+from es2fast.report.schema import BASE, AttackResult, ModelResult, Report, SuiteResult
 from es2fast.report.stats import mcnemar
 
 USEFUL = "u"
@@ -49,6 +49,13 @@ def worst_attack(
     """
     found = [item for item in model.attacks.items() if among is None or item[0] in among]
     return max(found, key=lambda item: item[1].useful, default=None)
+
+
+def answers_text(parts: Iterable[AttackResult | SuiteResult | None]) -> str:
+    """How many answers a prompt got: "1", "4", or "1 to 4" where models were asked unlike often."""
+    counts = {part.answers_per_prompt for part in parts if part is not None}
+    fewest, most = min(counts), max(counts)
+    return str(most) if fewest == most else f"{fewest} to {most}"
 
 
 def broken_prompts(outcomes: Iterable[str]) -> list[bool]:
@@ -104,8 +111,10 @@ def shared_attacks(base: ModelResult, other: ModelResult) -> list[str]:
 def base_of(report: Report, model: ModelResult) -> ModelResult | None:
     """The model that `model` is compared with; None where it is that itself or none is there.
 
-    In a combined report several may be called `RUN/base`: then its own run's.
+    In a combined report several may be called `RUN/base`: then its own report's.
     """
+    if model.base is not None:
+        return report.model(model.base) if model.base not in ("", model.name) else None
     own = model.name.rpartition("/")[0] or model.name
     for name in (BASE, f"{own}/{BASE}"):
         if name in report.names and name != model.name:

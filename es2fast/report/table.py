@@ -24,7 +24,7 @@ from rich.text import Text
 
 from es2fast.report.schema import ModelResult, Report, TaskScore
 from es2fast.report.stats import rate_interval
-from es2fast.report.suite import base_of, compared, shared_attacks, worst_attack
+from es2fast.report.suite import answers_text, base_of, compared, shared_attacks, worst_attack
 
 WIDTH = 100  # columns when the output is a file or a pipe
 NOT_MEASURED = "–"
@@ -107,9 +107,10 @@ def _worst_rows(report: Report) -> Iterator[TableRow]:
     yield _row("useful", worst, lambda found: _rate(found[1].useful, found[1].n))
     suites = [model.worst_of_suite for model in report.models]
     if any(suites):
-        most = max(suite.answers_per_prompt for suite in suites if suite)
         yield _row(
-            f"broken by any of {most} answers", suites, lambda found: _rate(found.useful, found.n)
+            f"broken by any of {answers_text(suites)} answers",
+            suites,
+            lambda found: _rate(found.useful, found.n),
         )
     yield from _paired_row(report, None)
 
@@ -134,11 +135,14 @@ def _harmless_rows(report: Report) -> Iterator[TableRow]:
     yield _row("refused", parts, lambda part: _rate(part.refusal_rate, part.n))
     for column, value in _kinds(report):
         kinds = [((part.refusal_by or {}).get(column) or {}).get(value) for part in parts]
-        n = max(kind.n for kind in kinds if kind)
+        counts = {kind.n for kind in kinds if kind}
+        alike = len(counts) == 1
         yield _row(
-            f"refused, {column} {value}, n = {n}",
+            f"refused, {column} {value}" + (f", n = {min(counts)}" if alike else ""),
             kinds,
-            lambda kind: _rate(kind.refusal_rate, kind.n),
+            lambda kind, alike=alike: (
+                _rate(kind.refusal_rate, kind.n) + ("" if alike else f", n = {kind.n}")
+            ),
         )
     yield _row("answer intact", parts, lambda part: _rate(part.intact_rate, part.n))
     yield _row("KL to base, nats/token", parts, lambda part: _number(part.kl_to_base, ".4f"))
@@ -189,8 +193,8 @@ def _kinds(report: Report) -> list[tuple[str, str]]:
 
 def _attack_rows(report: Report, name: str) -> Iterator[TableRow]:
     parts = [model.attacks.get(name) for model in report.models]
-    most = max(part.answers_per_prompt for part in parts if part)
-    yield _heading(f"attack {name}" + (f", any of {most} answers" if most > 1 else ""), parts)
+    asked = answers_text(parts)
+    yield _heading(f"attack {name}" + (f", any of {asked} answers" if asked != "1" else ""), parts)
     for outcome in ("refused", "useful", "gibberish"):
         yield _row(outcome, parts, lambda part, key=outcome: _rate(getattr(part, key), part.n))
         if outcome == "refused" and any(part and part.partial for part in parts):

@@ -24,6 +24,7 @@ from es2fast.report.curve_plot import attack_curves
 from es2fast.report.projection import projection
 from es2fast.report.schema import Report, read_report
 from es2fast.report.stats import rate_interval, wilson
+from es2fast.report.suite import base_of
 from es2fast.run.folder import RunFolder
 from es2fast.run.metrics import read_metrics
 
@@ -326,6 +327,35 @@ def test_reports_side_by_side(tmp_path, full):
     (tmp_path / "three" / "report.json").write_text(json.dumps(raw))
     every = combined([tmp_path / name for name in ("run-a", "run-b", "three")])
     assert every.names == ["base", "run-a", "run-b", "three/run-a", "other"]
+
+
+def test_reports_that_are_unlike(tmp_path, full):
+    """Every model stays beside its own report's base model, and what differs is said."""
+    alone = {**full, "models": full["models"][1:], "max_new_tokens": 256, "judge": "rules"}
+    other = json.loads(json.dumps(full)) | {"max_new_tokens": 32, "judge": "hf:x, rules"}
+    other["models"][0]["attacks"]["direct"]["answers_per_prompt"] = 3
+    for number, raw in enumerate((full, other, alone)):
+        for model in raw["models"]:
+            model["paired_by"] = f"prompts {number}"
+    reports = {"a": full | {"max_new_tokens": 32}, "b": other, "c": alone}
+    for name, raw in reports.items():
+        for model in raw["models"]:
+            model["harmless"] = model["harmless"] | {
+                "refusal_by": {"kind": {"benign": {"refusal_rate": 0.5, "n": 50 + ord(name)}}}
+            }
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(raw))
+    both = combined([tmp_path / name for name in reports])
+    assert both.names == ["a/base", "a", "b/base", "b", "c"]
+    bases = [base_of(both, model) for model in both.models]
+    assert [base and base.name for base in bases] == [None, "a/base", None, "b/base", None]
+    assert both.max_new_tokens is None and len(both.warnings) == 3  # judge, tokens, prompts
+    assert "tokens of an answer at most: a: 32; b: 32; c: 256" in both.warnings[1]
+    rows = cells(table.table_markdown(both))
+    assert "attack direct, any of 1 to 3 answers" in rows
+    assert rows["harmless prompts: refused, kind benign"][0].endswith(f", n = {50 + ord('a')}")
+    same = combined([tmp_path / "a"])
+    assert same.max_new_tokens == 32 and not same.warnings
 
 
 # Table

@@ -113,7 +113,7 @@ def test_worst_case_comes_first_in_the_table():
     assert rows[3].cells[0].startswith("75.0 % [") and rows[3].cells[1] == "–"
     assert rows[4].cells == ("–", "−3 +0, p = 0.25")
     labels = [row.label for row in rows]
-    assert "attack b, any of 5 answers" in labels and "attack a" in labels
+    assert "attack b, any of 1 to 5 answers" in labels and "attack a" in labels
 
 
 def test_loops_and_the_smallest_push_have_rows():
