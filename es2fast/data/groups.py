@@ -66,15 +66,26 @@ class DataReport:
     near_inside: dict[str, int] = field(default_factory=dict)  # resemble an earlier one; kept
     borderline: int = 0  # of the harmless prompts
 
-    def lines(self, shown: Callable[[str], str] = str, *, prompts: bool = True) -> list[str]:
+    def lines(
+        self,
+        shown: Callable[[str], str] = str,
+        *,
+        prompts: bool = True,
+        held_out: bool | None = None,
+    ) -> list[str]:
         """Text, one line per source and per group that is not empty.
 
         Args:
             shown: how sources are named.
             prompts: with an example of what was removed.
+            held_out: of held-out prompts alone, or of the others; default: of both.
         """
-        out = [source.line(shown) for source in self.sources]
-        for group in GROUPS:
+
+        def wanted(name: str) -> bool:
+            return held_out is None or ("eval_" in name) == held_out
+
+        out = [source.line(shown) for source in self.sources if wanted(source.field)]
+        for group in filter(wanted, GROUPS):
             removed = []
             if group == "harmless" and self.borderline:
                 removed.append(f"{self.borderline} of them borderline")

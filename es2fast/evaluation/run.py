@@ -243,10 +243,18 @@ def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> Report | None:
         base_model=config.model.name,
         layers=layers,
         d0={int(layer): d0 for layer, d0 in summary["d0"].items()},
-        data_summary=[] if learnt is None else learnt.report.lines(public_source, prompts=False),
+        data_summary=_data_lines(learnt, groups),
         train=summary,
     )
     return report
+
+
+def _data_lines(learnt: PromptGroups | None, asked: PromptGroups) -> list[str]:
+    """What a run was trained on, where that is known, and what its evaluation asks."""
+    lines = ["training prompts: their files could not be read again"]
+    if learnt is not None:
+        lines = learnt.report.lines(public_source, prompts=False, held_out=False)
+    return lines + asked.report.lines(public_source, prompts=False, held_out=True)
 
 
 def run_prompts(config: Config, groups: PromptGroups) -> EvaluationPrompts:

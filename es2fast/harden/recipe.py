@@ -139,7 +139,17 @@ def _files(
     if role == BORDERLINE:
         kept |= {"kind": BORDERLINE, "rows": _HALVES[group]}
     stay = [source for source in own if source.source.startswith(PREFIX)]
-    return [*(DataSource(source=place, **kept) for place in places), *stay]
+    told_apart = role == "eval-harmless"
+    return [
+        *(DataSource(source=place, **kept | ({"kind": _stem(place)} if told_apart else {}))
+          for place in places),
+        *stay,
+    ]  # fmt: skip
+
+
+def _stem(place: str) -> str:
+    """A file's or data set's own name, by which its prompts are told apart in a report."""
+    return Path(place.partition(":")[0] if not Path(place).exists() else place).stem or place
 
 
 def _remote_roles(config: Config) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from es2fast.attacks.registry import make_attacks
 from es2fast.config import Config
 from es2fast.report.schema import Report
 from es2fast.report.settings import config_rows
@@ -67,10 +68,27 @@ def write_model_card(
         loss=config.separation.loss,
         bound="; it stops at the margin" if config.separation.bounded else "; unbounded",
         settings=[(name, markdown_text(value)) for name, value in config_rows(config, layers)],
+        anchor=f" + {config.refusal.weight:g} · CE of refusals" if config.refusal.weight else "",
         results=table_markdown(report) if report else "",
+        conditions=_conditions(report) if report else "",
+        not_run=_not_run(config, report) if report else "",
+        by_phrases=report is None or report.judge.startswith("rules"),
         train_rows=_train_rows(train),
     )
     write_text(folder / "README.md", card.content)
+
+
+def _conditions(report: Report) -> str:
+    """Under which the rates arose."""
+    length = f" Answers of at most {report.max_new_tokens} tokens." if report.max_new_tokens else ""
+    return f"Judge of the answers to harmful prompts: {markdown_text(report.judge)}.{length}"
+
+
+def _not_run(config: Config, report: Report) -> str:
+    """The attacks that were asked for and could not be made on any model."""
+    settings = config.evaluate
+    asked = [one.label for one in make_attacks(settings.attacks, steps=settings.attack_steps)]
+    return ", ".join(name for name in asked if name not in report.attack_names)
 
 
 def is_hub_id(name: str) -> bool:

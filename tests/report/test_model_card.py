@@ -57,6 +57,15 @@ def test_card_states_everything(tmp_path):
     assert "not a replication" in text and "2603.20206" in text
 
 
+def test_card_says_how_the_rates_arose(tmp_path):
+    report = REPORT.model_copy(update={"judge": "hf:org/judge", "max_new_tokens": 64})
+    text = " ".join(card(tmp_path, report=report).split())
+    assert "answers to harmful prompts: hf:org/judge. Answers of at most 64 tokens." in text
+    assert "Not run, see the report for the reason: direct," in text  # of the default attacks
+    assert "Refusals of harmless prompts are recognised by phrases" in text
+    assert "harmless prompts and of harmful ones are recognised" in " ".join(card(tmp_path).split())
+
+
 def test_metadata_parses(tmp_path):
     card(tmp_path)
     data = ModelCard.load(tmp_path / "README.md").data
@@ -114,6 +123,8 @@ def test_the_refusal_anchor_is_a_row(tmp_path):
         "after up to 8 tokens of an opening |"
     ) in text
     assert "| separation loss | hinge, margin 4 × d0, weight 0 |" in text
+    assert "λ · KL on harmless tokens + 0.5 · CE of refusals" in text
+    assert "CE of refusals" not in card(tmp_path)
 
 
 def test_user_text_stays_text(tmp_path):
