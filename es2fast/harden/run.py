@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from es2fast.attacks.registry import make_attacks
 from es2fast.config import Config, load_config, save_config
@@ -31,11 +32,12 @@ from es2fast.report.schema import Report, read_report
 from es2fast.report.table import print_table
 from es2fast.report.verdict import paragraph
 from es2fast.run.average import MEAN, seeds_text, write_mean
-from es2fast.run.claim import Lock
+from es2fast.run.claim import Lock, is_ours
 from es2fast.run.files import remove
 from es2fast.run.folder import RunFolder
 from es2fast.run.identity import SHARING, differences
 from es2fast.training.plan import Plan, make_plan
+from es2fast.training.same_run import NAMES, made_of
 
 MEAN_OF = 2  # trainings of a whole run, as the recipe was measured
 SEEDS = "seeds"  # in the folder of a mean: the runs that it is of
@@ -88,6 +90,11 @@ def check_folder(folder: RunFolder, config: Config, overwrite: bool, seeds: Sequ
     Raises:
         UserError: naming the fields that differ, or what else lies there.
     """
+    if (folder.path / SEEDS).exists() and not is_ours(folder):
+        raise UserError(
+            f"--out: {str(folder.path / SEEDS)!r} is there, which no run of es2fast wrote; choose "
+            "another folder"
+        )
     if overwrite or not folder.occupied:
         return
     where = f"--out: {str(folder.path)!r}"
@@ -138,12 +145,17 @@ def _of_seeds(folder: RunFolder, seeds: Sequence[int]) -> bool:
     return mean == (seeds_text(seeds) if len(seeds) > 1 else None)
 
 
-def _trained(folder: RunFolder, config: Config) -> bool:
-    """The folder holds the finished training of this configuration, however it was evaluated."""
+def _changes(folder: RunFolder, config: Config, made: Mapping[str, Any]) -> list[str]:
+    """By what the finished training in a folder is another one than that of a configuration,
+    however it was evaluated; made: see `made_of`."""
     saved = _saved(folder)
-    if saved is None or not folder.finished or _weights_changed(folder, config):
-        return False
-    return all(name.startswith("evaluate.") for name in differences(saved, config))
+    if saved is None:
+        return ["es2fast"]  # that wrote its configuration
+    if _weights_changed(folder, config):
+        return [NAMES["model"]]
+    found = [name for name in differences(saved, config) if not name.startswith("evaluate.")]
+    told = json.loads(folder.summary.read_text(encoding="utf-8")).get("made_of") or made
+    return found + [words for key, words in NAMES.items() if told.get(key) != made[key]]
 
 
 @dataclass(frozen=True)
@@ -154,6 +166,22 @@ class Trainer:
     steps: Steps
     ranks: int | None
     overwrite: bool
+
+    def has(self, folder: RunFolder, config: Config) -> bool:
+        """The folder holds this finished training, however it was evaluated.
+
+        Raises:
+            UserError: it holds another one, which may not be replaced.
+        """
+        if not folder.finished:
+            return False
+        found = _changes(folder, config, made_of(self.plan))
+        if found and not self.overwrite:
+            raise UserError(
+                f"--out: {str(folder.path)!r} holds a finished training with another "
+                f"{', '.join(found[:6])}; choose another folder or give --overwrite"
+            )
+        return not found
 
     def train(self, config: Config, folder: RunFolder, title: str) -> None:
         """One run, from the folder's checkpoint where one is left: without `overwrite` it does not
@@ -170,7 +198,7 @@ class Trainer:
 
 def _train(trainer: Trainer, folder: RunFolder, seeds: Sequence[int]) -> None:
     config = trainer.plan.config
-    if _trained(folder, config) and _of_seeds(folder, seeds):
+    if trainer.has(folder, config) and _of_seeds(folder, seeds):
         if any(differences(load_config(folder.config), config)):  # of how it is evaluated
             save_config(config, folder.config)
         for _ in seeds:
@@ -198,9 +226,10 @@ def _train_mean(trainer: Trainer, folder: RunFolder, seeds: Sequence[int]) -> No
     layers = config.layers
     for seed, part in zip(seeds, parts):
         train = config.train.model_copy(update={"seed": seed})
-        changes = {"train": train, "layers": layers, "output_dir": str(part.path)}
-        own = config.model_copy(update=changes)
-        if _trained(part, own):
+        own = config.model_copy(
+            update={"train": train, "layers": layers, "output_dir": str(part.path)}
+        )
+        if trainer.has(part, own):
             _check_batch(part, trainer.plan)
             trainer.steps.skip(f"train, seed {seed}", f"finished before, {part.model}")
         else:

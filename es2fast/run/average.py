@@ -145,6 +145,13 @@ def _check_alike(
                 f"average: {name!r} has the layers {summary['layers']} and {first!r} "
                 f"{told[0]['layers']}; train both with the same, layers={told[0]['layers']}"
             )
+        made = [one.get("made_of") or {} for one in (told[0], summary)]
+        for key in made[0].keys() & made[1].keys():
+            if made[0][key] != made[1][key]:
+                raise UserError(
+                    f"average: {name!r} was trained from another state of {key} than {first!r} "
+                    f"({made[1][key]}, {made[0][key]}); train both from the same"
+                )
         pairs = [one.get("pairs_per_step") for one in (told[0], summary)]
         if None not in pairs and pairs[0] != pairs[1]:
             raise UserError(

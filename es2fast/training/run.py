@@ -17,6 +17,7 @@ from es2fast.training.agreement import check_agreement
 from es2fast.training.loop import TrainResult, train
 from es2fast.training.plan import Plan, make_plan
 from es2fast.training.resume import Resumed, find
+from es2fast.training.same_run import made_of
 
 
 def run(config: Config, wish: StopWish | None = None) -> tuple[Plan, TrainResult] | None:
@@ -103,5 +104,6 @@ def summary(plan: Plan, result: TrainResult) -> dict[str, object]:
         "truncated_prompts": plan.formatter.truncated,
         "zero_stage": plan.zero_stage,
         "pairs_per_step": plan.deepspeed["train_batch_size"],
+        "made_of": made_of(plan),
     }
     return result.to_dict() | told

@@ -22,14 +22,27 @@ from es2fast.training.reshard import Layout
 _REMEDY = "set train.overwrite=true or choose another output_dir"
 
 
+NAMES = {
+    "model": "the weights of model.name",
+    "data": "the prompts in data",
+    "template": "the chat template or the tokenizer",
+    "dtype": "model.dtype",
+}
+
+
 def identity_of(plan: Plan) -> dict[str, Any]:
     """What a checkpoint says of its run, beside the configuration."""
+    return _sharing(plan) | made_of(plan)
+
+
+def made_of(plan: Plan) -> dict[str, Any]:
+    """What a run is made of, beside the configuration, by the keys of `NAMES`."""
     rows = [
         [prompt.messages, prompt.response]
         for prompt in [*plan.groups.harmful, *plan.groups.harmless]
     ]
     model = plan.config.model
-    return _sharing(plan) | {
+    return {
         "dtype": plan.dtype,
         "model": model_fingerprint(model.name, model.revision),
         "template": plan.formatter.template_hash,
@@ -52,13 +65,7 @@ def check_same_run(manifest: Mapping[str, Any], plan: Plan) -> None:
     """UserError where the plan is not the run that wrote a checkpoint, naming what differs."""
     now = identity_of(plan)
     manifest = now | dict(manifest)  # those of earlier versions hold less
-    names = {
-        "model": "the weights of model.name",
-        "data": "the prompts in data",
-        "template": "the chat template or the tokenizer",
-        "dtype": "model.dtype",
-    }
-    for key, words in names.items():
+    for key, words in NAMES.items():
         if manifest[key] != now[key]:
             short = f" ({manifest[key]} there, {now[key]} now)" if key == "dtype" else ""
             raise UserError(

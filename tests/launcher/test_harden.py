@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,10 @@ def test_the_mean_of_two_runs(toy: Path, tmp_path: Path, capfd: pytest.CaptureFi
         return resolve(str(toy / "model"), out, quick=True, files=files_of(toy / "data"),
                        overrides=[*SHORT, f"data.cache_dir={tmp_path}", *changed])  # fmt: skip
 
+    (out / "seeds").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"seeds' is there, which no run of es2fast wrote"):
+        run_harden(config(), ranks=1)
+    shutil.rmtree(out)
     with pytest.raises(UserError, match=r"--mean-of: 2 runs with train\.trainable=blocks have no"):
         run_harden(config("train.trainable=blocks"), ranks=1, mean_of=2)
     assert not out.exists()
@@ -130,6 +135,20 @@ def test_the_mean_of_two_runs(toy: Path, tmp_path: Path, capfd: pytest.CaptureFi
             run_harden(config(changed), ranks=1, mean_of=count)
     with pytest.raises(UserError, match=r"would have \d+; give --ranks 1 or another --out"):
         run_harden(config(), ranks=2, mean_of=2)
+    with pytest.raises(UserError, match=r"seeds/0' holds a finished training with another train"):
+        run_harden(config("train.micro_batch_size=2"), ranks=1, mean_of=2)
+    other = tmp_path / "other"
+    shutil.copytree(toy / "data", other)
+    text = (other / "harmful.jsonl").read_text()
+    (other / "harmful.jsonl").write_text("".join(text.splitlines(keepends=True)[1:]))
+    (toy / "data").rename(tmp_path / "kept")
+    other.rename(toy / "data")  # the same names with other prompts
+    try:
+        with pytest.raises(UserError, match=r"a finished training with another the prompts in da"):
+            run_harden(config(), ranks=1, mean_of=2)
+    finally:
+        (toy / "data").rename(other)
+        (tmp_path / "kept").rename(toy / "data")
     again = run_harden(config(), ranks=1, mean_of=2)
     assert [path.stat().st_mtime_ns for path in parts] == times[:2]
     assert mean.read_bytes() == before and again.names == report.names
