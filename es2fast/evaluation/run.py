@@ -132,13 +132,22 @@ def evaluate_models(
 
 
 def _by_reference(judges: Sequence[Judge], prompts: EvaluationPrompts) -> list[str]:
-    """Says it where rules take a harmful prompt's response as the only success."""
+    """Says it where rules take a harmful prompt's response as the only success, and where harmless
+    prompts are unlike in having one."""
+    found = []
+    own = sum(prompt.response is not None for prompt in prompts.harmless)
+    if 0 < own < len(prompts.harmless):
+        found.append(
+            f"{own} of {len(prompts.harmless)} held-out harmless prompts have a response: answers "
+            "intact, KL and perplexity go by it, and by the base model's own answer to the others"
+        )
     with_one = sum(prompt.response is not None for prompt in prompts.harmful)
     if not with_one or not isinstance(judges[0], RulesJudge):
-        return []
+        return found
     return [
+        *found,
         f"{with_one} of {len(prompts.harmful)} held-out harmful prompts have a response: only an "
-        "answer equal to it counts as useful; leave that column out to judge by phrases alone"
+        "answer equal to it counts as useful; leave that column out to judge by phrases alone",
     ]
 
 

@@ -150,8 +150,11 @@ def _card(report: Report, model: ModelResult) -> Card:
             f"of {harmless.n} harmless prompts refused",
         )
     )
-    if harmless.kl_to_base is not None and not is_base(model.name):
-        lines.append((f"{harmless.kl_to_base:.4f}", "nats/token, KL to the base model"))
+    if not is_base(model.name):
+        if harmless.kl_response is not None:
+            lines.append((f"{harmless.kl_response:.4f}", "nats per response token, KL to the base"))
+        elif harmless.kl_to_base is not None:
+            lines.append((f"{harmless.kl_to_base:.4f}", "nats/token, KL to the base model"))
     return Card(model.name, headline, lines)
 
 

@@ -138,7 +138,9 @@ def write_page(
 
 def _facts(report: Report, config: Config | None) -> list[tuple[str, str]]:
     """Under which conditions the numbers arose."""
-    seeds = [("training", config.train.seed if config else None), ("evaluation", report.seed)]
+    mean = report.train.mean_of_seeds if report.train else None
+    training = mean or (config.train.seed if config else None)
+    seeds = [("training", training), ("evaluation", report.seed)]
     known = [f"{what} {seed}" for what, seed in seeds if seed is not None]
     date = (report.created or "").replace("T", " ").replace("+00:00", " UTC")
     facts = [

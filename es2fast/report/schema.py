@@ -182,6 +182,7 @@ class TrainSummary(_Part):
     kl: float | None
     weight: float | None = Field(alias="lambda")
     layers: list[int] | None = None
+    mean_of_seeds: str | None = None  # of the runs that the model is the mean of; seconds: of all
 
 
 class Report(_Part):

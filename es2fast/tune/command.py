@@ -84,15 +84,20 @@ def tune(
     from es2fast.tune.study import StudyFolder, claim, open_study, optuna_module, search
 
     optuna_module()
+    files = by_role(harmful, harmless, borderline, eval_harmful, eval_harmless)
     folder = StudyFolder(out or _folder_of(target))
     if pick is not None:
         path = write_pick(open_study(folder), folder, pick)
         print(f"written: {path}; train it in full: es2fast train {path} train.steps=...")
         return
     if StudyFolder(Path(target)).journal.is_file():
+        if any(files.values()) or any((out, recipe, space, steps, limit, attacks, overrides)):
+            raise UserError(
+                f"tune: {target!r} is the folder of a search, whose front is shown without any "
+                "option; to go on with it give the command that it was started with"
+            )
         print_front(open_study(StudyFolder(Path(target))))
         return
-    files = by_role(harmful, harmless, borderline, eval_harmful, eval_harmless)
     chosen = {"train.steps": steps, "evaluate.limit": limit,
               "evaluate.attacks": attacks and attacks.split(",")}  # fmt: skip
     named = [f"{key}={json.dumps(value)}" for key, value in chosen.items() if value is not None]

@@ -3,7 +3,7 @@
     DIR/tune.yaml, space.yaml   what is searched; another search into the same folder is refused
     DIR/journal.log             optuna's journal: every worker on the folder reads and appends
     DIR/trials/0007/            an ordinary run folder per trial
-    DIR/front.png               drawn anew after every trial
+    DIR/front.png               drawn when a search ends
 
 The same command again goes on; on the same folder several may run at once, on several machines too
 where they share it. A trial whose worker is gone is put in the queue again (told by host and

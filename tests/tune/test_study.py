@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from es2fast.cli import app
 from es2fast.config import parse_config, save_config
 from es2fast.errors import UserError
 from es2fast.tune.front import front, pick, print_front, save_front
@@ -94,6 +96,17 @@ def test_the_front_is_what_nothing_beats(
     assert picked["train"]["overwrite"] is False  # of the trials alone
     with pytest.raises(UserError, match=r"--pick: trial 9 has no result; those with one: 0, 1, 2"):
         pick(study, folder, 9)
+
+
+def test_the_front_is_shown_without_options(tmp_path: Path) -> None:
+    study = open_study(StudyFolder(tmp_path), create=True)
+    add(study, 0.5, 0.5)
+    shown = CliRunner().invoke(app, ["tune", str(tmp_path)])
+    assert shown.exit_code == 0 and "1 complete" in shown.output
+    for more in (["--steps", "3"], ["train.lr=1"], ["--harmful", "x.csv"]):
+        refused = CliRunner().invoke(app, ["tune", str(tmp_path), *more])
+        assert isinstance(refused.exception, UserError)
+        assert "is the folder of a search" in str(refused.exception)
 
 
 def test_a_folder_without_a_search(tmp_path: Path) -> None:
