@@ -25,6 +25,7 @@ constexpr int64_t UPCAST_K = 1024;  // rows of a 16-bit (k, n) operand upcast at
 constexpr int64_t PACKED_K = 4096;  // of a float32 one: the GEMM underneath packs what it is given
 constexpr int64_t LEAST_ROWS = 64;  // of a tile of dX
 constexpr int64_t FEW_THREADS = 4;  // up to which columns alone are enough for float32
+constexpr int64_t COLUMNS_STEP = 16;
 constexpr int64_t TASKS = 4;        // per thread: the last ones leave at most a quarter idle
 
 void check_operand(const at::Tensor& tensor, const char* name) {
@@ -75,11 +76,18 @@ struct Tile {
   int64_t tasks(int64_t m, int64_t n) const { return count_of(m, rows) * count_of(n, columns); }
 };
 
+// Columns of FEW_THREADS tasks, or twice as many and so on, alike and of BLOCK at most: threads get
+// equal shares of 1, 2 or 4 of them, whatever n is.
+int64_t even_columns(int64_t n) {
+  const int64_t tasks = FEW_THREADS * count_of(n, FEW_THREADS * BLOCK);
+  return count_of(count_of(n, tasks), COLUMNS_STEP) * COLUMNS_STEP;
+}
+
 // A tile of all rows packs its operands least: 256 x 256 is 12 to 25 % faster in float32 than what
 // it is cut into here. So it is cut only until every thread has TASKS of them.
 Tile tile_of_dx(int64_t m, int64_t n, bool bf16, int64_t threads) {
   Tile tile{std::max<int64_t>(m, 1), bf16 ? PANEL : BLOCK};
-  if (!bf16 && threads <= FEW_THREADS) return tile;
+  if (!bf16 && threads <= FEW_THREADS) return {tile.rows, std::max<int64_t>(even_columns(n), 1)};
   while (tile.tasks(m, n) < TASKS * threads && tile.rows > LEAST_ROWS) {
     tile.rows = std::max(LEAST_ROWS, (tile.rows + 1) / 2);
   }

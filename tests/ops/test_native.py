@@ -124,6 +124,21 @@ def test_tasks_of_dx_grow_with_threads() -> None:
 
 
 @built
+@pytest.mark.parametrize("width", [1, 5, 16, 576, 640, 896, 1024, 1536, 2048, 3584])
+def test_few_threads_have_equal_shares_of_dx(width: int) -> None:
+    """Columns are cut alike, but for the last ones; threads get as many tasks each."""
+    tasks = torch.ops.es2fast.native_dx_tasks(256, width, False, 4)
+    columns = -(-width // tasks)
+    for threads in (1, 2, 4) if width > 64 else ():
+        assert tasks % threads == 0
+        assert tasks // threads * columns < 1.1 * width / threads
+    a, b = torch.randn(7, 50), torch.randn(50, width)
+    out = torch.empty(7, width)
+    torch.ops.es2fast.native_gemm_nn(a, b, out, False)
+    assert relative(out, a.double() @ b.double()) < 1e-6
+
+
+@built
 @pytest.mark.parametrize("dtype", (BF16, FP32), ids=str)
 def test_many_threads_tile_dx_alike(dtype: torch.dtype) -> None:
     """Tiles of rows and columns, whole and partial, against float64."""
