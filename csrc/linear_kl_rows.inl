@@ -11,6 +11,7 @@
 #include <c10/util/BFloat16.h>
 
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 
 namespace es2fast {
@@ -18,6 +19,7 @@ inline namespace CPU_CAPABILITY {
 
 constexpr int64_t BLOCK = 512;
 constexpr float SERIES_BELOW = 0.5f;
+constexpr double LARGEST_EXP = 700;  // of a double's exponential, nearly
 
 // A double constant as two floats, so that d - x keeps d's precision when x is large.
 struct Split {
@@ -35,11 +37,14 @@ struct RowStatistics {
     const double theirs = m_b == top ? 1.0 : std::exp(m_b - top);
     const double p_0 = p * mine, p_1 = p_b * theirs, total = p_0 + p_1;
     const double centre = p_0 == 0 ? c_b : c + (c_b - c) * (p_1 / total);
-    const auto moved = [centre](double s_i, double p_i, double c_i) {
+    // A part whose weight is 0 beside the other's may be where all of the other side's is: s is
+    // infinite then, which has `direct` called.
+    const auto moved = [centre](double s_i, double p_i, double c_i, bool possible) {
       const double k = c_i - centre;
-      return p_i == 0 ? 0.0 : s_i * std::exp(k) + p_i * (std::expm1(k) - k);
+      if (p_i == 0) return possible && k > LARGEST_EXP ? HUGE_VAL : 0.0;
+      return s_i * std::exp(k) + p_i * (std::expm1(k) - k);
     };
-    s = moved(s * mine, p_0, c) + moved(s_b * theirs, p_1, c_b);
+    s = moved(s * mine, p_0, c, p > 0) + moved(s_b * theirs, p_1, c_b, p_b > 0);
     m = top, p = total, c = centre;
   }
 };

@@ -228,6 +228,28 @@ def test_far_apart_on_a_few_tokens(backend):
     check(problem, backend)
 
 
+@pytest.mark.parametrize("gap", (100.0, 800.0))
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_all_mass_elsewhere(backend, direction, gap):
+    """Each side has its mass where the other's is e^-gap, 0 in double at 800, in another block."""
+    logits = torch.zeros(2, 1024)
+    logits[0, 512:] = logits[1, :512] = -gap
+    weight = logits.t().contiguous().requires_grad_()
+    student = torch.tensor([[0.0, 1.0]], requires_grad=True)
+    teacher = torch.tensor([[1.0, 0.0]])
+    loss = linear_kl_div(student, weight, teacher, direction=direction, backend=backend)
+    loss.backward()
+    log_p, log_q = (row.double().log_softmax(-1) for row in logits)
+    half = (log_p.exp() / 2 + log_q.exp() / 2).log()
+    wanted = {
+        "forward": (log_p.exp() * (log_p - log_q)).sum(),
+        "reverse": (log_q.exp() * (log_q - log_p)).sum(),
+        "jsd": (log_p.exp() * (log_p - half) + log_q.exp() * (log_q - half)).sum() / 2,
+    }[direction]
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=0)
+    assert student.grad.isfinite().all() and weight.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("softcap", (None, 5.0))
