@@ -14,6 +14,7 @@ from torch import nn
 from es2fast.config import ModelConfig
 from es2fast.errors import UserError
 from es2fast.modeling.skeleton import BROKEN_CONFIG, missing_tensors
+from es2fast.ops.scratch import forget
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -132,12 +133,14 @@ def load_merged(
 
 
 def free_memory() -> None:
-    """Gives the memory of models that nobody holds any more back to the system.
+    """Gives the memory of models that nobody holds any more, and the losses' buffers, back to the
+    system.
 
     Models are cyclic, so that they outlive their last reference until the next collection, and
     glibc keeps what weights below 32 MB were loaded into: of three models loaded one after the
     other, more than a model's size beside the one in use.
     """
+    forget()
     gc.collect()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc
         trim(0)

@@ -60,6 +60,11 @@ def check_head(
     check_bias(side, weight, bias)
 
 
+def check_scale(logit_scale: float) -> None:
+    """Of logits, which it may not turn round or make equal."""
+    refuse(not logit_scale > 0, f"logit_scale={logit_scale}: expected a positive number")
+
+
 def check_tokens(token_weights: Tensor | None, max_valid_tokens: int | None, n: int) -> None:
     """One constant weight per token, and a bound on their number only with them."""
     if token_weights is None:
@@ -76,6 +81,10 @@ def check_tokens(token_weights: Tensor | None, max_valid_tokens: int | None, n: 
         token_weights.requires_grad,
         "token_weights requires grad: weights are constants; pass token_weights.detach(), or "
         "reduction='none' and weigh the result",
+    )
+    refuse(
+        max_valid_tokens is not None and max_valid_tokens < 0,
+        f"max_valid_tokens={max_valid_tokens}: expected a number of tokens, or None",
     )
     refuse(
         token_weights.is_complex(), f"token_weights has dtype {token_weights.dtype}: expected float"

@@ -143,7 +143,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(result.dx, dw, result.db)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(result.hits)
-        return (result.rows * p.scale).sum(), result.hits
+        counted = torch.where(p.scale != 0, result.rows * p.scale, 0.0)  # not inf times 0
+        return counted.sum(), result.hits
 
     @staticmethod
     @torch.autograd.function.once_differentiable

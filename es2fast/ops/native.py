@@ -15,6 +15,7 @@ fast as a float32 GEMM (csrc/gemm_bf16.h); the other two have not run on a chip 
 
 from __future__ import annotations
 
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -23,11 +24,13 @@ from torch import Tensor
 from es2fast.ops.gemms import Gemms
 
 BUILD = "pip install --no-build-isolation ."
+VERSION = 1  # of the operators, as csrc/registration.cpp has it
 
 
 def load(folder: Path) -> str | None:
     """Registers the operators of the library in ``folder``; None, or why not and the remedy."""
-    found = sorted(folder.glob("_native*.so"))
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    found = sorted(folder.glob("_native*.so"), key=lambda path: not path.name.endswith(suffix))
     if not found:
         return (
             "the native library was not built: it needs torch and a C++ compiler at install time; "
@@ -41,6 +44,9 @@ def load(folder: Path) -> str | None:
             f"the native library was built for another torch than {torch.__version__} ({reason}); "
             f"install again with `{BUILD}`"
         )
+    version = getattr(torch.ops.es2fast, "native_version", None)
+    if version is None or version() != VERSION:
+        return f"the native library is of another state of es2fast; install again with `{BUILD}`"
     return None
 
 

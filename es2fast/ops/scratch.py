@@ -36,6 +36,11 @@ class _Kept(threading.local):
 _kept = _Kept()
 
 
+def forget() -> None:
+    """Frees what is kept for this thread's next call."""
+    _kept.buffers.clear()
+
+
 class Scratch:
     """The buffers of one call, as a context: at its end they are kept for this thread's next one,
     so no view of them may outlive it. As many stay as a call has had at once, none above MOST."""

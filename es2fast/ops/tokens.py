@@ -39,8 +39,9 @@ def pack(
     weights = to_device(token_weights, device).to(dtype).contiguous()  # kernels count rows by 1
     if max_valid >= hidden.shape[0]:
         return None, weights
-    index = torch.argsort((weights == 0).to(torch.uint8), stable=True)[:max_valid]
-    overflow = (weights != 0).sum() > index.shape[0]
+    # one row at least, which says that a bound of 0 was too small
+    index = torch.argsort((weights == 0).to(torch.uint8), stable=True)[: max(max_valid, 1)]
+    overflow = (weights != 0).sum() > max_valid
     kept = weights.index_select(0, index)
     return index, torch.where(overflow, float("nan"), kept)
 

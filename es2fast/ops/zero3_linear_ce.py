@@ -53,7 +53,7 @@ def zero3_linear_cross_entropy(
         hidden, targets, token_weights, logit_scale, softcap: as of
             :func:`.linear_ce.linear_cross_entropy`.
         chunk_tokens: tokens between two exchanges, the same on every rank; None: 1024 on a GPU,
-            256 on a CPU.
+            256 on a CPU, or 32 per thread if that is more.
 
     Returns:
         (loss, hits) as of :func:`.linear_ce.linear_cross_entropy`, of this rank's tokens.
@@ -116,7 +116,8 @@ class _Zero3(torch.autograd.Function):
         ctx.dtype = hidden.dtype
         hits = tokens.own(result.hits)
         ctx.mark_non_differentiable(hits)
-        return (tokens.own(result.rows) * scale).sum(), hits
+        counted = torch.where(scale != 0, tokens.own(result.rows) * scale, 0.0)  # not inf times 0
+        return counted.sum(), hits
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -98,6 +98,15 @@ def test_logits_of_one_chunk_exist_at_a_time() -> None:
     assert 0 < largest <= 1024 * 24  # of which 4 x 1024 are logits; 64 x 1024 would be all
 
 
+def test_an_impossible_target_without_weight_does_not_count() -> None:
+    leaves, targets, weights = problem(6, 20, True, torch.float32)
+    with torch.no_grad():
+        leaves[2][targets[3]] = -torch.inf
+    weights[targets == targets[3]] = 0.0
+    loss, _ = linear_cross_entropy(*leaves[:2], targets, weights, bias=leaves[2])
+    assert loss.isfinite() and loss > 0
+
+
 def test_no_tokens_are_no_loss_and_no_gradient() -> None:
     leaves, targets, weights = problem(2, 40, False, torch.float32)
     loss, hits = linear_cross_entropy(leaves[0][:0], leaves[1], targets[:0], weights[:0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,21 @@ def test_without_the_library_the_reason_and_the_remedy_are_told(tmp_path: Path) 
     (tmp_path / "_native.so").write_text("not a library")
     broken = native.load(tmp_path)
     assert broken is not None and "another torch" in broken and "pip install" in broken
+    own = tmp_path / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    (tmp_path / "_native.cpython-30-other.so").write_text("of another Python")
+    own.write_text("chosen")
+    assert "_native.cpython-30-other" not in (native.load(tmp_path) or "")
+
+
+def test_a_library_of_another_state_of_the_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = next(Path(native.__file__).parents[1].glob("_native*.so"), None)
+    if built is None:
+        pytest.skip("the native library was not built")
+    monkeypatch.setattr(native, "VERSION", native.VERSION + 1)
+    found = native.load(built.parent)
+    assert found is not None and "another state of es2fast" in found and "pip install" in found
 
 
 @pytest.mark.slow

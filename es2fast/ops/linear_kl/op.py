@@ -29,7 +29,7 @@ from torch import Tensor
 from es2fast.ops import backends
 from es2fast.ops.arguments import Arguments
 from es2fast.ops.bias import finite_bias
-from es2fast.ops.checks import check_head, check_tokens, refuse, vocabulary
+from es2fast.ops.checks import check_head, check_scale, check_tokens, refuse, vocabulary
 from es2fast.ops.linear_kl.chunked import (
     FEW_TOKENS,
     KLProblem,
@@ -222,6 +222,7 @@ def linear_kl_div(
     Source: the definitions above; JSD as in Agarwal et al., arXiv 2306.13649.
     """
     check_options(direction, beta, temperature, softcap, reduction)
+    check_scale(logit_scale)
     check_head("", hidden, weight, bias)
     check_teacher(hidden, weight, teacher_hidden, teacher_weight, teacher_bias)
     check_tokens(token_weights, max_valid_tokens, hidden.shape[0])
@@ -286,6 +287,16 @@ def decided_by_few(weights: Tensor, given: Tensor | None, max_valid: int | None)
     return few_decide(given)
 
 
+def _seen(given: Tensor | None, max_valid: int | None) -> Tensor | None:
+    """The weights that `pack` keeps, in its order, where looking at them costs no synchronization
+    of its own."""
+    if given is None:
+        return None
+    if max_valid is None:
+        return given[given != 0]
+    return None if given.is_cuda or max_valid < given.shape[0] else given
+
+
 def _run(
     hidden: Tensor,
     weight: Tensor,
@@ -311,7 +322,9 @@ def _run(
     need_dw: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, dX, dW, db); a gradient that is not needed is an empty tensor."""
+    """(loss, dX, dW, db); a gradient that is not needed now is an empty tensor."""
+    if _made_later(reduction, need_dw, need_db):
+        need_dx = need_dw = need_db = False
     accum = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     index, weights = pack(hidden, token_weights, max_valid_tokens, accum)
     need_grad = need_dx or need_dw or need_db
@@ -321,8 +334,9 @@ def _run(
     exact_rows = None
     if exact is None:
         exact = need_grad and decided_by_few(weights, token_weights, max_valid_tokens)
-        if exact and token_weights is not None and max_valid_tokens is None and not need_dw:
-            order, exact_rows = deciding_first(token_weights[token_weights != 0])
+        seen = None if need_dw or not exact else _seen(token_weights, max_valid_tokens)
+        if seen is not None:
+            order, exact_rows = deciding_first(seen)
             order = to_device(order, hidden.device)
             index = order if index is None else index[order]
             weights = weights[order]
@@ -361,6 +375,11 @@ TRAINED = ("hidden", "weight", "bias")  # in the order of the op's gradients
 _linear_kl = torch.library.custom_op("es2fast::linear_kl", mutates_args=())(_run)
 
 
+def _made_later(reduction: str, need_dw: bool, need_db: bool) -> bool:
+    """A head's gradient can only be made with the factor of every token, which backward brings."""
+    return reduction == "none" and (need_dw or need_db)
+
+
 def _wanted(a: SimpleNamespace) -> dict[str, Tensor]:
     """The tensors whose gradients are needed, by name."""
     needs = zip(TRAINED, (a.need_dx, a.need_dw, a.need_db))
@@ -370,7 +389,7 @@ def _wanted(a: SimpleNamespace) -> dict[str, Tensor]:
 @_linear_kl.register_fake
 def _(*inputs):
     a = ARGUMENTS.named(inputs)
-    wanted = _wanted(a)
+    wanted = {} if _made_later(a.reduction, a.need_dw, a.need_db) else _wanted(a)
     accum = torch.float64 if a.hidden.dtype == torch.float64 else torch.float32
     shape = (a.hidden.shape[0],) if a.reduction == "none" else ()
     return (
@@ -390,7 +409,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     a = ARGUMENTS.named(inputs)
     ctx.reduction = a.reduction
     ctx.dtypes = {name: tensor.dtype for name, tensor in _wanted(a).items()}
-    ctx.recompute = a.reduction == "none" and (a.need_dw or a.need_db)
+    ctx.recompute = _made_later(a.reduction, a.need_dw, a.need_db)
     if ctx.recompute:
         ctx.options = {name: value for name, value in vars(a).items() if name not in TENSORS}
         ctx.save_for_backward(*(getattr(a, name) for name in TENSORS))

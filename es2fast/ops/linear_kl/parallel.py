@@ -104,7 +104,7 @@ def vocab_parallel_linear_kl_div(
             :func:`es2fast.linear_kl_div`.
         reduction: "mean", "sum", or, where only hidden trains, "none".
         chunk_tokens: tokens between two exchanges, the same on every rank; None: 1024 on a GPU,
-            256 on a CPU.
+            256 on a CPU, or 32 per thread if that is more.
         backend: of the row pass, the same on every rank: "triton" (16-bit inputs), "torch", or None
             for triton where it can.
 

@@ -33,6 +33,7 @@ from es2fast.ops.checks import (
     check_bias,
     check_head,
     check_matrix,
+    check_scale,
     check_tokens,
     refuse,
     vocabulary,
@@ -158,7 +159,7 @@ def teacher_moments(
         softcap: refused unless None.
         vocab_size: rows of the heads that are real tokens; the rest is padding.
         chunk_tokens: rows of logits that exist at once, in two buffers. None: 1024 to 2048 on a
-            GPU, 256 on a CPU.
+            GPU, 256 on a CPU, or 32 per thread if that is more.
 
     Returns:
         The moments, on teacher_hidden's device: ``4 H + 8 top_k + 24`` bytes per token. No
@@ -176,6 +177,7 @@ def teacher_moments(
     shared = weight is None
     student = teacher_weight if weight is None else weight
     refuse(not temperature > 0, f"temperature={temperature}: expected a positive number")
+    check_scale(logit_scale)
     _check_reduction_holds(softcap)
     _check_chunk(chunk_tokens)
     t_bias = bias if shared else teacher_bias

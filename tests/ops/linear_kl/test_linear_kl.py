@@ -329,6 +329,10 @@ def test_states_that_are_no_numbers_are_loud(backend, dtype, direction):
 def test_hint_too_small_is_loud(backend):
     problem = make_problem(token_weights=torch.ones(5), max_valid_tokens=3)
     assert run(problem, backend).loss.isnan().all()
+    none = make_problem(token_weights=torch.ones(5), max_valid_tokens=0)
+    assert run(none, backend).loss.isnan().all()
+    zeros = make_problem(token_weights=torch.zeros(5), max_valid_tokens=0)
+    assert run(zeros, backend).loss == 0
 
 
 def test_padding_gets_no_gradient(backend):

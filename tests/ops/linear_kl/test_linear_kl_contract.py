@@ -72,6 +72,8 @@ def _refusals() -> dict[str, tuple[dict, str]]:
         "reduction": (dict(reduction="avg"), "reduction='avg'"),
         "temperature": (dict(temperature=0.0), "temperature=0.0"),
         "softcap": (dict(softcap=-1.0), "softcap=-1.0"),
+        "scale": (dict(logit_scale=0.0), "logit_scale=0.0: expected a positive"),
+        "hint": (dict(token_weights=torch.ones(5), max_valid_tokens=-1), "max_valid_tokens=-1"),
         "beta": (dict(direction="jsd", beta=1.0), "beta=1.0.*direction='forward'"),
         "vocab": (dict(vocab_size=128), "vocab_size=128: expected 1 to 127"),
         "heads": (dict(teacher_weight=w[:100]), "vocab_size"),

@@ -10,6 +10,7 @@ import dataclasses
 import pytest
 import torch
 
+from es2fast import linear_kl_div
 from es2fast.ops import native, tokens
 from es2fast.ops.backends import choose_backend
 from es2fast.ops.gemms import TORCH_GEMMS
@@ -23,6 +24,7 @@ from es2fast.ops.linear_kl.chunked import (
     deciding_first,
     few_decide,
     run_chunked,
+    run_torch,
 )
 from es2fast.ops.linear_kl.rows import KLSpec
 from tests.ops.linear_kl.matrix import (
@@ -129,6 +131,33 @@ def test_the_deciding_tokens_come_first():
     weights[5] = 3.0  # 2 % of the norm, and yet 62 tokens' worth without 66
     rest = deciding_first(weights[:80])[1]
     assert rest == 1 and few_decide(weights[:80])
+
+
+@pytest.mark.parametrize("bound", [None, 500])
+def test_a_bound_on_their_number_leaves_the_deciding_rows_to_be_found(monkeypatch, bound):
+    """The weights are on the CPU, so that looking at them waits for nothing."""
+    seen = []
+    monkeypatch.setitem(op.RUN, "torch", lambda p: seen.append(p) or run_torch(p))
+    weights = torch.full((500,), 0.1)
+    weights[40:60] = 10.0
+    x, w = torch.randn(500, 8, requires_grad=True), torch.randn(40, 8)
+    loss = linear_kl_div(
+        x, w, torch.randn(500, 8), token_weights=weights, max_valid_tokens=bound, backend="torch"
+    )
+    loss.backward()
+    assert seen[0].exact and 10 <= seen[0].exact_rows <= 20
+    assert set(seen[0].index[: seen[0].exact_rows].tolist()) <= set(range(40, 60))
+    assert sorted(seen[0].index.tolist()) == list(range(500))
+
+
+def test_a_heads_gradient_that_is_made_in_backward_is_not_made_before(monkeypatch):
+    seen = []
+    monkeypatch.setitem(op.RUN, "torch", lambda p: seen.append(p) or run_torch(p))
+    x, w = torch.randn(9, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
+    loss = linear_kl_div(x, w, torch.randn(9, 8), reduction="none", backend="torch")
+    assert [(p.need_dx, p.need_dw) for p in seen] == [(False, False)]
+    loss.sum().backward()
+    assert [(p.need_dx, p.need_dw) for p in seen[1:]] == [(True, True)]
 
 
 def test_the_second_gemm_has_the_deciding_rows_only():
