@@ -149,7 +149,9 @@ def _files(
 
 def _stem(place: str) -> str:
     """A file's or data set's own name, by which its prompts are told apart in a report."""
-    return Path(place.partition(":")[0] if not Path(place).exists() else place).stem or place
+    if place.startswith(PREFIX):
+        return place.removeprefix(PREFIX)
+    return Path(place if Path(place).exists() else place.partition(":")[0]).stem
 
 
 def _remote_roles(config: Config) -> list[str]:

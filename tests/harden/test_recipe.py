@@ -88,9 +88,10 @@ def test_files_take_the_place_of_their_role_and_overrides_win(tmp_path: Path) ->
     assert (config.train.steps, config.kl.weight, config.train.overwrite) == (7, 3, False)
     sides = [config.data.harmful[0].side, config.data.harmless[0].side, halves[0].side]
     assert sides == ["harmful", "harmless", "harmless"] and halves[1].side == "harmless"
-    both = {"eval-harmless": ["mine.txt", "org/set:part"], BORDERLINE: ["builtin:borderline"]}
+    mine = ["mine.txt", "org/set:part", "builtin:ordinary"]
+    both = {"eval-harmless": mine, BORDERLINE: ["builtin:borderline"]}
     kinds = [(s.kind, s.limit) for s in resolve("m", tmp_path, files=both).data.eval_harmless]
-    assert kinds == [("mine", 100), ("set", 100), (BORDERLINE, 125)]
+    assert kinds == [("mine", 100), ("set", 100), ("ordinary", 100), (BORDERLINE, 125)]
     none = resolve("m", tmp_path, files={BORDERLINE: ["none"]})
     assert not none.data.borderline and len(none.data.eval_harmless) == 1
 
