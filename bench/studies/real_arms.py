@@ -223,12 +223,6 @@ ARMS: dict[str, Arm] = {
         contrast="all",
         more="topical",
     ),
-    "topical_long": Arm(
-        "as topical, with 1200 steps",
-        merged(VARIED, {"model": {"dtype": "bf16"}, "train": {"steps": 1200}}),
-        contrast="all",
-        more="topical",
-    ),
     "topical_mean": Arm(
         "the mean of the updates of two runs of topical, seeds 0 and 2, or s and s - 1",
         of="topical",
@@ -239,17 +233,6 @@ ARMS: dict[str, Arm] = {
     ),
     "topical_mean_80": Arm(
         "topical_mean, of whose update four fifths are kept", of="topical", mean=(0, 2), scale=0.8
-    ),
-    "topical_long_mean": Arm(
-        "the mean of the updates of two runs of topical_long, seeds 0 and 2, or s and s - 1",
-        of="topical_long",
-        mean=(0, 2),
-    ),
-    "topical_long_mean_80": Arm(
-        "topical_long_mean, of whose update four fifths are kept",
-        of="topical_long",
-        mean=(0, 2),
-        scale=0.8,
     ),
     "contrast_mean": Arm(
         "the mean of the updates of two runs of contrast, seeds 0 and 2, or s and s - 1",
