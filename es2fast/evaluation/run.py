@@ -278,8 +278,7 @@ def run_prompts(config: Config, groups: PromptGroups) -> EvaluationPrompts:
 
 
 def asked_of(config: Config, prompts: EvaluationPrompts) -> str:
-    """Hash of settings and prompts: reports of two models with the same one can be told apart by
-    the models alone."""
+    """Hash of all that an evaluation depends on beside the models."""
     settings = config.evaluate.model_dump(mode="json", exclude={"batch_size", "device_map"})
     groups = {
         name: [(prompt.turns, prompt.response, prompt.kinds) for prompt in group]

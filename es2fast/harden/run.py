@@ -150,7 +150,7 @@ def _changes(folder: RunFolder, config: Config, made: Mapping[str, Any]) -> list
     however it was evaluated; made: see `made_of`."""
     saved = _saved(folder)
     if saved is None:
-        return ["es2fast"]  # that wrote its configuration
+        return ["version of es2fast"]  # which wrote its configuration
     if _weights_changed(folder, config):
         return [NAMES["model"]]
     found = [name for name in differences(saved, config) if not name.startswith("evaluate.")]

@@ -136,9 +136,8 @@ def free_memory() -> None:
     """Gives the memory of models that nobody holds any more, and the losses' buffers, back to the
     system.
 
-    Models are cyclic, so that they outlive their last reference until the next collection, and
-    glibc keeps what weights below 32 MB were loaded into: of three models loaded one after the
-    other, more than a model's size beside the one in use.
+    Models may be cyclic, so that they outlive their last reference until the next collection, and
+    glibc keeps what weights below 32 MB were loaded into, more with every model (DEVELOPING.md).
     """
     forget()
     gc.collect()

@@ -67,18 +67,14 @@ def _unlike(labels: Sequence[str], reports: Sequence[Report]) -> list[str]:
         ("the judge", [report.judge for report in reports]),
         ("tokens of an answer at most", [report.max_new_tokens for report in reports]),
         ("the seed of the evaluation", [report.seed for report in reports]),
-        ("prompts, references, judge or length", [_paired_by(report) for report in reports]),
     ):
         known = {label: value for label, value in zip(labels, values) if value is not None}
         if len(set(known.values())) > 1:
             shown = "; ".join(f"{label}: {value}" for label, value in known.items())
             found.append(f"the reports differ in {what}: {shown}")
+    if len({model.paired_by for report in reports for model in report.models} - {None}) > 1:
+        found.append("the reports' models were not all asked and judged alike")
     return found
-
-
-def _paired_by(report: Report) -> str | None:
-    found = {model.paired_by for model in report.models}
-    return found.pop() if len(found) == 1 else None
 
 
 def _untimed(model: ModelResult) -> ModelResult:

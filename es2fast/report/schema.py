@@ -191,9 +191,7 @@ class Report(_Part):
     version: Literal[2] = 2
     models: list[ModelResult] = Field(min_length=1)
     train: TrainSummary | None = None
-    trainings: dict[str, TrainSummary] | None = (
-        None  # in place of it, where several reports are one
-    )
+    trainings: dict[str, TrainSummary] | None = None  # where several reports are one
     judge: str = "rules"  # several: the first decides
     calibration: dict[str, Any] | None = None  # of that judge, see es2fast.judges.calibration
     created: str | None = None  # ISO 8601, UTC

@@ -394,6 +394,12 @@ def test_a_reference_that_decides_is_told(parts: Parts, tmp_path: Path) -> None:
     free = [Prompt.of(prompt.text) for prompt in prompts.harmful]
     asked = dataclasses.replace(prompts, harmful=free)
     assert evaluate_models(base, asked, plain, RunFolder(tmp_path)).warnings == []
+    first, *rest = [Prompt.of(prompt.text) for prompt in prompts.harmless]
+    unlike = [dataclasses.replace(first, response="yes"), *rest]
+    (note,) = evaluate_models(
+        base, dataclasses.replace(asked, harmless=unlike), plain, RunFolder(tmp_path)
+    ).warnings
+    assert note.startswith(f"1 of {len(unlike)} held-out harmless prompts have a response: answers")
 
 
 @pytest.mark.parametrize("by_reference", [True, False])

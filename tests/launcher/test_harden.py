@@ -92,9 +92,10 @@ def test_from_a_name_to_a_verdict_and_on_from_where_it_stopped(
 
 def test_the_mean_of_two_runs(toy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
+    data = Path(shutil.copytree(toy / "data", tmp_path / "data"))
 
     def config(*changed: str):
-        return resolve(str(toy / "model"), out, quick=True, files=files_of(toy / "data"),
+        return resolve(str(toy / "model"), out, quick=True, files=files_of(data),
                        overrides=[*SHORT, f"data.cache_dir={tmp_path}", *changed])  # fmt: skip
 
     (out / "seeds").mkdir(parents=True)
@@ -137,18 +138,11 @@ def test_the_mean_of_two_runs(toy: Path, tmp_path: Path, capfd: pytest.CaptureFi
         run_harden(config(), ranks=2, mean_of=2)
     with pytest.raises(UserError, match=r"seeds/0' holds a finished training with another train"):
         run_harden(config("train.micro_batch_size=2"), ranks=1, mean_of=2)
-    other = tmp_path / "other"
-    shutil.copytree(toy / "data", other)
-    text = (other / "harmful.jsonl").read_text()
-    (other / "harmful.jsonl").write_text("".join(text.splitlines(keepends=True)[1:]))
-    (toy / "data").rename(tmp_path / "kept")
-    other.rename(toy / "data")  # the same names with other prompts
-    try:
-        with pytest.raises(UserError, match=r"a finished training with another the prompts in da"):
-            run_harden(config(), ranks=1, mean_of=2)
-    finally:
-        (toy / "data").rename(other)
-        (tmp_path / "kept").rename(toy / "data")
+    text = (data / "harmful.jsonl").read_text()
+    (data / "harmful.jsonl").write_text("".join(text.splitlines(keepends=True)[1:]))
+    with pytest.raises(UserError, match=r"a finished training with another the prompts in data"):
+        run_harden(config(), ranks=1, mean_of=2)
+    (data / "harmful.jsonl").write_text(text)
     again = run_harden(config(), ranks=1, mean_of=2)
     assert [path.stat().st_mtime_ns for path in parts] == times[:2]
     assert mean.read_bytes() == before and again.names == report.names

@@ -223,7 +223,7 @@ def test_without_the_library_the_reason_and_the_remedy_are_told(tmp_path: Path) 
     own = tmp_path / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
     (tmp_path / "_native.cpython-30-other.so").write_text("of another Python")
     own.write_text("chosen")
-    assert "_native.cpython-30-other" not in (native.load(tmp_path) or "")
+    assert own.name in str(native.load(tmp_path))  # tried in place of the first by name
 
 
 def test_a_library_of_another_state_of_the_code(

@@ -155,6 +155,12 @@ def test_sources_are_named_without_their_places_and_prompts() -> None:
     assert "org/set:part: 9 rows" in lines[1] and "builtin:ordinary: 9 rows" in lines[2]
     assert "1 removed that nearly occur in evaluation)" in lines[3]
     assert "how to" in report.lines()[3] and "/home/me" in report.lines()[0]
+    held_out = SourceReport("data.eval_harmful[0]", "x.csv", 4, 0, "prompt", None, 0, {})
+    report.sources.append(held_out)
+    report.kept["eval_harmful"] = 4
+    asked, learnt = (report.lines(held_out=which) for which in (True, False))
+    assert [line.split(":")[0] for line in asked] == ["data.eval_harmful[0] x.csv", "eval_harmful"]
+    assert sorted(asked + learnt) == sorted(report.lines())
 
 
 def test_a_merged_model_is_no_adapter(tmp_path):

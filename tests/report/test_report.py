@@ -84,6 +84,11 @@ def write(folder, raw, **options):
     html.write_report(RunFolder(folder), Report.parse(raw), **options)
 
 
+def page(folder, raw):
+    write(folder, raw)
+    return (folder / "report.html").read_text()
+
+
 def axes_of(figures):
     """The one panel of each figure."""
     return [axes for figure in figures for axes in figure.axes]
@@ -289,6 +294,16 @@ def test_diverged_kl_is_null_with_a_warning(tmp_path, full):
     assert "tuned.harmless.kl_to_base: not finite" in (tmp_path / "report.html").read_text()
 
 
+def test_the_page_of_a_mean_names_its_seeds_and_the_kl_that_decides(tmp_path, full):
+    full["train"]["mean_of_seeds"] = "0, 2"
+    assert "0.0123" in page(tmp_path, full)  # over all tokens, where nothing else was measured
+    models(full)["tuned"]["harmless"] |= {"kl_response": 0.0456, "perplexity": 2.0}
+    text = " ".join(page(tmp_path, full).split())
+    assert "Training, mean of the runs with seeds 0, 2: 150 steps in" in text
+    card = text[text.index("<h3>tuned</h3>") :][:1500]
+    assert "0.0456" in card and "0.0123" not in card
+
+
 def test_read_report_errors(tmp_path):
     path = tmp_path / "report.json"
     with pytest.raises(UserError, match="cannot be read"):
@@ -331,7 +346,8 @@ def test_reports_side_by_side(tmp_path, full):
 
 def test_reports_that_are_unlike(tmp_path, full):
     """Every model stays beside its own report's base model, and what differs is said."""
-    alone = {**full, "models": full["models"][1:], "max_new_tokens": 256, "judge": "rules"}
+    alone = json.loads(json.dumps(full)) | {"max_new_tokens": 256, "judge": "rules"}
+    del alone["models"][0]
     other = json.loads(json.dumps(full)) | {"max_new_tokens": 32, "judge": "hf:x, rules"}
     other["models"][0]["attacks"]["direct"]["answers_per_prompt"] = 3
     for number, raw in enumerate((full, other, alone)):
