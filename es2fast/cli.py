@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -44,6 +45,7 @@ def main() -> None:
     """Console entry point."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
+        _check_arguments(sys.argv[1:])
         app()
     except UserError as error:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -61,6 +63,16 @@ def main() -> None:
             raise
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+def _check_arguments(given: list[str]) -> None:
+    """An empty path is the folder one stands in, which nobody means by it."""
+    for before, item in zip(["", *given], given):
+        if not item or re.fullmatch(r"--[a-z-]+=", item):
+            raise UserError(
+                f"{item or before}: an empty argument, as of a shell variable that is not set; "
+                "give a value or leave it out"
+            )
 
 
 def _print_version(wanted: bool) -> None:
@@ -126,10 +138,11 @@ def init(
 ) -> None:
     """Write a run file to start from: every key with its meaning and default."""
     from es2fast.reference import template
+    from es2fast.run.files import write_text
 
     if config.exists():
         raise UserError(f"init: {str(config)!r} exists already; choose another name")
-    config.write_text(template(), encoding="utf-8")
+    write_text(config, template())
     print(f"written: {config}; fill in model.name and the data, then: es2fast validate {config}")
 
 
@@ -226,7 +239,7 @@ def evaluate(
     Several processes share the prompts: torchrun --nproc_per_node 2 -m es2fast.cli evaluate ...
     """
     from es2fast.distributed.interrupt import LIFELINE, die_with_launcher
-    from es2fast.evaluation.run import evaluate_paths, evaluate_run
+    from es2fast.evaluation.run import check_overrides, evaluate_paths, evaluate_run
     from es2fast.evaluation.split import replacing
     from es2fast.report.table import print_table
     from es2fast.run.folder import RunFolder
@@ -255,6 +268,7 @@ def evaluate(
     if len(places) == 1 and base is None and out is None and (run.occupied or run.finished):
         report, folder = evaluate_run(run.path, named), run
     else:
+        check_overrides(named, run=False)
         config = load_config(None, [f"model.name={json.dumps(places[0])}", *named])
         folder = RunFolder(out or Path("runs/evaluation"))
         report = evaluate_paths(places, config, folder, base=base)
@@ -296,7 +310,10 @@ def compare(
     from es2fast.report.compare import combined
     from es2fast.report.html import write_page
     from es2fast.report.table import print_table
+    from es2fast.run.claim import check_output
+    from es2fast.run.folder import RunFolder
 
+    check_output("--html", html, [path for run in runs for path in RunFolder(run).contents])
     report = combined(runs)
     print_table(report)
     if html is not None:
@@ -321,11 +338,16 @@ def judges_command(
     from es2fast.judges.calibration import calibrate as measure
     from es2fast.judges.calibration import read_labelled
     from es2fast.judges.registry import describe, make_judges
+    from es2fast.run.claim import check_output
 
     if calibrate is None:
+        if judge != "rules" or json_file is not None:
+            option = "--json" if json_file is not None else "--judge"
+            raise UserError(f"{option}: for calibrating a judge; add --calibrate FILE")
         print("\n".join(describe()))
         return
     chosen = make_judges(judge)
+    check_output("--json", json_file, [calibrate])
     if json_file is not None and len(chosen) > 1:
         raise UserError(f"--json: one file for {len(chosen)} judges; name one with --judge")
     items, useful = read_labelled(calibrate)
@@ -372,9 +394,10 @@ def layers(
         probing_config,
     )
     from es2fast.report.layer_plot import save_layer_plot
+    from es2fast.run.claim import files_of
 
     config = probing_config(model, overrides or (), harmful, harmless)
-    check_targets(plot, json_file)
+    check_targets(plot, json_file, [Path(model), *files_of(config)])
     choice = probe_layers(config, progress=True)
     print_layer_table(choice)
     save_layer_plot(plot, choice.table, choice.layers)

@@ -12,7 +12,7 @@ class UserError(ValueError):
 
 
 _DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG,
-         errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)  # fmt: skip
+         errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)  # fmt: skip
 
 
 def disk_message(error: OSError) -> str | None:

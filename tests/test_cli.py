@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from finished_runs import finished_run
 from tiny_models import save_tiny, write_prompts
+from transformers import BertConfig, BertForMaskedLM
 from transformers.utils import logging
 
 from es2fast.progress import QUIET, VERBOSE, verbose
@@ -181,6 +184,9 @@ def test_layers_of_a_model(call: Any, project: Path, tmp_path: Path) -> None:
 
 
 LAYER_MISTAKES: list[tuple[list[str], list[str]]] = [
+    (["{folder}/run.yaml", "--json={folder}/run.yaml"], ["--json", "read by the command"]),
+    (["{folder}/run.yaml", "--json={folder}/data/harmful.jsonl"], ["--json", "read by the"]),
+    (["{folder}/run.yaml", "--json={folder}/data"], ["--json", "is a folder"]),
     (["{folder}/model", "--harmful={folder}/data/harmful.jsonl"], ["data.harmless", "--harmless"]),
     (["{folder}/model", "--harmful={folder}/absent.txt", "--harmless={folder}/empty.txt"],
      ["data.harmful[0]", "absent.txt"]),
@@ -303,6 +309,10 @@ HARDEN_MISTAKES: list[tuple[list[str], list[str]]] = [
     (["--out={folder}/taken"], ["--out", "holds another run", "--overwrite"]),
     (["data.harmful=[{{source: '{folder}/data/harmful.jsonl', where: {{label: x}}}}]"],
      ["data.harmful[0]", "where", "no column 'label'", "'prompt'"]),
+    (["output_dir=elsewhere"], ["output_dir=elsewhere", "--out"]),
+    (["model.name=other"], ["model.name=other", "first argument"]),
+    (["--borderline={folder}/empty.txt"], ["--borderline", "'none' stands alone"]),
+    (["--recipe="], ["--recipe=", "empty argument"]),
 ]  # fmt: skip
 
 
@@ -332,6 +342,9 @@ TUNE_MISTAKES: list[tuple[list[str], list[str]]] = [
     (["{folder}/run.yaml", "train.step=3"], ["train.step", "did you mean 'steps'"]),
     (["{folder}/run.yaml", "--pick=3"], ["holds no search"]),
     (["{folder}/absent.yaml"], ["absent.yaml", "cannot be read"]),
+    (["{folder}/run.yaml", "--attacks=scva"], ["no attack 'scva'", "did you mean 'scav'"]),
+    (["{folder}/run.yaml", "evaluate.judge=nobody"], ["evaluate.judge", "nobody"]),
+    (["{folder}/run.yaml"], ["data.eval_harmful", "no held-out prompts"]),
 ]
 
 
@@ -346,6 +359,8 @@ def test_mistakes_of_tune(
     assert not (tmp_path / "out").exists()
 
 
+BERT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
+        "intermediate_size": 8}  # fmt: skip
 EVALUATE_MISTAKES: list[tuple[list[str], list[str]]] = [
     (["{model}"], ["data.eval_harmful", "--harmful"]),
     (["{model}", *["--harmful", "{data}/harmful.jsonl", "--harmless", "{empty}"]], ["empty.txt"]),
@@ -354,6 +369,16 @@ EVALUATE_MISTAKES: list[tuple[list[str], list[str]]] = [
     (["{nowhere}"], ["model.name", "nowhere"]),
     (["train.device=cpu"], ["no model given"]),
     (["{model}", "evaluate.limits=3"], ["evaluate.limits", "did you mean 'limit'"]),
+    (["{model}", "model.name=x"], ["model.name", "before any key=value"]),
+    (["{model}", "train.steps=3"], ["train.steps", "an evaluation reads evaluate, data, model"]),
+    (["{model}", "output_dir=x"], ["output_dir", "leave it out"]),
+    (["{model}@v9"], ["is a folder, which has no revision"]),
+    (["{model}", "--lm-eval-tasks-dir={data}"], ["evaluate.lm_eval.tasks_dir", "--lm-eval"]),
+    (["{model}", "--lm-eval-attacks=scav"], ["evaluate.lm_eval.attacks", "--lm-eval"]),
+    (["nowhere"], ["data.eval_harmful", "'nowhere' is no folder here"]),
+    (["{model}", "--base", ""], ["--base", "empty argument"]),
+    (["{bert}"], ["'bert' model", "fills masks"]),
+    (["{small}"], ["tokenizer writes token", "3 embeddings"]),
 ]
 
 
@@ -362,9 +387,15 @@ def test_mistakes_of_evaluate(
     call: Any, project: Path, tmp_path: Path, arguments: list[str], words: list[str]
 ) -> None:
     places = {"model": project / "model", "data": project / "data", "nowhere": tmp_path / "nowhere",
-              "empty": project / "empty.txt"}  # fmt: skip
+              "empty": project / "empty.txt", "bert": tmp_path / "bert",
+              "small": tmp_path / "small"}  # fmt: skip
+    if arguments == ["{bert}"]:
+        shutil.copytree(project / "model", places["bert"])
+        BertForMaskedLM(BertConfig(**BERT)).save_pretrained(places["bert"])
+    if arguments == ["{small}"]:
+        save_tiny(places["small"], vocab_size=3)
     filled = [item.format(**places) for item in arguments]
-    if "data.eval_harmful" not in words and "--harmful" not in filled:
+    if words[0] != "data.eval_harmful" and "--harmful" not in filled:
         for name in ("harmful", "harmless"):
             filled += [f"--{name}", f"{project}/data/{name}.jsonl"]
     done = call("evaluate", *filled, "--out", tmp_path / "out")
@@ -402,3 +433,107 @@ def test_judges(call: Any, tmp_path: Path) -> None:
     assert call("judges", "--calibrate", tmp_path / "x.csv", *both).stdout.count("kappa") == 2
     failed = call("judges", "--calibrate", tmp_path / "x.csv", *both, "--json", tmp_path / "d")
     assert failed.returncode == 2 and "one file for 2 judges" in failed.stderr
+    lone = call("judges", "--json", tmp_path / "e")
+    assert lone.returncode == 2 and "--json: for calibrating a judge" in lone.stderr
+    same = call("judges", "--calibrate", tmp_path / "x.csv", "--json", tmp_path / "x.csv")
+    refused(same, ["--json", "read by the command"])
+    assert (tmp_path / "x.csv").read_text().startswith("prompt,answer,label")
+    for prompt, answer in ((["a"], "b"), (None, "b"), ("a", {"x": 1})):
+        (tmp_path / "y.jsonl").write_text(
+            json.dumps({"prompt": prompt, "answer": answer, "label": "useful"}) + "\n"
+        )
+        refused(
+            call("judges", "--calibrate", tmp_path / "y.jsonl"), ["--calibrate", "expected text"]
+        )
+
+
+def test_nothing_of_others_is_replaced(call: Any, project: Path, tmp_path: Path) -> None:
+    """Folders and files that a command did not write, or reads."""
+    run = finished_run(tmp_path / "run", project / "model", 0)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    asked = [f"--{name}={project}/data/{name}.jsonl" for name in ("harmful", "harmless")]
+    quick = ["--attacks=direct", "--limit=2", "evaluate.max_new_tokens=2", "train.device=cpu"]
+    for name, text in (("answers.jsonl", '{"text": "mine"}\n'), ("report.json", "[]"),
+                       ("report.html", "mine")):  # fmt: skip
+        (foreign / name).write_text(text)
+        done = call("evaluate", project / "model", *asked, *quick, "--out", foreign)
+        refused(done, ["--out", f"holds {name}, which no evaluation wrote"])
+        assert (foreign / name).read_text() == text
+        (foreign / name).unlink()
+    for place in (run, project / "model"):
+        done = call("evaluate", project / "model", *asked, *quick, "--out", place)
+        refused(done, ["--out", "holds a run or a model"])
+    (run / "report.json").write_text("{}")
+    refused(call("compare", run, "--html", run / "report.json"), ["--html", "read by the command"])
+    refused(call("compare", run), ["report.json", "evaluate the model again"])
+    done = call("plan", project / "run.yaml", "--json", project / "run.yaml")
+    refused(done, ["--json", "read by the command"])
+    refused(call("plan", project / "run.yaml", "--gpus=²"), ["--gpus", "²"])
+    refused(call("validate", project / "run.yaml", f"model.name={run}"), ["the folder of a run"])
+    refused(call("validate", project / "run.yaml", f"model.name={run}/model"), ["LoRA adapter"])
+    below = project / "run.yaml" / "x"
+    refused(call("validate", project / "run.yaml", f"output_dir={below}"), ["output_dir", "a file"])
+    assert call("init", tmp_path / "new" / "run.yaml").returncode == 0
+
+
+def test_what_is_damaged_is_found_first(call: Any, project: Path, tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run", project / "model", 0)
+    adapter, out = run / "model" / "adapter_model.safetensors", tmp_path / "out"
+    whole = adapter.read_bytes()
+    asked = [f"--{name}={project}/data/{name}.jsonl" for name in ("harmful", "harmless")]
+    commands: list[list[Any]] = [
+        ["export", run, "--out", out],
+        ["export", run, "--out", out, "--merge"],
+        ["export", run, "--out", out, "--scale=0.5"],
+        ["evaluate", project / "model", run, *asked, "--attacks=direct", "--out", out],
+    ]
+    adapter.write_bytes(whole[:800])
+    for command in commands:
+        refused(call(*command), ["adapter_model.safetensors", "is damaged"])
+    adapter.unlink()
+    for command in commands:
+        refused(call(*command), ["has no weights"])
+    adapter.write_bytes(whole)
+    settings = run / "model" / "adapter_config.json"
+    told = json.loads(settings.read_text())
+    settings.write_text(json.dumps(told | {"base_model_name_or_path": str(tmp_path / "gone")}))
+    for command in (commands[1], commands[3]):
+        refused(call(*command), ["adapter_config.json", "gone", "no such folder"])
+    settings.write_text(json.dumps(told | {"r": 3}))
+    refused(call(*commands[1]), ["model.name", "does not go on"])
+    assert not out.exists()
+    settings.write_text(json.dumps(told))
+    assert call(*commands[0]).returncode == 0 and (out / adapter.name).read_bytes() == whole
+
+
+def test_another_base_model_than_the_runs(call: Any, project: Path, tmp_path: Path) -> None:
+    from es2fast.data import model_fingerprint
+
+    run = finished_run(tmp_path / "run", project / "model", 0)
+    told = json.loads((run / "train.json").read_text())
+    made = {"made_of": {"model": model_fingerprint(str(project / "model"))}}
+    (run / "train.json").write_text(json.dumps(told | made))
+    other = save_tiny(tmp_path / "other", seed=1)
+    refused(call("evaluate", run, f"model.name={other}"), ["model.name", "not the model that the"])
+    assert not (run / "model" / "README.md").exists()
+    moved = shutil.copytree(project / "model", tmp_path / "moved")
+    done = call("evaluate", run, f"model.name={moved}")
+    refused(
+        done, ["data.harmful: no harmful prompts"]
+    )  # the same model elsewhere is not refused for that
+
+
+def test_files_that_do_not_fit(call: Any, project: Path, tmp_path: Path) -> None:
+    """As on a full disk: nothing half is left, and the file is named."""
+    run, out = finished_run(tmp_path / "run", project / "model", 0), tmp_path / "out"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        exported = call("export", run, "--out", out / "x")
+        begun = call("init", out / "run.yaml")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    refused(exported, [str(out / "x/adapter_model.safetensors"), "File too large"])
+    refused(begun, ["run.yaml", "File too large"])
+    assert not list(out.iterdir())

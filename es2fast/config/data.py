@@ -14,8 +14,9 @@ class DataSource(Section):
 
     source: str = Field(
         description="Hugging Face dataset id, folder of a saved dataset, or a .jsonl/.json/.csv/"
-        ".parquet file, any other text file with one prompt per line, or the harmless prompts that "
-        "come with the package: builtin:ordinary, builtin:borderline, builtin:topical"
+        ".parquet file, any other text file with one prompt per line, or prompts that come with "
+        "the package: builtin:ordinary, builtin:borderline, builtin:topical (harmless), "
+        "builtin:misuse (harmful)"
     )
     split: str = Field("train", description="split, for dataset ids and saved dataset dicts")
     column: str | None = Field(None, description="prompt column; recognised when not named")

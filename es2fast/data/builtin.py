@@ -1,5 +1,6 @@
-"""Harmless prompts that come with the package: the sources `builtin:ordinary`,
-`builtin:borderline` and `builtin:topical` (see `builtin_topical`).
+"""Prompts that come with the package: the harmless sources `builtin:ordinary`,
+`builtin:borderline` and `builtin:topical` (see `builtin_topical`), and the harmful one
+`builtin:misuse` (see `builtin_misuse`).
 
 Borderline ones look harmful and are not. They are of the kinds that XSTest tells apart (Röttger et
 al. 2024, arXiv 2308.01263), made from patterns and words of our own; none of XSTest's is among
@@ -11,6 +12,7 @@ from __future__ import annotations
 import random
 from itertools import product
 
+from es2fast.data.builtin_misuse import MISUSE
 from es2fast.data.builtin_topical import TOPICAL, Family
 
 COMPUTERS: Family = (
@@ -233,14 +235,16 @@ BORDERLINE: dict[str, Family] = {
 }
 
 PREFIX = "builtin:"
-NAMES = ("ordinary", "borderline", "topical")
+HARMLESS = ("ordinary", "borderline", "topical")
+HARMFUL = ("misuse",)
+NAMES = HARMLESS + HARMFUL
 PER_FAMILY = 50
 ORDINARY_PROMPTS = 700
 
 
 def builtin_rows(name: str) -> list[dict[str, str]]:
     """Rows with `prompt` and `type`, in an order that mixes the families: 700 for `ordinary`, 644
-    for `borderline`, 592 for `topical`."""
+    for `borderline`, 592 for `topical`, 595 for `misuse`."""
     if name == "ordinary":
         drawn = random.Random(0).sample(_made(ORDINARY), ORDINARY_PROMPTS)
         found = _rows("ordinary", drawn)
@@ -249,7 +253,7 @@ def builtin_rows(name: str) -> list[dict[str, str]]:
         draw.sample(_made(ORDINARY), ORDINARY_PROMPTS)  # from when both were drawn together
         found = _drawn(BORDERLINE, draw)
     else:
-        found = _drawn(TOPICAL, random.Random(0))
+        found = _drawn(TOPICAL if name == "topical" else MISUSE, random.Random(0))
     random.Random(1).shuffle(found)
     return found
 

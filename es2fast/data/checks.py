@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from es2fast.data.format import Formatter
 from es2fast.data.groups import PromptGroups
+from es2fast.data.prompts import Prompt
 from es2fast.data.sources import one_line
 from es2fast.errors import UserError
 
@@ -27,10 +30,15 @@ def prompt_lengths(groups: PromptGroups, formatter: Formatter, vocab_size: int) 
         for prompt in prompts:
             ids = formatter.prompt_ids(prompt)
             lengths.append(len(ids))
-            if max(ids) >= vocab_size:
-                raise UserError(
-                    f"model.name: the tokenizer writes token {max(ids)} for "
-                    f"{one_line(prompt.text, 40)!r}, but the model has {vocab_size} embeddings; "
-                    "give model and tokenizer that belong together"
-                )
+            known_tokens(ids, prompt, vocab_size)
     return lengths
+
+
+def known_tokens(ids: Sequence[int], prompt: Prompt, vocab_size: int) -> None:
+    """UserError where one of a prompt's tokens has no embedding."""
+    if max(ids) >= vocab_size:
+        raise UserError(
+            f"model.name: the tokenizer writes token {max(ids)} for "
+            f"{one_line(prompt.text, 40)!r}, but the model has {vocab_size} embeddings; give model "
+            "and tokenizer that belong together"
+        )

@@ -10,7 +10,7 @@
 |                                          | `{"data": [...]}`, or columns `{"prompt": [...]}`   |
 | `.parquet`                               | pyarrow, with the `datasets` features in its schema |
 | any other file                           | plain text, one prompt per line, blank lines skipped |
-| `builtin:ordinary`, `builtin:borderline` | `data.builtin`                                      |
+| `builtin:NAME`                           | `data.builtin`                                      |
 | otherwise                                | a Hugging Face dataset id, `id` or `id:config`      |
 
 CSV is not read with pandas because its type guesses change prompts ("null", "1e5") and because it
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from es2fast.config import DataSource
-from es2fast.data.builtin import NAMES, PREFIX, builtin_rows
+from es2fast.data.builtin import HARMFUL, NAMES, PREFIX, builtin_rows
 from es2fast.errors import UserError
 
 _DATASET_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
@@ -199,6 +199,11 @@ def _csv_rows(path: Path, field: str) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
         try:
+            names = list(reader.fieldnames or ())
+            if twice := next((name for name in names if name and names.count(name) > 1), None):
+                raise UserError(
+                    f"{field}: {str(path)!r} has two columns {twice!r}; give each a name of its own"
+                )
             for number, row in enumerate(reader, 1):
                 if None in row:
                     raise UserError(
@@ -309,13 +314,14 @@ def _from_folder(
 
 def _from_package(source: DataSource, field: str) -> Table:
     name = source.source.removeprefix(PREFIX)
-    if "harmful" in field:
-        raise UserError(f"{field}: {source.source!r} is harmless; give it as harmless prompts")
     if name not in NAMES:
         raise UserError(
             f"{field}: there is no {source.source!r}; built-in prompts are "
             + ", ".join(f"{PREFIX}{known}" for known in NAMES)
         )
+    side = "harmful" if name in HARMFUL else "harmless"
+    if side != ("harmful" if "harmful" in field else "harmless"):
+        raise UserError(f"{field}: {source.source!r} is {side}; give it as {side} prompts")
     rows = builtin_rows(name)
     return Table(list(rows[0]), list(rows[: _row_count(source)]))
 

@@ -82,6 +82,8 @@ def launch(
         *("--module", "es2fast.train", "--config", str(config), *overrides),
     ]
     code = _run(command, environment, log)
+    if code in (-signal.SIGINT, -signal.SIGTERM):
+        raise UserError("train: interrupted; the same command goes on from what was saved")
     if code != 0:
         kind = RunStopped if code == STOPPED else UserError
         where = "above" if log is None else str(log)

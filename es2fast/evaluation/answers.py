@@ -46,6 +46,15 @@ class Scope:
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
+def _is_answer(line: Mapping[str, Any]) -> bool:
+    return {"key", "part", "of"} <= line.keys() and isinstance(line.get("text"), str)
+
+
+def is_log(path: Path) -> bool:
+    """The file is empty or holds answers, lines of a killed writer apart."""
+    return not path.stat().st_size or any(map(_is_answer, read_lines(path)))
+
+
 class AnswerLog:
     """The answers of a folder, in memory and on disk.
 
@@ -58,7 +67,7 @@ class AnswerLog:
         self._path = path
         self._found: dict[str, dict[int, dict[str, Any]]] = {}
         for line in chain.from_iterable(map(read_lines, (*others, path))):
-            if {"key", "part", "of", "text"} <= line.keys():
+            if _is_answer(line):
                 self._found.setdefault(line["key"], {})[line["part"]] = line
 
     def get(self, key: str) -> list[Answer] | None:

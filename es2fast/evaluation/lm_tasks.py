@@ -41,6 +41,12 @@ def check(settings: LmEvalConfig, attacks: Sequence[Attack]) -> None:
             list, or cannot be in place while something else uses the model.
     """
     if not settings.tasks:
+        for name in ("attacks", "tasks_dir"):
+            if value := getattr(settings, name):
+                raise UserError(
+                    f"evaluate.lm_eval.{name}: {value!r} is for tasks, and there are none; name "
+                    "some in evaluate.lm_eval.tasks (--lm-eval)"
+                )
         return
     if find_spec("lm_eval") is None:
         raise UserError(

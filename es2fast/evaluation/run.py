@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -27,6 +27,7 @@ from torch import nn
 from es2fast.attacks.registry import make_attacks
 from es2fast.config import Config, EvaluateConfig, ModelConfig, load_config
 from es2fast.data import Formatter, Prompt, PromptGroups, load_groups, model_fingerprint
+from es2fast.data.checks import known_tokens
 from es2fast.distributed.runtime import resolve_device, resolve_dtype
 from es2fast.errors import UserError
 from es2fast.evaluation.aggregate import harmless_result, worst_of_suite
@@ -36,7 +37,7 @@ from es2fast.evaluation.answering import (
     hash_of,
     subject_answers,
 )
-from es2fast.evaluation.answers import AnswerLog
+from es2fast.evaluation.answers import AnswerLog, is_log
 from es2fast.evaluation.judging import check_calibration, judged_attacks
 from es2fast.evaluation.lm_tasks import check as check_tasks
 from es2fast.evaluation.measure import Measured, shift_ranks
@@ -57,7 +58,14 @@ from es2fast.judges.base import Judge
 from es2fast.judges.calibration import Calibration
 from es2fast.judges.registry import judges_of, make_judges
 from es2fast.judges.rules import RulesJudge
-from es2fast.modeling.load import check_weights, load_merged, load_tokenizer
+from es2fast.modeling.adapter import adapter_base, is_adapter
+from es2fast.modeling.load import (
+    check_weights,
+    holds_model,
+    load_merged,
+    load_model_config,
+    load_tokenizer,
+)
 from es2fast.report.html import write_report
 from es2fast.report.model_card import public_source, write_model_card
 from es2fast.report.schema import BASE, Report
@@ -216,14 +224,16 @@ def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> Report | None:
         overrides: `key=value` changes to the run's saved configuration, e.g. evaluate.limit=50.
 
     Raises:
-        UserError: no finished run there; no held-out prompts.
+        UserError: no finished run there, or a damaged one; no held-out prompts; another base model
+            than the run's.
     """
     folder = RunFolder(run)
     folder.check_finished("evaluate")
-    _check_overrides(overrides)
+    check_overrides(overrides, run=True)
     config = load_config(folder.config, overrides)
     check_replaced(config.data, overrides)
-    summary = json.loads(folder.summary.read_text())
+    summary = folder.read_summary()
+    _check_base(config.model, summary, overrides)
     layers = sorted(int(layer) for layer in summary["layers"])
     saved = load_config(folder.config)
     groups = load_groups(config.data)
@@ -258,6 +268,20 @@ def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> Report | None:
     return report
 
 
+def _check_base(model: ModelConfig, summary: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """UserError where another base model is given than the run was trained from. A folder and a
+    Hugging Face id cannot be compared."""
+    trained = (summary.get("made_of") or {}).get("model")
+    if trained is None or not any(item.startswith("model.name=") for item in overrides):
+        return
+    given = model_fingerprint(model.name, model.revision)
+    if given != trained and ("@" in given) == ("@" in trained):
+        raise UserError(
+            f"model.name: {model.name!r} is not the model that the run was trained from; give that "
+            "one, or leave model.name out"
+        )
+
+
 def _data_lines(learnt: PromptGroups | None, asked: PromptGroups) -> list[str]:
     """What a run was trained on, where that is known, and what its evaluation asks."""
     lines = ["training prompts: their files could not be read again"]
@@ -290,15 +314,19 @@ def asked_of(config: Config, prompts: EvaluationPrompts) -> str:
 _OF_EVALUATION = ("evaluate", "data", "model", "train.device")
 
 
-def _check_overrides(overrides: Sequence[str]) -> None:
-    """Only what an evaluation reads can be changed of a run that is over."""
+def check_overrides(overrides: Sequence[str], *, run: bool) -> None:
+    """UserError for `key=value` that an evaluation does not read, of a run that is over or of
+    models that are named as such."""
     for item in overrides:
         key = item.partition("=")[0].strip()
         if not any(key == name or key.startswith(f"{name}.") for name in _OF_EVALUATION):
+            trained = "the run is trained, and " if run else ""
             raise UserError(
-                f"{key}: the run is trained, and evaluating it reads {', '.join(_OF_EVALUATION)} "
-                "alone; leave it out"
+                f"{key}: {trained}an evaluation reads {', '.join(_OF_EVALUATION)} alone; leave it "
+                "out"
             )
+        if key == "model.name" and not run:
+            raise UserError("model.name: models are named before any key=value; leave it out")
 
 
 def evaluate_paths(
@@ -320,15 +348,17 @@ def evaluate_paths(
         base: the model the others are compared with; likewise.
 
     Raises:
-        UserError: `model.revision` is set; a model or file that cannot be read; too few prompts.
+        UserError: `model.revision` is set; a model or file that cannot be read; too few prompts;
+            a folder that holds a run, a model, or files of these names that no evaluation wrote.
     """
+    _check_target(folder)
     if config.model.revision is not None:
         raise UserError(
             f"model.revision: {config.model.revision!r} does not say of which model; give it with "
             f"the id, ORG/NAME@{config.model.revision}"
         )
     groups = load_groups(config.data, need_train=False)
-    _check_held_out(groups)
+    _check_held_out(groups, models)
     named = [*([(BASE, base)] if base is not None else []), *zip(model_names(models), models)]
     notes = _told([note for one in named for note in _learnt_by(*one, groups, config)])
     prompts, more = split_prompts(groups, config.evaluate, config.data.near_duplicates)
@@ -336,8 +366,9 @@ def evaluate_paths(
     subjects = []
     for name, place in named:
         model = config.model.model_copy(update=weights_of(place))
-        formatter = Formatter(load_tokenizer(model), config.data)
         check_weights(model.name)
+        formatter = Formatter(load_tokenizer(model), config.data)
+        check_vocabulary(model, formatter, [*prompts.harmful, *prompts.harmless])
         subjects.append(_subject(name, model, config, formatter))
     if base is not None:
         compared = config.model_copy(
@@ -351,6 +382,43 @@ def evaluate_paths(
     middle = report.reported_layers[round(0.6 * len(report.reported_layers)) - 1]
     write_report(folder, report, states=saved_states(folder, report.names, middle))
     return report
+
+
+def _check_target(folder: RunFolder) -> None:
+    """What an evaluation replaces in its folder is an evaluation's."""
+    where = f"--out: {str(folder.path)!r}"
+    if folder.path.exists() and not folder.path.is_dir():
+        raise UserError(f"{where} is a file; name a folder")
+    if folder.occupied or holds_model(folder.path):
+        raise UserError(f"{where} holds a run or a model; choose another folder")
+    if foreign := next(_foreign(folder), None):
+        raise UserError(
+            f"{where} holds {foreign.name}, which no evaluation wrote; choose another folder"
+        )
+
+
+def _foreign(folder: RunFolder) -> Iterator[Path]:
+    """Files under the names of an evaluation's that are none."""
+    if folder.answers.is_file() and not is_log(folder.answers):
+        yield folder.answers
+    if folder.report.is_file():
+        try:
+            raw = json.loads(folder.report.read_text(encoding="utf-8"))
+        except ValueError:
+            raw = None
+        if not isinstance(raw, dict) or "models" not in raw:
+            yield folder.report
+    elif folder.page.is_file():
+        yield folder.page
+
+
+def check_vocabulary(model: ModelConfig, formatter: Formatter, prompts: Sequence[Prompt]) -> None:
+    """UserError where the tokenizer writes a token that the model has no embedding of."""
+    if is_adapter(model.name):
+        model = model.model_copy(update=adapter_base(model.name))
+    size = load_model_config(model).get_text_config().vocab_size
+    for prompt in prompts:
+        known_tokens(formatter.prompt_ids(prompt), prompt, size)
 
 
 def _told(notes: list[str]) -> list[str]:
@@ -385,6 +453,11 @@ def weights_of(place: str) -> dict[str, str | None]:
         return {"name": str(run.model), "revision": None}
     name, at, revision = place.rpartition("@")
     if at and name and not Path(place).exists():
+        if Path(name).is_dir():
+            raise UserError(
+                f"model.name: {place!r}: {name!r} is a folder, which has no revision; name the "
+                "folder alone"
+            )
         return {"name": name, "revision": revision}
     return {"name": place, "revision": None}
 
@@ -432,15 +505,29 @@ def _subject(name: str, model: ModelConfig, config: Config, formatter: Formatter
     )
 
 
+def check_evaluation(config: Config) -> None:
+    """What can be said of an evaluation before anything is trained.
+
+    Raises:
+        UserError: unknown attack, judge or task; a file of prompts that cannot be read; no
+            held-out prompts.
+    """
+    _check(config.evaluate)
+    make_judges(_judged_by(config, config.model.name).evaluate.judge)
+    _check_held_out(load_groups(config.data))
+
+
 def _check(settings: EvaluateConfig) -> None:
     """Says mistakes before any model is loaded."""
     check_tasks(settings.lm_eval, make_attacks(settings.attacks, steps=settings.attack_steps))
 
 
-def _check_held_out(groups: PromptGroups) -> None:
+def _check_held_out(groups: PromptGroups, models: Sequence[str] = ()) -> None:
     for name in ("eval_harmful", "eval_harmless"):
         if not getattr(groups, name):
+            absent = [place for place in models if not Path(place).is_dir()]
             raise UserError(
                 f"data.{name}: no held-out prompts; name a source that training did not see, one "
                 f"of both kinds in data.eval_labelled, or give --{name.removeprefix('eval_')} FILE"
+                + (f" ({absent[0]!r} is no folder here, a run's or a model's)" if absent else "")
             )

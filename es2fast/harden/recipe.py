@@ -67,6 +67,7 @@ def resolve(
     Raises:
         UserError: an unreadable recipe, an unknown key, a value out of range.
     """
+    _check_overrides(overrides, model, out)
     raw = read_yaml(recipe or RECIPES / "default.yaml", "--recipe")
     if quick:
         less = read_yaml(RECIPES / "quick.yaml")
@@ -80,6 +81,16 @@ def resolve(
         sources = _replaced(group, getattr(data, group), chosen)
         raw["data"][group] = [source.model_dump(exclude_defaults=True) for source in sources]
     return load_config(raw, overrides)
+
+
+def _check_overrides(overrides: Sequence[str], model: str, out: Path) -> None:
+    """What has an argument or option of its own is given by that."""
+    for item in overrides:
+        key = item.partition("=")[0].strip()
+        if key == "model.name":
+            raise UserError(f"{item}: the model is {model!r}, the first argument; leave it out")
+        if key == "output_dir":
+            raise UserError(f"{item}: the folder is {str(out)!r}; give --out in place of it")
 
 
 def _less(config: Config, quick: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,7 +143,9 @@ def _replaced(
 def _files(
     role: str, group: str, own: Sequence[DataSource], places: Sequence[str]
 ) -> list[DataSource]:
-    if role == BORDERLINE and list(places) == [NONE]:
+    if role == BORDERLINE and NONE in places:
+        if len(places) > 1:
+            raise UserError(f"--{BORDERLINE}: {NONE!r} stands alone; leave it or the files out")
         return []
     kept: dict[str, Any] = {"limit": own[0].limit} if own else {}
     kept["side"] = "harmful" if role.endswith("harmful") else "harmless"

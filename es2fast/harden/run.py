@@ -13,7 +13,6 @@ the same is kept.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -141,7 +140,7 @@ def _of_seeds(folder: RunFolder, seeds: Sequence[int]) -> bool:
     one."""
     if not folder.finished:
         return (folder.path / SEEDS).is_dir() == (len(seeds) > 1)
-    mean = json.loads(folder.summary.read_text(encoding="utf-8")).get(MEAN)
+    mean = folder.read_summary().get(MEAN)
     return mean == (seeds_text(seeds) if len(seeds) > 1 else None)
 
 
@@ -154,7 +153,7 @@ def _changes(folder: RunFolder, config: Config, made: Mapping[str, Any]) -> list
     if _weights_changed(folder, config):
         return [NAMES["model"]]
     found = [name for name in differences(saved, config) if not name.startswith("evaluate.")]
-    told = json.loads(folder.summary.read_text(encoding="utf-8")).get("made_of") or made
+    told = folder.read_summary().get("made_of") or made
     return found + [words for key, words in NAMES.items() if told.get(key) != made[key]]
 
 
@@ -235,7 +234,7 @@ def _train_mean(trainer: Trainer, folder: RunFolder, seeds: Sequence[int]) -> No
         else:
             trainer.train(own, part, f"train, seed {seed}")
         if seed == seeds[0]:  # measured once
-            layers = json.loads(part.summary.read_text(encoding="utf-8"))["layers"]
+            layers = part.read_summary()["layers"]
     write_mean(parts, folder)
     save_config(config, folder.config)
     folder.drop_previous()
@@ -244,7 +243,7 @@ def _train_mean(trainer: Trainer, folder: RunFolder, seeds: Sequence[int]) -> No
 def _check_batch(part: RunFolder, plan: Plan) -> None:
     """The other parts will see as many prompts in a step as this one did, or the mean would be of
     unlike runs."""
-    before = json.loads(part.summary.read_text(encoding="utf-8")).get("pairs_per_step")
+    before = part.read_summary().get("pairs_per_step")
     now = plan.deepspeed["train_batch_size"]
     if before not in (None, now):
         raise UserError(

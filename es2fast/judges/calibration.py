@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -191,7 +191,9 @@ def read_labelled(path: str | Path) -> tuple[list[Item], list[bool]]:
             (LABEL_COLUMNS, "label"),
         )
     )
-    items: list[Item] = [(str(row[prompt]), str(row[answer] or ""), None) for row in table.rows]
+    items: list[Item] = [
+        (_text(row, prompt, where), _text(row, answer, where), None) for row in table.rows
+    ]
     return items, [_is_useful(row[label], label, where) for row in table.rows]
 
 
@@ -203,6 +205,19 @@ def _column(columns: Sequence[str], wanted: Sequence[str], what: str, where: str
             f"{one_line(', '.join(columns))}"
         )
     return found
+
+
+def _text(row: Mapping[str, Any], column: str, where: str) -> str:
+    """A cell's text; an answer may be empty."""
+    cell = row.get(column)
+    if cell is None and column in ANSWER_COLUMNS:
+        return ""
+    if not isinstance(cell, str):
+        raise UserError(
+            f"{where} column {column!r} holds {one_line(cell, 40)!r} ({type(cell).__name__}); "
+            "expected text"
+        )
+    return cell
 
 
 def _is_useful(cell: Any, column: str, where: str) -> bool:

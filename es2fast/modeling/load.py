@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from torch import nn
 
 from es2fast.config import ModelConfig
 from es2fast.errors import UserError
-from es2fast.modeling.skeleton import BROKEN_CONFIG, missing_tensors
+from es2fast.modeling.adapter import ADAPTER, adapter_base, is_adapter
+from es2fast.modeling.skeleton import BROKEN_CONFIG, check_kind, missing_tensors, stored_shapes
 from es2fast.ops.scratch import forget
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -46,6 +46,11 @@ def load_model_config(model: ModelConfig) -> Any:
     from transformers import AutoConfig
 
     _check_folder(model.name)
+    if is_adapter(model.name) and not (Path(model.name) / "config.json").is_file():
+        raise UserError(
+            f"model.name: {model.name!r} is a LoRA adapter, and a whole model is needed; es2fast "
+            "export RUN --merge --out DIR writes one"
+        )
     if model.revision is not None and Path(model.name).is_dir():
         raise UserError(
             f"model.revision: {model.revision!r} is for a Hugging Face id, and {model.name!r} is a "
@@ -74,13 +79,16 @@ def load_causal_lm(
             model is on the CPU and goes where the caller puts it.
 
     Raises:
-        UserError: a folder without weights; a model that transformers cannot load; missing or
-            non-finite weights; a device map that leaves weights outside of any device's memory.
+        UserError: a folder without weights; no decoder-only causal language model, or one that
+            transformers cannot load; missing or non-finite weights; a device map that leaves
+            weights outside of any device's memory.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     check_weights(model.name)
+    if not is_adapter(model.name):
+        check_kind(model.name, load_model_config(model))
     try:
         pair: Any = AutoModelForCausalLM.from_pretrained(
             model.name,
@@ -119,16 +127,24 @@ def load_merged(
     as fast, and what attacks edit is a plain model.
 
     Raises:
-        UserError: see `load_causal_lm`; the adapter's base model is gone.
+        UserError: see `load_causal_lm`; the adapter is damaged, or its base model gone.
     """
-    adapter = Path(model.name) / "adapter_config.json"
-    if not adapter.is_file():
+    if not is_adapter(model.name):
         return load_causal_lm(model, dtype, device_map)
     from peft import PeftModel
+    from safetensors import SafetensorError
 
+    check_weights(model.name)
     below = model.model_copy(update=adapter_base(model.name))
     plain: Any = load_causal_lm(below, dtype, device_map)
-    merged: Any = PeftModel.from_pretrained(plain, model.name).merge_and_unload()
+    try:
+        adapted: Any = PeftModel.from_pretrained(plain, model.name)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"model.name: the adapter {model.name!r} does not go on {below.name!r} "
+            f"({_first(error)}); give an intact one and its base model"
+        ) from None
+    merged: Any = adapted.merge_and_unload()
     return merged
 
 
@@ -147,33 +163,54 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def adapter_base(folder: str) -> dict[str, str | None]:
-    """`name` and `revision` of the model that a folder's LoRA adapter belongs on."""
-    path = Path(folder) / "adapter_config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        return {"name": raw["base_model_name_or_path"], "revision": raw.get("revision")}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"model.name: {str(path)!r} does not say of which model the adapter is "
-            "(base_model_name_or_path); give an intact adapter"
-        ) from None
-
-
 def check_weights(name: str) -> None:
-    """UserError when `name` is a folder without weights."""
+    """What can be known of a folder's weights without reading them; a Hugging Face id passes.
+
+    Raises:
+        UserError: there are none, a file of them is damaged, or the base model of an adapter is
+            gone.
+    """
     folder = Path(name)
-    if folder.is_dir() and not any(next(folder.glob(p), None) for p in _WEIGHTS):
+    if not folder.is_dir():
+        return
+    if not any(next(folder.glob(p), None) for p in _WEIGHTS):
         raise UserError(
             f"model.name: folder {name!r} has no weights (*.safetensors; pickled ones are not "
             "read); give the folder that save_pretrained wrote"
         )
+    stored_shapes(folder)
+    if not is_adapter(folder):
+        return
+    base = adapter_base(name)["name"]
+    assert base is not None
+    if _looks_local(base) and not Path(base).is_dir():
+        raise UserError(
+            f"model.name: {str(folder / ADAPTER)!r} names the base model {base!r}, and there is no "
+            "such folder; set base_model_name_or_path there to where it is now"
+        )
+    check_weights(base)
+
+
+def holds_model(folder: Path) -> bool:
+    """A model or an adapter lies right in the folder."""
+    names = ("config.json", ADAPTER)
+    return any((folder / name).is_file() for name in names) or any(folder.glob("*.safetensors"))
+
+
+def _looks_local(name: str) -> bool:
+    """It cannot be a Hugging Face id."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def _check_folder(name: str) -> None:
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not Path(name).is_dir():
+    folder = Path(name)
+    if _looks_local(name) and not folder.is_dir():
         raise UserError(f"model.name: folder {name!r} does not exist")
+    if (folder / "train.json").is_file() and not holds_model(folder):
+        raise UserError(
+            f"model.name: {name!r} is the folder of a run; es2fast export {name} --out DIR writes "
+            "its model as a plain one, with --merge where it is a LoRA adapter"
+        )
 
 
 def _first(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 
 from es2fast.config import ModelConfig, TrainConfig
 from es2fast.errors import UserError
+from es2fast.modeling.adapter import damaged
 from es2fast.modeling.taps import blocks
 
 # what transformers raises over a config.json that is not what its family has
@@ -28,9 +29,9 @@ def make_skeleton(model: ModelConfig, config: Any) -> nn.Module:
         UserError: no decoder-only causal language model; an unknown or missing attention
             implementation; no decoder blocks.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers import AutoModelForCausalLM
 
-    _check_kind(model.name, config, AutoModelForCausalLM, AutoModelForMaskedLM)
+    check_kind(model.name, config)
     if "flex" in (model.attn_implementation or ""):
         raise UserError(
             f"model.attn_implementation: {model.attn_implementation!r} is not supported, since its "
@@ -56,7 +57,13 @@ def make_skeleton(model: ModelConfig, config: Any) -> nn.Module:
     return skeleton
 
 
-def _check_kind(name: str, config: Any, causal: Any, masked: Any) -> None:
+def check_kind(name: str, config: Any) -> None:
+    """UserError where a transformers config is not that of a decoder-only causal language model
+    whose blocks hold one state per token."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    causal: Any = AutoModelForCausalLM
+    masked: Any = AutoModelForMaskedLM
     kind = type(config)
     if config.model_type in _SEVERAL_STATES:
         raise UserError(
@@ -124,7 +131,7 @@ def check_weight_files(skeleton: nn.Module, model: ModelConfig, config: Any) -> 
     """
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    shapes = _stored_shapes(Path(model.name))
+    shapes = stored_shapes(Path(model.name))
     converted = get_checkpoint_conversion_mapping(config.model_type) is not None
     if not shapes or converted or getattr(config, "quantization_config", None) is not None:
         return
@@ -156,8 +163,12 @@ def _tied(skeleton: nn.Module) -> set[str]:
     return set(tied) | set(tied.values())
 
 
-def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Tensor shapes of all `*.safetensors` in a folder; {} where there is none."""
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Tensor shapes of all `*.safetensors` in a folder, from their headers; {} where there is none.
+
+    Raises:
+        UserError: a damaged file.
+    """
     from safetensors import SafetensorError, safe_open
 
     shapes: dict[str, tuple[int, ...]] = {}
@@ -167,9 +178,7 @@ def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
                 stored = list(file.keys())
                 shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in stored}
         except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"model.name: {str(path)!r} is damaged ({_line(error)}); copy or download it anew"
-            ) from None
+            raise UserError(damaged(path, error)) from None
     return shapes
 
 

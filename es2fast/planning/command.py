@@ -11,6 +11,7 @@ import typer
 
 from es2fast.config import load_config
 from es2fast.errors import UserError
+from es2fast.run.claim import check_output, files_of
 from es2fast.run.files import write_text
 
 
@@ -34,6 +35,7 @@ def plan(
     counts = ranks_of(gpus)
     known = machine(gpu, cpu_memory() if gpu.lower() == "cpu" else None)
     resolved = load_config(config, overrides or ())
+    check_output("--json", json_file, [config, *files_of(resolved)])
     wanted = resolved.model.dtype
     dtype = ("fp32" if known.device == "cpu" else "bf16") if wanted == "auto" else wanted
     checked = make_plan(without_machine(resolved))
@@ -43,10 +45,7 @@ def plan(
     found = describe(checked, known, dtype, counts, resolved.train.global_batch_size)
     show(found)
     if json_file is not None:
-        try:
-            write_text(json_file, json.dumps(found, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"--json: {json_file} cannot be written ({error.strerror})") from None
+        write_text(json_file, json.dumps(found, indent=1) + "\n")
         print(f"written: {json_file}")
 
 
@@ -57,6 +56,6 @@ def ranks_of(text: str) -> list[int]:
         UserError: something else, or a number outside of 1..1024.
     """
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and 1 <= int(part) <= 1024 for part in parts):
+    if not all(part.isdecimal() and 1 <= int(part) <= 1024 for part in parts):
         raise UserError(f"--gpus: {text!r} must be numbers from 1 to 1024, such as 1,8,64")
     return sorted({int(part) for part in parts})

@@ -28,6 +28,8 @@ from es2fast.probing.causal import refusal_effects, refusal_starts
 from es2fast.probing.choice import choose_layers
 from es2fast.probing.crossval import draws, interval
 from es2fast.probing.table import LayerProbe, Probed, probe_table
+from es2fast.run.claim import check_output
+from es2fast.run.files import write_text
 
 FEWEST = 4  # prompts per group: what a probe is worth can hardly be told from fewer
 WIDTH = 100  # columns when the output is a file or a pipe
@@ -45,7 +47,7 @@ class LayerChoice:
 
     def save(self, path: Path) -> None:
         """Writes table, layers and reason as JSON."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        write_text(path, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
 
 def probing_config(
@@ -76,15 +78,15 @@ def probing_config(
     return config
 
 
-def check_targets(plot: Path, table: Path | None) -> None:
-    """UserError when a file to be written cannot be: found out before the work, not after it."""
+def check_targets(plot: Path, table: Path | None, reads: Sequence[Path] = ()) -> None:
+    """UserError when a file to be written cannot be, or is what is read: found out before the work,
+    not after it."""
     if plot.suffix.lower() not in PLOT_SUFFIXES:
         raise UserError(f"--plot: {str(plot)!r} must end in one of {', '.join(PLOT_SUFFIXES)}")
     if table is not None and table.resolve() == plot.resolve():
         raise UserError(f"--json: {str(table)!r} is also the file of --plot; choose another")
     for option, path in (("--plot", plot), ("--json", table)):
-        if path is not None and path.is_dir():
-            raise UserError(f"{option}: {str(path)!r} is a folder; name a file in it")
+        check_output(option, path, reads)
         if path is not None and not path.parent.is_dir():
             raise UserError(f"{option}: folder {str(path.parent)!r} does not exist")
 

@@ -278,7 +278,12 @@ def read_report(path: str | Path) -> Report:
         raise UserError(f"report {path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise UserError(f"report {path}: not valid JSON ({error})") from None
-    return Report.parse(raw)
+    try:
+        return Report.parse(raw)
+    except UserError as error:
+        raise UserError(
+            f"report {path}: {str(error).removeprefix('report: ')}; evaluate the model again"
+        ) from None
 
 
 def _upgraded(raw: dict[str, Any]) -> dict[str, Any]:

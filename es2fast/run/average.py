@@ -8,24 +8,25 @@ refuses as one does and is nearer to the base model (docs/real_models.md).
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from es2fast.config import Config, load_config, save_config
 from es2fast.errors import UserError
-from es2fast.run.export import SETTINGS, is_adapter
-from es2fast.run.files import remove, write_text
+from es2fast.modeling.adapter import ADAPTER, ADAPTER_WEIGHTS, is_adapter, read_adapter
+from es2fast.modeling.load import holds_model
+from es2fast.run.claim import check_ours
+from es2fast.run.export import SETTINGS
+from es2fast.run.files import copy_folder, remove, write_text
 from es2fast.run.folder import RunFolder
 from es2fast.run.identity import other_run
 from es2fast.run.metrics import metrics_of_parts
 
 MEAN = "mean_of_seeds"  # in train.json of a run that is a mean
-_WEIGHTS, _LORA = "adapter_model.safetensors", "adapter_config.json"
 
 
 def average_runs(runs: Sequence[Path], out: Path) -> None:
@@ -38,15 +39,17 @@ def average_runs(runs: Sequence[Path], out: Path) -> None:
 
     Raises:
         UserError: fewer than two runs; one that is not finished, holds whole weights, is a mean
-            itself, or was made in another way than the first; `out` holds a run or is a file.
+            itself, is damaged, or was made in another way than the first; `out` holds a run, a
+            model or files of a run's names that no run wrote, or is a file.
     """
     if len(runs) < 2:
         raise UserError("average: one run is its own mean; name two or more")
     written = RunFolder(out)
     if written.occupied:
         raise UserError(f"average: {str(out)!r} holds a run already; choose another --out")
-    if out.is_file() or is_adapter(out):
+    if out.is_file() or holds_model(out):
         raise UserError(f"average: {str(out)!r} is a file or a model; choose another --out")
+    check_ours(written, f"average: {str(out)!r}", "choose another --out")
     write_mean([RunFolder(run) for run in runs], written)
 
 
@@ -57,7 +60,7 @@ def write_mean(parts: Sequence[RunFolder], written: RunFolder) -> None:
     for part in parts:
         part.check_finished("average")
     configs = [load_config(part.config) for part in parts]
-    told = [json.loads(part.summary.read_text(encoding="utf-8")) for part in parts]
+    told = [part.read_summary() for part in parts]
     _check_alike(parts, configs, told)
     config = configs[0].model_copy(update={"output_dir": str(written.path)})
     written.path.mkdir(parents=True, exist_ok=True)
@@ -81,10 +84,9 @@ def seeds_text(seeds: Iterable[int]) -> str:
 def _write_adapter(adapters: Sequence[Path], target: Path) -> None:
     """A folder like the first one, whose update is sum_i (alpha_i / r_i) B_i A_i over their
     number."""
-    ignored = shutil.ignore_patterns("README.md", _WEIGHTS, SETTINGS)
-    shutil.copytree(adapters[0], target, ignore=ignored)
-    options = [json.loads((folder / _LORA).read_text(encoding="utf-8")) for folder in adapters]
-    tensors = [load_file(folder / _WEIGHTS) for folder in adapters]
+    read = [read_adapter(folder) for folder in adapters]
+    options, tensors = [one[0] for one in read], [one[1] for one in read]
+    copy_folder(adapters[0], target, "README.md", ADAPTER_WEIGHTS, SETTINGS)
     shares = [one["lora_alpha"] / one["r"] / len(adapters) for one in options]
     mean = {}
     for name, first in tensors[0].items():
@@ -93,10 +95,10 @@ def _write_adapter(adapters: Sequence[Path], target: Path) -> None:
         else:
             scaled = [share * one[name].float() for share, one in zip(shares, tensors)]
             mean[name] = torch.cat(scaled, dim=1).to(first.dtype)
-    save_file(mean, target / _WEIGHTS, metadata={"format": "pt"})
+    save_file(mean, target / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     rank = sum(one["r"] for one in options)
     text = json.dumps(options[0] | {"r": rank, "lora_alpha": rank}, indent=2, sort_keys=True)
-    write_text(target / _LORA, text + "\n")
+    write_text(target / ADAPTER, text + "\n")
 
 
 def _summary(configs: Sequence[Config], told: Sequence[dict[str, Any]]) -> dict[str, Any]:

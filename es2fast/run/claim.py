@@ -11,7 +11,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -37,11 +37,8 @@ def check_claim(folder: RunFolder, config: Config) -> bool:
     if folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"{where} is a file; {_OTHER}")
     _check_sources(folder, config)
-    found = [path for path in (*folder.contents, folder.previous) if path.exists()]
-    if not found:
-        return False
-    if not is_ours(folder):
-        raise UserError(f"{where} holds {found[0].name}, which no run of es2fast wrote; {_OTHER}")
+    _check_parents(folder.path, where)
+    check_ours(folder, where, _OTHER)
     if not folder.occupied:
         return False
     overwrite = config.train.overwrite
@@ -57,6 +54,20 @@ def check_claim(folder: RunFolder, config: Config) -> bool:
             return False
         raise
     return True
+
+
+def check_ours(folder: RunFolder, where: str, remedy: str) -> None:
+    """UserError where a folder has files of a run's names that no run wrote."""
+    found = [path for path in (*folder.contents, folder.previous) if path.exists()]
+    if found and not is_ours(folder):
+        raise UserError(f"{where} holds {found[0].name}, which no run of es2fast wrote; {remedy}")
+
+
+def _check_parents(path: Path, where: str) -> None:
+    """The folder can be made: what there is of its path is a folder."""
+    there = next((one for one in path.absolute().parents if one.exists()), None)
+    if there is not None and not there.is_dir():
+        raise UserError(f"{where} cannot be made, since {str(there)!r} is a file; {_OTHER}")
 
 
 def check_unchanged(folder: RunFolder, config: Config) -> None:
@@ -128,7 +139,7 @@ class Lock:
 def _check_sources(folder: RunFolder, config: Config) -> None:
     """What the run reads must not be what it writes, moves or deletes."""
     owned = [path.resolve() for path in (*folder.contents, folder.previous)]
-    for field, name in _sources(config):
+    for field, name in sources_of(config):
         path = Path(name).expanduser()
         if not path.exists():
             continue
@@ -141,7 +152,23 @@ def _check_sources(folder: RunFolder, config: Config) -> None:
             )
 
 
-def _sources(config: Config) -> Iterator[tuple[str, str]]:
+def files_of(config: Config) -> list[Path]:
+    """Files and folders that a run reads."""
+    return [Path(name).expanduser() for _, name in sources_of(config)]
+
+
+def check_output(option: str, path: Path | None, reads: Iterable[Path] = ()) -> None:
+    """UserError where a file that a command is to write is a folder, or what the command reads:
+    found out before the work, not after it."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise UserError(f"{option}: {str(path)!r} is a folder; name a file in it")
+    if path.exists() and any(one.exists() and one.samefile(path) for one in reads):
+        raise UserError(f"{option}: {str(path)!r} is read by the command; choose another file")
+
+
+def sources_of(config: Config) -> Iterator[tuple[str, str]]:
     """Fields that may name files or folders that a run reads."""
     yield "model.name", config.model.name
     if config.data.chat_template is not None:

@@ -14,14 +14,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from es2fast.config import Config, ModelConfig, load_config, save_config
 from es2fast.distributed.zero import full_state_dict
 from es2fast.errors import UserError
-from es2fast.modeling.load import adapter_base, load_causal_lm, load_tokenizer
-from es2fast.run.files import remove, write_text
+from es2fast.modeling.adapter import ADAPTER_WEIGHTS, is_adapter, read_adapter
+from es2fast.modeling.load import check_weights, load_merged, load_tokenizer
+from es2fast.run.files import copy_folder, remove, write_text
 from es2fast.run.folder import RunFolder
 
 CHAT_TEMPLATE = "chat_template.jinja"  # where transformers looks for it
@@ -88,11 +89,6 @@ SETTINGS = "es2fast.yaml"  # in a model's folder: what it was made with
 _BESIDE = ("README.md", SETTINGS)  # and the model card
 
 
-def is_adapter(folder: str | Path) -> bool:
-    """The folder holds a LoRA adapter, not a whole model."""
-    return (Path(folder) / "adapter_config.json").is_file()
-
-
 def export_merged(
     source: str, out: Path, *, dtype: str, merged_card: Callable[[str], str] = str
 ) -> None:
@@ -105,18 +101,14 @@ def export_merged(
         merged_card: what becomes of the model card's text.
 
     Raises:
-        UserError: no adapter there; `out` exists; the base model is gone.
+        UserError: no adapter there, or a damaged one; `out` exists; the base model is gone.
     """
     if not is_adapter(source):
         raise UserError(f"export: {source!r} holds no LoRA adapter; there is nothing to merge")
     _must_not_exist(out)
     own = Path(source) / SETTINGS
     remote = own.is_file() and load_config(own).model.trust_remote_code
-    base = ModelConfig.model_validate(adapter_base(source) | {"trust_remote_code": remote})
-    from peft import PeftModel
-
-    plain = load_causal_lm(base, dtype)
-    merged = PeftModel.from_pretrained(plain, source).merge_and_unload()
+    merged = load_merged(ModelConfig(name=source, trust_remote_code=remote), dtype)
     with torch.no_grad():
         save_model(merged, load_tokenizer(ModelConfig(name=source)), out, main=True)
     for name in _BESIDE:
@@ -147,12 +139,13 @@ def export_run(
         merged_card: see `export_merged`.
 
     Raises:
-        UserError: no finished run there; `out` exists; nothing to merge, to scale or to filter, or
-            filtered already.
+        UserError: no finished run there, or damaged weights; `out` exists; nothing to merge, to
+            scale or to filter, or filtered already.
     """
     folder = RunFolder(run)
     folder.check_finished("export")
     source = folder.model
+    check_weights(str(source))
     _must_not_exist(out)
     if source.resolve() in out.resolve().parents:
         raise UserError(f"export: {str(out)!r} lies inside the model itself; choose another --out")
@@ -163,14 +156,14 @@ def export_run(
             dtype = "bf16" if _is_bf16(source) else "fp32"
             export_merged(str(source), out, dtype=dtype, merged_card=merged_card)
         else:
-            shutil.copytree(source, out)
+            copy_folder(source, out)
 
 
 def scale_adapter(folder: Path, scale: float) -> None:
     """Keeps that share of a LoRA adapter's update, in place: B times `scale`."""
-    path = folder / "adapter_model.safetensors"
-    tensors = load_file(path)
-    save_file({name: scale * x if "lora_B" in name else x for name, x in tensors.items()}, path)
+    _, tensors = read_adapter(folder)
+    scaled = {name: scale * x if "lora_B" in name else x for name, x in tensors.items()}
+    save_file(scaled, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 def _changed(
@@ -197,7 +190,7 @@ def _changed(
             f"--filter: the run was trained with train.update_filter={config.train.update_filter:g}"
             "; export it without"
         )
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("README.md"))
+    copy_folder(source, target, "README.md")
     changes = {"update_scale": scale * config.train.update_scale}
     if strength:
         assert filter_adapter is not None

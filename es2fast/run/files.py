@@ -6,9 +6,11 @@ is skipped on reading and closed before the next append.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,26 +26,64 @@ def remove(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a neighbour of `path` and moves it into place; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a neighbour of `path` and moves it into place; its folder is made.
+
+    Raises:
+        OSError: it cannot be written; names `path`.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def copy_folder(source: Path, target: Path, *leave: str) -> None:
+    """Copies a folder, whole or not at all: `target` must not exist. leave: patterns of names that
+    do not come along.
+
+    Raises:
+        OSError: it cannot be read or written; names what could not.
+    """
+    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*leave))
+        partial.rename(target)
+    except shutil.Error as error:  # of several files, each with its reason in words
+        _, name, reason = error.args[0][0]
+        place = str(target / Path(name).relative_to(partial))
+        raise OSError(_number(reason), _words(reason), place) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        remove(partial)
+
+
+def _number(reason: str) -> int:
+    found = re.match(r"\[Errno (\d+)\]", reason)
+    return int(found[1]) if found else errno.EIO
+
+
+def _words(reason: str) -> str:
+    return re.sub(r"^\[Errno \d+\] |: '.*$", "", reason)
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Appends one object to a JSON Lines file; its folder is made.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be written; names it.
     """
     line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+", buffering=0) as file:
-        file.write(b"\n" + line if _is_torn(file) else line)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+", buffering=0) as file:
+            file.write(b"\n" + line if _is_torn(file) else line)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

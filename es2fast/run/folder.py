@@ -6,10 +6,14 @@ second run: its files are set aside in `previous/` until the new run has a model
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from es2fast.errors import UserError
 from es2fast.run.files import remove
+
+_WRITTEN: dict[str, Any] = {"layers": list, "d0": dict, "steps": int, "seconds": (int, float)}
 
 
 class RunFolder:
@@ -66,6 +70,25 @@ class RunFolder:
         """UserError, in the name of `command`, when there is no finished run here."""
         if not self.finished:
             raise UserError(f"{command}: {str(self.path)!r} holds no finished run; train it first")
+
+    def read_summary(self) -> dict[str, Any]:
+        """What train.json says of a finished training.
+
+        Raises:
+            UserError: it cannot be read, or lacks what every training writes there.
+        """
+        try:
+            found = json.loads(self.summary.read_text(encoding="utf-8"))
+            whole = isinstance(found, dict) and all(
+                isinstance(found[key], kind) for key, kind in _WRITTEN.items()
+            )
+        except (OSError, ValueError, KeyError):
+            whole = False
+        if not whole:
+            raise UserError(
+                f"train.json: {str(self.summary)!r} is damaged; restore it, or train the run again"
+            )
+        return dict(found)
 
     def claim(self) -> None:
         """Makes room for a run. A finished model is set aside with its files, in `previous/`,

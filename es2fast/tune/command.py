@@ -78,6 +78,7 @@ def tune(
     which is 1 at 5 points more of harmless refusals or a KL of 0.02 nats per response token. The
     same command again goes on; several at once share the work.
     """
+    from es2fast.evaluation.run import check_evaluation
     from es2fast.tune.front import pick as write_pick
     from es2fast.tune.front import print_front, save_front
     from es2fast.tune.space import DEFAULT, Space
@@ -104,10 +105,12 @@ def tune(
     config = _config(target, folder.path, recipe, files, [*named, *(overrides or ())])
     space_file = space or DEFAULT
     found = Space.read(space_file, config)
+    check_evaluation(config)
     claim(folder, config, space_file)
     study = search(folder, config, found, trials=trials, ranks=ranks, seed=seed)
     print_front(study)
-    save_front(study, folder.front)
+    if not save_front(study, folder.front):
+        raise UserError("tune: no trial came to a result, for the reasons above")
     print(f"written: {folder.front}; a point's run file: es2fast tune {folder.path} --pick N")
 
 

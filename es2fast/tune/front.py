@@ -66,11 +66,12 @@ def _cells(trial: Any) -> list[str]:
     ]
 
 
-def save_front(study: Any, path: Path) -> None:
-    """Writes the figure; without a completed trial there is none."""
+def save_front(study: Any, path: Path) -> bool:
+    """Writes the figure; False: there is none, since no trial is complete."""
     done = [trial for trial in study.get_trials(deepcopy=False) if trial.values]
     if done:
         front_figure(done, front(study)).savefig(path, dpi=120)
+    return bool(done)
 
 
 def front_figure(done: list[Any], best: list[Any]) -> Figure:

@@ -22,8 +22,9 @@ from typing import Any
 
 from es2fast.config import Config, load_config, save_config
 from es2fast.errors import RunInterrupted, RunStopped, UserError
-from es2fast.modeling.load import load_model_config
+from es2fast.modeling.load import holds_model, load_model_config
 from es2fast.run.files import write_text
+from es2fast.run.folder import RunFolder
 from es2fast.tune.space import Space, varied
 from es2fast.tune.trial import describe, run_trial
 
@@ -73,16 +74,23 @@ def open_study(folder: StudyFolder, seed: int = 0, *, create: bool = False) -> A
         create: start one where there is none.
 
     Raises:
-        UserError: no study there, or optuna is missing.
+        UserError: no study there, or a damaged one; optuna is missing.
     """
     optuna = optuna_module()
     if not create and not folder.journal.is_file():
         raise UserError(f"tune: {str(folder.path)!r} holds no search; give a model to start one")
     folder.path.mkdir(parents=True, exist_ok=True)
     backend = optuna.storages.journal.JournalFileBackend(str(folder.journal))
+    try:
+        storage = optuna.storages.JournalStorage(backend)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"tune: {str(folder.journal)!r} is damaged ({error}); restore it, or search into "
+            "another folder"
+        ) from None
     return optuna.create_study(
         study_name=NAME,
-        storage=optuna.storages.JournalStorage(backend),
+        storage=storage,
         sampler=optuna.samplers.TPESampler(seed=seed + os.getpid(), constant_liar=True),
         directions=["minimize", "minimize"],  # worst, damage
         load_if_exists=True,
@@ -93,9 +101,13 @@ def claim(folder: StudyFolder, config: Config, space_file: Path) -> None:
     """Writes what is searched, or checks that the folder searches the same.
 
     Raises:
-        UserError: it searches something else.
+        UserError: it searches something else, or is the folder of a model or a run.
     """
     space = space_file.read_text(encoding="utf-8")
+    if holds_model(folder.path) or RunFolder(folder.path).occupied:
+        raise UserError(
+            f"--out: {str(folder.path)!r} holds a model or a run; choose another folder"
+        )
     if folder.config.is_file():
         same = load_config(folder.config) == config
         if not same or folder.space.read_text(encoding="utf-8") != space:

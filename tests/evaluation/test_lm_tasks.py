@@ -142,7 +142,10 @@ def test_mistakes_are_said_before_any_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attacks = make_attacks(["direct", "ablation", "prefill"])
-    check(LmEvalConfig(tasks=[], attacks=["nobody"]), attacks)  # off
+    check(LmEvalConfig(tasks=[], limit=3), attacks)  # off
+    for alone in ({"attacks": ["direct"]}, {"tasks_dir": str(tmp_path)}):
+        with pytest.raises(UserError, match=f"lm_eval.{next(iter(alone))}: .* is for tasks, and"):
+            check(LmEvalConfig.model_validate(alone), attacks)
     monkeypatch.setattr("es2fast.evaluation.lm_tasks.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'es2fast\[lm-eval\]'"):
         check(LmEvalConfig(tasks=["arc_easy"]), attacks)

@@ -4,53 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from finished_runs import LORA_LAYERS, finished_run
 from safetensors.torch import load_file
 from tiny_models import save_tiny
 from transformers import AutoTokenizer
 
-from es2fast.config import ModelConfig, load_config, parse_config, save_config
+from es2fast.config import ModelConfig, load_config
 from es2fast.errors import UserError
 from es2fast.modeling.load import load_causal_lm, load_merged
 from es2fast.run.average import average_runs
-from es2fast.run.export import save_model
 from es2fast.run.folder import RunFolder
 from es2fast.run.metrics import read_metrics
-
-LAYERS = ["q_proj", "down_proj"]
-
-
-def finished_run(path: Path, base: Path, seed: int, layers: int = 2, **options: Any) -> Path:
-    """A run folder as a training leaves it, with a random adapter."""
-    folder = RunFolder(path)
-    path.mkdir()
-    lora = LoraConfig(**({"r": 2, "lora_alpha": 6, "target_modules": LAYERS} | options))
-    model = get_peft_model(load_causal_lm(ModelConfig(name=str(base)), "fp32"), lora)
-    torch.manual_seed(seed)
-    for name, weight in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(weight, std=0.1)
-    with torch.no_grad():
-        save_model(model, AutoTokenizer.from_pretrained(base), folder.model, main=True)
-    raw = {"model": {"name": str(base)}, "train": {"seed": seed}, "output_dir": str(path)}
-    save_config(parse_config(raw), folder.config)
-    told = {
-        "steps": 9,
-        "seconds": 1.5,
-        "kl": 0.1,
-        "lambda": 10.0,
-        "layers": [layers],
-        "d0": {"2": 4 + 1e-12 * seed},
-    }
-    folder.summary.write_text(json.dumps(told))
-    rows = [{"step": step, "kl": seed * 0.1 + step} for step in (2, 1)]
-    folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert folder.finished
-    return path
 
 
 def update(run: Path, scale: float) -> dict[str, torch.Tensor]:
@@ -83,7 +50,7 @@ def test_the_mean_of_three_runs(tmp_path: Path) -> None:
     found = dict(load_merged(ModelConfig(name=str(mean.model)), "fp32").named_parameters())
     plain = dict(load_causal_lm(ModelConfig(name=str(base)), "fp32").named_parameters())
     updates = [update(run, scale) for run, scale in zip(runs, (3, 1, 3))]
-    assert len(updates[0]) == 4 * len(LAYERS)
+    assert len(updates[0]) == 4 * len(LORA_LAYERS)
     for name, before in plain.items():
         moved = sum(one[name] for one in updates) / 3 if name in updates[0] else 0.0
         torch.testing.assert_close(found[name].double(), before.double() + moved, rtol=0, atol=1e-6)
@@ -102,7 +69,8 @@ def test_what_has_no_mean(tmp_path: Path) -> None:
         told = json.loads((one / "train.json").read_text())
         (one / "train.json").write_text(json.dumps(told | {"pairs_per_step": pairs}))
     mean = finished_run(tmp_path / "e", base, 5)
-    (mean / "train.json").write_text(json.dumps({"layers": [2], "mean_of_seeds": "5, 6"}))
+    told = json.loads((mean / "train.json").read_text())
+    (mean / "train.json").write_text(json.dumps(told | {"mean_of_seeds": "5, 6"}))
     cases = [
         ([run], "one run is its own mean; name two or more"),
         ([run, tmp_path / "none"], "none' holds no finished run; train it first"),
@@ -119,6 +87,36 @@ def test_what_has_no_mean(tmp_path: Path) -> None:
         assert not out.exists()
     with pytest.raises(UserError, match=r"a' holds a run already; choose another --out"):
         average_runs([run, deep], run)
-    for place in (tmp_path / "b" / "config.yaml", run / "model"):
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "train.json").write_text('{"prompt": "a person\'s own"}')
+    with pytest.raises(UserError, match=r"foreign' holds train\.json, which no run .* --out"):
+        average_runs([run, deep], foreign)
+    assert json.loads((foreign / "train.json").read_text()) == {"prompt": "a person's own"}
+    for place in (tmp_path / "b" / "config.yaml", run / "model", base):
         with pytest.raises(UserError, match=r"is a file or a model; choose another --out"):
             average_runs([run, deep], place)
+
+
+def test_damaged_runs(tmp_path: Path) -> None:
+    base, out = save_tiny(tmp_path / "base"), tmp_path / "mean"
+    run, other = (finished_run(tmp_path / name, base, seed) for seed, name in enumerate("ab"))
+    adapter, whole = other / "model" / "adapter_model.safetensors", other / "train.json"
+    weights, told = adapter.read_bytes(), whole.read_text()
+    for text in ("{", "{}", "[]", json.dumps(json.loads(told) | {"d0": 3})):
+        whole.write_text(text)
+        with pytest.raises(UserError, match=r"train\.json: .*b/train\.json' is damaged"):
+            average_runs([run, other], out)
+    whole.write_text(told)
+    for content in (weights[:800], weights + b"x"):
+        adapter.write_bytes(content)
+        with pytest.raises(UserError, match=r"adapter_model\.safetensors' is damaged .*anew"):
+            average_runs([run, other], out)
+    adapter.unlink()
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors' is damaged .*anew"):
+        average_runs([run, other], out)
+    adapter.write_bytes(weights)
+    (other / "model" / "adapter_config.json").write_text("{")
+    with pytest.raises(UserError, match="does not say of which model the adapter is"):
+        average_runs([run, other], out)
+    assert not (out / "model").exists()

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import constants
+from safetensors.torch import save_file
 
 from es2fast import cli
 from es2fast.errors import UserError
@@ -141,7 +143,7 @@ def folder(tmp_path: Path) -> Path:
     model.mkdir()
     for name in ("README.md", "config.json", "chat_template.jinja", "es2fast.yaml"):
         (model / name).write_text(f"{name}: text")
-    (model / "model.safetensors").write_bytes(bytes(range(256)) * 100)
+    save_file({"weight": torch.arange(6400.0)}, model / "model.safetensors")
     return model
 
 
