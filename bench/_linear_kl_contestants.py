@@ -83,14 +83,22 @@ class Contestant:
     package: str | None = None
     note: str | None = None
 
+    @property
+    def version(self) -> str | None:
+        """Of its package; None where it has none, or it is not installed."""
+        try:
+            return importlib.metadata.version(self.package) if self.package else None
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    @property
+    def absent(self) -> bool:
+        """Its package is not installed."""
+        return self.package is not None and self.version is None
+
     def about(self) -> dict[str, Any]:
         """What stands in its rows."""
-        version = None
-        if self.package is not None:
-            try:
-                version = importlib.metadata.version(self.package)
-            except importlib.metadata.PackageNotFoundError:
-                version = "not installed"
+        version = "not installed" if self.absent else self.version
         row = dict(name=self.name, direction=self.direction, peer=self.package)
         return row | dict(peer_version=version, note=self.note)
 

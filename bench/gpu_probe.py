@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 
 from bench._harness import Rows, conditions, measure
 from bench._linear_kl_contestants import make_inputs
@@ -84,13 +85,19 @@ def profile(rows: Rows, args: argparse.Namespace) -> None:
             step()
             if args.device == "cuda":
                 torch.cuda.synchronize()
-        total = "self_device_time_total" if args.device == "cuda" else "self_cpu_time_total"
-        events = sorted(found.key_averages(), key=lambda e: -getattr(e, total))
-        for event in events[:12]:
+        events, total = list(found.key_averages()), "self_cpu_time_total"
+        if args.device == "cuda":
+            events, total = [e for e in events if _is_kernel(e)], "self_device_time_total"
+        for event in sorted(events, key=lambda e: -getattr(e, total))[:12]:
             rows.add(
                 op="profile", mode=mode, name=event.key[:120], count=event.count,
                 ms=getattr(event, total) / 1e3,
             )  # fmt: skip
+
+
+def _is_kernel(event: Any) -> bool:
+    """Neither what launched kernels nor a range, which a GPU's timeline holds as an annotation."""
+    return event.device_type != DeviceType.CPU and not event.is_user_annotation
 
 
 def tune(rows: Rows, args: argparse.Namespace) -> None:

@@ -193,7 +193,12 @@ def run_one(rows: Rows, mode: str, name: str, shapes: list, device: str) -> None
 
 
 def run_apart(rows: Rows, mode: str, name: str, args: argparse.Namespace) -> None:
-    """``run_one`` in a process of its own; a row says so when it dies."""
+    """``run_one`` in a process of its own; a row says so when it dies, or is not started since its
+    package is absent."""
+    absent = [c for c in contestants(mode, args.device) if c.name == name and c.absent]
+    if absent:
+        rows.add(**absent[0].about(), op="linear_kl", mode=mode, error="not installed")
+        return
     command = [sys.executable, __file__, "--device", args.device, "--out", str(args.out)]
     command += ["--one", mode, name] + (["--quick"] if args.quick else [])
     command += ["--shape", *map(str, args.shape)] if args.shape else []

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench._harness import Rows, conditions, restart_peak, status_bytes  # noqa: E402
-from bench._step_workload import SHAPES, configuration, layers_of, model_folder  # noqa: E402
+from bench._step_workload import (  # noqa: E402
+    SHAPES,
+    configuration,
+    free_memory,
+    layers_of,
+    model_folder,
+)
 
 RESULTS = Path(__file__).parent / "results" / "step.jsonl"
 
@@ -68,6 +75,7 @@ SWITCHES: dict[str, tuple[dict[str, Any], str]] = {
     "checkpointing": ({"gradient_checkpointing": True}, ""),
     "compile": ({"compile": True}, ""),
 }
+NEEDED = ("deepspeed", "pydantic", "transformers", "tokenizers")
 ENTRIES = [
     *(Entry(kind, trainable) for trainable in _TEACHERS for kind in ("plain", "liger")),
     *(Entry("es2fast", trainable, t) for trainable, ts in _TEACHERS.items() for t in ts),
@@ -84,8 +92,12 @@ def main() -> None:
     if arguments.worker is not None:
         print(json.dumps(work(arguments, json.loads(arguments.worker))))
         return
+    absent = [name for name in NEEDED if find_spec(name) is None]
+    if absent:  # before gigabytes of weights are made
+        raise SystemExit(f"step: {', '.join(absent)} not installed")
     arguments.work.mkdir(parents=True, exist_ok=True)
     model = arguments.model or model_folder(arguments.shape, arguments.work)
+    free_memory()  # for the processes that follow
     rows = Rows(arguments.out, conditions(arguments.device) | {"threads": arguments.threads})
     common = dict(
         model=arguments.shape or model.resolve().name, dtype=arguments.dtype,

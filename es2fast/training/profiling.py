@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from es2fast.modeling.compiled import is_compiled
@@ -154,8 +155,9 @@ def summary(rows: Any, wall: float, busy: float) -> str:
         wall: seconds of the profiled steps.
         busy: CPU seconds of the process meanwhile.
     """
-    parts = {row.key.removeprefix(_PREFIX): row for row in rows if row.key.startswith(_PREFIX)}
-    exchanged = sum(row.cpu_time_total for row in rows if row.key.startswith(_EXCHANGE)) / 1e6
+    host = [row for row in rows if row.device_type == DeviceType.CPU]
+    parts = {row.key.removeprefix(_PREFIX): row for row in host if row.key.startswith(_PREFIX)}
+    exchanged = sum(row.cpu_time_total for row in host if row.key.startswith(_EXCHANGE)) / 1e6
     lines = [
         f"profile of {ACTIVE} steps, {wall / ACTIVE:.3g} s each; {busy / wall:.2f} cores used",
         f"{'part':<26}{'s per step':>12}{'share':>8}{'calls':>8}",
@@ -172,11 +174,17 @@ def summary(rows: Any, wall: float, busy: float) -> str:
         lines.append(_line(f"  of it {name}" if inner else name, seconds, wall, row.count))
     lines.append(_line("gathers and exchanges", exchanged, wall, None))
     lines.append(_line("the rest (data, metrics)", max(wall - told, 0.0), wall, None))
-    gpu = sum(row.self_device_time_total for row in rows) / 1e6
+    gpu = sum(row.self_device_time_total for row in rows if is_kernel(row)) / 1e6
     if gpu:
         lines.append(_line("GPU without work", max(wall - gpu, 0.0), wall, None))
     lines.append("gathers and exchanges lie within the other parts; times are the host's")
     return "\n".join(lines) + "\n"
+
+
+def is_kernel(row: Any) -> bool:
+    """One of a profiler's averages is of kernels: not of what launched them, nor of a range, which
+    a GPU's timeline holds again as an annotation."""
+    return row.device_type != DeviceType.CPU and not row.is_user_annotation
 
 
 def _line(name: str, seconds: float, wall: float, calls: int | None) -> str:

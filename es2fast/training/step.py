@@ -6,10 +6,11 @@ with the number of tokens of the step after it, which that one's losses are divi
 
 So that a GPU has work while the host prepares, the rows of the next step are made ready behind the
 forward of a step's first micro-batch, and the numbers of the step before are read there. (What that
-buys has not been measured on one.) Nothing here makes the host wait for a GPU, but DeepSpeed does:
-for the gradients' norm in `engine.step`, by which a step is left out, and under ZeRO 2 and 3 in
-`engine.backward` too; and transformers, about rows that are padded and not packed, whether their
-mask hides anything.
+buys has not been measured on one.) Nothing here makes the host wait for a GPU, but a head in parts
+does (`train.zero3_head: sharded`), for how many tokens each rank has, in every micro-batch; and
+DeepSpeed, for the gradients' norm in `engine.step`, by which a step is left out, and under ZeRO 2
+and 3 in `engine.backward` too; and transformers, about rows that are padded and not packed, whether
+their mask hides anything.
 """
 
 from __future__ import annotations

@@ -289,7 +289,8 @@ def cache_teacher(
 def _lock(cache: TeacherCache, stack: ExitStack) -> None:
     try:
         cache.folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(FileLock(cache.folder / ".lock"))
+        # taken in one thread and given back in another
+        stack.enter_context(FileLock(cache.folder / ".lock", thread_local=False))
     except OSError as error:
         raise UserError(
             f"data.cache_dir: {str(cache.folder)!r} cannot be written ({error.strerror}); set "

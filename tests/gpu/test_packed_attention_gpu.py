@@ -6,6 +6,8 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
+pytest.importorskip("pydantic", reason="es2fast's configuration needs it")
+
 from es2fast.data import MicroBatch
 from es2fast.data.packing import pack
 from es2fast.modeling import packed_attention

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+pytest.importorskip("deepspeed", reason="steps are taken through its engine")
+
 from training.step_worker import ran
 
 pytestmark = [
@@ -15,8 +18,9 @@ pytestmark = [
 ]
 
 
-def test_the_host_waits_in_the_update_alone(tmp_path: Path) -> None:
-    for alone, ahead in ran(tmp_path, ("zero0", "anchored"), "cuda", "fp32").values():
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_host_waits_in_the_update_alone(tmp_path: Path, dtype: str) -> None:
+    for alone, ahead in ran(tmp_path, ("zero0", "anchored"), "cuda", dtype).values():
         assert ahead["sums"] == [2, 1, 1, 1]
         for one, other in zip(alone["numbers"], ahead["numbers"], strict=True):
             assert other == pytest.approx(one, rel=1e-3) and all(map(math.isfinite, one.values()))

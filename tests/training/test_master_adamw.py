@@ -26,11 +26,16 @@ def set_gradients(parameters: list[nn.Parameter], seed: int) -> None:
         p.grad = torch.randn(p.shape, generator=draw).to(p.dtype)
 
 
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("largest", [0.5, 1e9])
 def test_steps_are_those_of_fp32_weights(
-    largest: float, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+    largest: float, together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """together: as on a GPU, two groups of one tensor and of two."""
     monkeypatch.setattr(master_adamw, "CHUNK", 4)
+    if together:
+        monkeypatch.setattr(master_adamw, "TOGETHER", 36)
+        monkeypatch.setattr(master_adamw, "_at_once", lambda p: p.numel() <= 36)
     ours = weights()
     plain = [nn.Parameter(p.detach().double()) for p in ours]
     mine, reference = MasterAdamW(ours, **OPTIONS), torch.optim.AdamW(plain, **OPTIONS)

@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 from tiny_models import save_tiny, write_prompts
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import EventList, FunctionEvent
+
+from es2fast.training.profiling import summary
 
 
 @pytest.mark.slow
@@ -45,3 +49,30 @@ def test_a_profile_names_the_parts_of_a_step(tmp_path: Path) -> None:
     events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
     names = [event.get("name") for event in events]
     assert names.count("es2fast:student") == 3  # steps that were looked at
+
+
+def test_the_page_of_a_gpu(tmp_path: Path) -> None:
+    """Three steps of 0.5 s, whose GPU works 0.4 s each; its timeline holds the ranges again."""
+    events = []
+
+    def add(name: str, begin: float, end: float, device: DeviceType, annotation: bool) -> None:
+        events.append(
+            FunctionEvent(
+                len(events), name, thread=0, start_us=begin, end_us=end, use_device="cuda",
+                stack=[], input_shapes=[], device_type=device, is_user_annotation=annotation,
+            )
+        )  # fmt: skip
+
+    for step in range(3):
+        begin = 500e3 * step
+        add("es2fast:student", begin, begin + 100e3, DeviceType.CPU, True)
+        add("aten::mm", begin + 1, begin + 99e3, DeviceType.CPU, False)
+        events[-1].append_kernel("gemm", 0, 400e3)
+        add("gemm", begin + 5, begin + 400e3 + 5, DeviceType.CUDA, False)
+        add("es2fast:student", begin + 5, begin + 400e3 + 5, DeviceType.CUDA, True)
+    every = EventList(events, use_device="cuda")
+    every._build_tree()
+    page = summary(every.key_averages(), wall=1.5, busy=0.5)
+    found = {line[:26].strip(): line[26:].split() for line in page.splitlines()}
+    assert found["student"] == ["0.1000", "20.0%", "3"]
+    assert found["GPU without work"] == ["0.1000", "20.0%"]

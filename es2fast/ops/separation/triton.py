@@ -462,7 +462,8 @@ def small_gradient_kernel(
     own = tl.load(place, mask=counts[:, None] & in_width[None, :], other=0.0).to(tl.float32)
     total = tl.zeros((ROWS, WIDTH), tl.float32)
     for k in tl.range(0, N_OTHER, loop_unroll_factor=4):
-        other = tl.load(other_ptr + k * stride_other + offs, mask=in_width, other=0.0)
+        row_ptr = other_ptr + tl.cast(k, tl.int64) * stride_other
+        other = tl.load(row_ptr + offs, mask=in_width, other=0.0)
         other = tl.where(tl.load(other_w_ptr + k) != 0, other.to(tl.float32), 0.0)
         c = tl.load(c_ptr + rows * stride_c_own + k * stride_c_other, mask=in_rows, other=0.0)
         total += c[:, None] * (own - other[None, :])

@@ -254,6 +254,18 @@ def test_non_contiguous_rows(backend):
     check(strided, backend)
 
 
+def test_rows_far_apart(backend):
+    """The last one begins 2**31 elements and more behind the first: as the last tokens of a large
+    batch's states. What lies between is never touched, and so takes no memory."""
+    width, apart = 16, 2**26
+    flat = torch.empty(40 * apart, dtype=BF16)
+    far = flat.as_strided((40, width), (apart, 1))
+    far.copy_(torch.randn(40, width))
+    near = torch.randn(5, width).to(BF16)
+    for one, other in ((far, near), (near, far)):
+        check(Problem(one, other, dict(loss="hinge", margin=9.0)), backend)
+
+
 @pytest.mark.parametrize("lie", ("apart", "once"))
 def test_weights_that_are_not_dense(backend, lie):
     problem = sized(backend, "l2", FP32)
