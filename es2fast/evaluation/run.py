@@ -62,8 +62,8 @@ from es2fast.modeling.adapter import adapter_base, is_adapter
 from es2fast.modeling.load import (
     check_weights,
     holds_model,
+    known_config,
     load_merged,
-    load_model_config,
     load_tokenizer,
 )
 from es2fast.report.html import write_report
@@ -416,7 +416,9 @@ def check_vocabulary(model: ModelConfig, formatter: Formatter, prompts: Sequence
     """UserError where the tokenizer writes a token that the model has no embedding of."""
     if is_adapter(model.name):
         model = model.model_copy(update=adapter_base(model.name))
-    size = load_model_config(model).get_text_config().vocab_size
+    if (known := known_config(model)) is None:
+        return  # loading it says why, or it is an adapter on the hub
+    size = known.get_text_config().vocab_size
     for prompt in prompts:
         known_tokens(formatter.prompt_ids(prompt), prompt, size)
 

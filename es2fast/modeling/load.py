@@ -67,6 +67,15 @@ def load_model_config(model: ModelConfig) -> Any:
         ) from None
 
 
+def known_config(model: ModelConfig) -> Any | None:
+    """The transformers config of a whole model; None where there is none to read, as of an adapter
+    on the hub, which transformers loads all the same."""
+    try:
+        return load_model_config(model)
+    except UserError:
+        return None
+
+
 def load_causal_lm(
     model: ModelConfig, dtype: str, device_map: str | dict[str, int | str] | None = None
 ) -> nn.Module:
@@ -87,8 +96,8 @@ def load_causal_lm(
     from transformers import AutoModelForCausalLM
 
     check_weights(model.name)
-    if not is_adapter(model.name):
-        check_kind(model.name, load_model_config(model))
+    if (config := known_config(model)) is not None:
+        check_kind(model.name, config)
     try:
         pair: Any = AutoModelForCausalLM.from_pretrained(
             model.name,
