@@ -70,8 +70,8 @@ def _check_arguments(given: list[str]) -> None:
     for before, item in zip(["", *given], given):
         if not item or re.fullmatch(r"--[a-z-]+=", item):
             raise UserError(
-                f"{item or before}: an empty argument, as of a shell variable that is not set; "
-                "give a value or leave it out"
+                f"{item or before or 'es2fast'}: an empty argument, as of a shell variable that is "
+                "not set; give a value or leave it out"
             )
 
 
@@ -313,7 +313,8 @@ def compare(
     from es2fast.run.claim import check_output
     from es2fast.run.folder import RunFolder
 
-    check_output("--html", html, [path for run in runs for path in RunFolder(run).contents])
+    own = [path for run in runs for path in RunFolder(run).contents]
+    check_output("--html", html, [*own, *(run for run in runs if run.is_file())])
     report = combined(runs)
     print_table(report)
     if html is not None:

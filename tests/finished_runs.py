@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from es2fast.config import ModelConfig, parse_config, save_config
 from es2fast.modeling.load import load_causal_lm
-from es2fast.run.export import save_model
+from es2fast.run.export import SETTINGS, save_model
 from es2fast.run.folder import RunFolder
 
 LORA_LAYERS = ["q_proj", "down_proj"]
@@ -31,7 +31,8 @@ def finished_run(path: Path, base: Path, seed: int, layers: int = 2, **options: 
     with torch.no_grad():
         save_model(model, AutoTokenizer.from_pretrained(base), folder.model, main=True)
     raw = {"model": {"name": str(base)}, "train": {"seed": seed}, "output_dir": str(path)}
-    save_config(parse_config(raw), folder.config)
+    for path in (folder.config, folder.model / SETTINGS):
+        save_config(parse_config(raw), path)
     told = {
         "steps": 9,
         "seconds": 1.5,

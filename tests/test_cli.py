@@ -184,8 +184,8 @@ def test_layers_of_a_model(call: Any, project: Path, tmp_path: Path) -> None:
 
 
 LAYER_MISTAKES: list[tuple[list[str], list[str]]] = [
-    (["{folder}/run.yaml", "--json={folder}/run.yaml"], ["--json", "read by the command"]),
-    (["{folder}/run.yaml", "--json={folder}/data/harmful.jsonl"], ["--json", "read by the"]),
+    (["{folder}/run.yaml", "--json={folder}/run.yaml"], ["--json", "what the command reads"]),
+    (["{folder}/run.yaml", "--json={folder}/data/harmful.jsonl"], ["--json", "the command reads"]),
     (["{folder}/run.yaml", "--json={folder}/data"], ["--json", "is a folder"]),
     (["{folder}/model", "--harmful={folder}/data/harmful.jsonl"], ["data.harmless", "--harmless"]),
     (["{folder}/model", "--harmful={folder}/absent.txt", "--harmless={folder}/empty.txt"],
@@ -436,7 +436,7 @@ def test_judges(call: Any, tmp_path: Path) -> None:
     lone = call("judges", "--json", tmp_path / "e")
     assert lone.returncode == 2 and "--json: for calibrating a judge" in lone.stderr
     same = call("judges", "--calibrate", tmp_path / "x.csv", "--json", tmp_path / "x.csv")
-    refused(same, ["--json", "read by the command"])
+    refused(same, ["--json", "what the command reads"])
     assert (tmp_path / "x.csv").read_text().startswith("prompt,answer,label")
     for prompt, answer in ((["a"], "b"), (None, "b"), ("a", {"x": 1})):
         (tmp_path / "y.jsonl").write_text(
@@ -461,14 +461,21 @@ def test_nothing_of_others_is_replaced(call: Any, project: Path, tmp_path: Path)
         refused(done, ["--out", f"holds {name}, which no evaluation wrote"])
         assert (foreign / name).read_text() == text
         (foreign / name).unlink()
+    (foreign / "answers.jsonl").write_text('{"key": "ab')  # all that a killed writer left
+    assert call("evaluate", project / "model", *asked, *quick, "--out", foreign).returncode == 0
     for place in (run, project / "model"):
         done = call("evaluate", project / "model", *asked, *quick, "--out", place)
         refused(done, ["--out", "holds a run or a model"])
     (run / "report.json").write_text("{}")
-    refused(call("compare", run, "--html", run / "report.json"), ["--html", "read by the command"])
+    refused(
+        call("compare", run, "--html", run / "report.json"), ["--html", "what the command reads"]
+    )
     refused(call("compare", run), ["report.json", "evaluate the model again"])
+    lone = shutil.copy(run / "report.json", tmp_path / "lone.json")
+    refused(call("compare", lone, "--html", lone), ["--html", "what the command reads"])
+    (run / "whitening.safetensors").write_bytes(b"")
     done = call("plan", project / "run.yaml", "--json", project / "run.yaml")
-    refused(done, ["--json", "read by the command"])
+    refused(done, ["--json", "what the command reads"])
     refused(call("plan", project / "run.yaml", "--gpus=²"), ["--gpus", "²"])
     refused(call("validate", project / "run.yaml", f"model.name={run}"), ["the folder of a run"])
     refused(call("validate", project / "run.yaml", f"model.name={run}/model"), ["LoRA adapter"])
@@ -489,7 +496,7 @@ def test_what_is_damaged_is_found_first(call: Any, project: Path, tmp_path: Path
         ["evaluate", project / "model", run, *asked, "--attacks=direct", "--out", out],
     ]
     adapter.write_bytes(whole[:800])
-    for command in commands:
+    for command in [*commands, ["evaluate", run]]:
         refused(call(*command), ["adapter_model.safetensors", "is damaged"])
     adapter.unlink()
     for command in commands:
@@ -498,8 +505,11 @@ def test_what_is_damaged_is_found_first(call: Any, project: Path, tmp_path: Path
     settings = run / "model" / "adapter_config.json"
     told = json.loads(settings.read_text())
     settings.write_text(json.dumps(told | {"base_model_name_or_path": str(tmp_path / "gone")}))
-    for command in (commands[1], commands[3]):
+    for command in (commands[1], commands[3], ["evaluate", run]):
         refused(call(*command), ["adapter_config.json", "gone", "no such folder"])
+    for number in (0, 2):  # a base model that is elsewhere is no reason not to copy the adapter
+        command = [*commands[number][:3], tmp_path / str(number), *commands[number][4:]]
+        assert call(*command).returncode == 0
     settings.write_text(json.dumps(told | {"r": 3}))
     refused(call(*commands[1]), ["model.name", "does not go on"])
     assert not out.exists()

@@ -66,6 +66,7 @@ def launch(
         UserError: more ranks than GPUs; the training failed (its own message is above, or in
             `log`).
         RunStopped: a safeguard ended it.
+        RunInterrupted: it was asked to stop before its ranks had started.
     """
     resolved = resolve_device(device)
     count = rank_count(ranks, device)
@@ -83,7 +84,7 @@ def launch(
     ]
     code = _run(command, environment, log)
     if code in (-signal.SIGINT, -signal.SIGTERM):
-        raise UserError("train: interrupted; the same command goes on from what was saved")
+        raise RunInterrupted("train: interrupted before it had begun; the same command starts it")
     if code != 0:
         kind = RunStopped if code == STOPPED else UserError
         where = "above" if log is None else str(log)

@@ -46,13 +46,18 @@ class Scope:
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
+_BEGINS = b'{"key": "'
+
+
 def _is_answer(line: Mapping[str, Any]) -> bool:
     return {"key", "part", "of"} <= line.keys() and isinstance(line.get("text"), str)
 
 
 def is_log(path: Path) -> bool:
-    """The file is empty or holds answers, lines of a killed writer apart."""
-    return not path.stat().st_size or any(map(_is_answer, read_lines(path)))
+    """The file is empty or holds answers, if only the first part of one, of a killed writer."""
+    with path.open("rb") as file:
+        begins = file.read(len(_BEGINS))
+    return _BEGINS.startswith(begins) or any(map(_is_answer, read_lines(path)))
 
 
 class AnswerLog:

@@ -233,9 +233,10 @@ def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> Report | None:
     config = load_config(folder.config, overrides)
     check_replaced(config.data, overrides)
     summary = folder.read_summary()
-    _check_base(config.model, summary, overrides)
-    layers = sorted(int(layer) for layer in summary["layers"])
     saved = load_config(folder.config)
+    _check_base(config.model, saved.model, summary)
+    check_weights(str(folder.model))
+    layers = sorted(int(layer) for layer in summary["layers"])
     groups = load_groups(config.data)
     _check_held_out(groups)
     learnt, notes = without_learnt(groups, config, saved)
@@ -268,14 +269,17 @@ def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> Report | None:
     return report
 
 
-def _check_base(model: ModelConfig, summary: Mapping[str, Any], overrides: Sequence[str]) -> None:
-    """UserError where another base model is given than the run was trained from. A folder and a
-    Hugging Face id cannot be compared."""
+def _check_base(model: ModelConfig, saved: ModelConfig, summary: Mapping[str, Any]) -> None:
+    """UserError where another base model is given than the run was trained from, as far as that can
+    be told: a folder from a folder, and one commit from another on the hub."""
     trained = (summary.get("made_of") or {}).get("model")
-    if trained is None or not any(item.startswith("model.name=") for item in overrides):
+    if trained is None or (model.name, model.revision) == (saved.name, saved.revision):
         return
     given = model_fingerprint(model.name, model.revision)
-    if given != trained and ("@" in given) == ("@" in trained):
+    commits = {one.rpartition("@")[2] for one in (given, trained)}
+    folders = "@" not in given + trained
+    known = all(re.fullmatch("[0-9a-f]{40}", one) for one in commits)
+    if (folders and given != trained) or (known and len(commits) > 1):
         raise UserError(
             f"model.name: {model.name!r} is not the model that the run was trained from; give that "
             "one, or leave model.name out"
@@ -418,7 +422,9 @@ def check_vocabulary(model: ModelConfig, formatter: Formatter, prompts: Sequence
         model = model.model_copy(update=adapter_base(model.name))
     if (known := known_config(model)) is None:
         return  # loading it says why, or it is an adapter on the hub
-    size = known.get_text_config().vocab_size
+    size = getattr(known.get_text_config(), "vocab_size", None)
+    if size is None:  # of remote code
+        return
     for prompt in prompts:
         known_tokens(formatter.prompt_ids(prompt), prompt, size)
 

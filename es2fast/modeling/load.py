@@ -13,7 +13,7 @@ from torch import nn
 from es2fast.config import ModelConfig
 from es2fast.errors import UserError
 from es2fast.modeling.adapter import ADAPTER, adapter_base, is_adapter
-from es2fast.modeling.skeleton import BROKEN_CONFIG, check_kind, missing_tensors, stored_shapes
+from es2fast.modeling.skeleton import BROKEN_CONFIG, check_causal, missing_tensors, stored_shapes
 from es2fast.ops.scratch import forget
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -60,7 +60,7 @@ def load_model_config(model: ModelConfig) -> Any:
         return AutoConfig.from_pretrained(
             model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    except BROKEN_CONFIG as error:
+    except (*BROKEN_CONFIG, ImportError) as error:
         raise UserError(
             f"model.name: {model.name!r} is neither a model folder nor a Hugging Face id that can "
             f"be loaded ({_first(error)})"
@@ -97,7 +97,7 @@ def load_causal_lm(
 
     check_weights(model.name)
     if (config := known_config(model)) is not None:
-        check_kind(model.name, config)
+        check_causal(model.name, config)
     try:
         pair: Any = AutoModelForCausalLM.from_pretrained(
             model.name,
@@ -172,13 +172,9 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def check_weights(name: str) -> None:
-    """What can be known of a folder's weights without reading them; a Hugging Face id passes.
-
-    Raises:
-        UserError: there are none, a file of them is damaged, or the base model of an adapter is
-            gone.
-    """
+def check_files(name: str) -> None:
+    """UserError where a folder has no weights, or a file of them is damaged; a Hugging Face id
+    passes."""
     folder = Path(name)
     if not folder.is_dir():
         return
@@ -188,6 +184,16 @@ def check_weights(name: str) -> None:
             "read); give the folder that save_pretrained wrote"
         )
     stored_shapes(folder)
+
+
+def check_weights(name: str) -> None:
+    """What can be known of a model without loading it.
+
+    Raises:
+        UserError: see `check_files`, also of an adapter's base model; that is gone.
+    """
+    folder = Path(name)
+    check_files(name)
     if not is_adapter(folder):
         return
     base = adapter_base(name)["name"]
@@ -202,8 +208,7 @@ def check_weights(name: str) -> None:
 
 def holds_model(folder: Path) -> bool:
     """A model or an adapter lies right in the folder."""
-    names = ("config.json", ADAPTER)
-    return any((folder / name).is_file() for name in names) or any(folder.glob("*.safetensors"))
+    return any((folder / name).is_file() for name in ("config.json", ADAPTER))
 
 
 def _looks_local(name: str) -> bool:

@@ -31,7 +31,12 @@ def make_skeleton(model: ModelConfig, config: Any) -> nn.Module:
     """
     from transformers import AutoModelForCausalLM
 
-    check_kind(model.name, config)
+    check_causal(model.name, config)
+    if config.model_type in _SEVERAL_STATES:
+        raise UserError(
+            f"model.name: {model.name!r} is a {config.model_type!r} model, whose blocks hold "
+            "several states per token and not one that could be separated; use another model"
+        )
     if "flex" in (model.attn_implementation or ""):
         raise UserError(
             f"model.attn_implementation: {model.attn_implementation!r} is not supported, since its "
@@ -57,19 +62,13 @@ def make_skeleton(model: ModelConfig, config: Any) -> nn.Module:
     return skeleton
 
 
-def check_kind(name: str, config: Any) -> None:
-    """UserError where a transformers config is not that of a decoder-only causal language model
-    whose blocks hold one state per token."""
+def check_causal(name: str, config: Any) -> None:
+    """UserError where a transformers config is not that of a decoder-only causal language model."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     causal: Any = AutoModelForCausalLM
     masked: Any = AutoModelForMaskedLM
     kind = type(config)
-    if config.model_type in _SEVERAL_STATES:
-        raise UserError(
-            f"model.name: {name!r} is a {config.model_type!r} model, whose blocks hold several "
-            "states per token and not one that could be separated; use another model"
-        )
     text = f"model.name: {name!r} is a {config.model_type!r} model"
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{text}, which has an encoder; use a decoder-only chat model")

@@ -158,14 +158,17 @@ def files_of(config: Config) -> list[Path]:
 
 
 def check_output(option: str, path: Path | None, reads: Iterable[Path] = ()) -> None:
-    """UserError where a file that a command is to write is a folder, or what the command reads:
-    found out before the work, not after it."""
+    """UserError where a file that a command is to write is a folder, or what the command reads,
+    itself or in a folder: found out before the work, not after it."""
     if path is None:
         return
     if path.is_dir():
         raise UserError(f"{option}: {str(path)!r} is a folder; name a file in it")
-    if path.exists() and any(one.exists() and one.samefile(path) for one in reads):
-        raise UserError(f"{option}: {str(path)!r} is read by the command; choose another file")
+    place = path.resolve()
+    if place.exists() and any(one.resolve() in (place, *place.parents) for one in reads):
+        raise UserError(
+            f"{option}: {str(path)!r} is, or lies in, what the command reads; choose another file"
+        )
 
 
 def sources_of(config: Config) -> Iterator[tuple[str, str]]:

@@ -21,7 +21,7 @@ from es2fast.config import Config, ModelConfig, load_config, save_config
 from es2fast.distributed.zero import full_state_dict
 from es2fast.errors import UserError
 from es2fast.modeling.adapter import ADAPTER_WEIGHTS, is_adapter, read_adapter
-from es2fast.modeling.load import check_weights, load_merged, load_tokenizer
+from es2fast.modeling.load import check_files, load_merged, load_tokenizer
 from es2fast.run.files import copy_folder, remove, write_text
 from es2fast.run.folder import RunFolder
 
@@ -145,7 +145,7 @@ def export_run(
     folder = RunFolder(run)
     folder.check_finished("export")
     source = folder.model
-    check_weights(str(source))
+    check_files(str(source))
     _must_not_exist(out)
     if source.resolve() in out.resolve().parents:
         raise UserError(f"export: {str(out)!r} lies inside the model itself; choose another --out")

@@ -26,17 +26,22 @@ def remove(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a neighbour of `path` and moves it into place; its folder is made.
+    """Writes a neighbour of `path`, or of what it links to, and moves it into place; its folder is
+    made. What is no file, such as a pipe, is written as it is.
 
     Raises:
         OSError: it cannot be written; names `path`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    target = path.resolve()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not (target.is_file() or target.is_dir()):  # /dev/stdout
+            target.write_text(text, encoding="utf-8")
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
+            os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
@@ -55,9 +60,11 @@ def copy_folder(source: Path, target: Path, *leave: str) -> None:
         shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*leave))
         partial.rename(target)
     except shutil.Error as error:  # of several files, each with its reason in words
-        _, name, reason = error.args[0][0]
-        place = str(target / Path(name).relative_to(partial))
-        raise OSError(_number(reason), _words(reason), place) from None
+        read, written, reason = error.args[0][0]
+        number = _number(reason)
+        full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        place = target / Path(written).relative_to(partial) if full else read
+        raise OSError(number, _words(reason), str(place)) from None
     finally:
         remove(partial)
 

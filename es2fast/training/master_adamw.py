@@ -2,9 +2,9 @@
 
 ZeRO makes one flat fp32 copy of the gradients at every step and a flat 16-bit one of the weights;
 a rank that shares with nobody gains nothing from that. Here a step goes through the weights in
-pieces of CHUNK elements, so nothing of their size is allocated (208 M weights of a 0.5B model on
-one core: see bench/results/step.jsonl). On a GPU, where launching each piece takes the host longer
-than the GPU needs for it, groups of TOGETHER elements are one update.
+pieces of CHUNK elements, so on a CPU nothing of their size is allocated (208 M weights of a 0.5B
+model on one core: see bench/results/step.jsonl). On a GPU, where launching each piece takes the
+host longer than the GPU needs for it, groups of TOGETHER elements are one update.
 """
 
 from __future__ import annotations
@@ -126,12 +126,17 @@ def _at_once(parameter: Tensor) -> bool:
 
 
 def _groups(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """In order, each of TOGETHER elements at most."""
-    some: list[Tensor] = []
-    for parameter in parameters:
-        if some and sum(p.numel() for p in [*some, parameter]) > TOGETHER:
+    """Of one precision each, and of TOGETHER elements at most."""
+    for dtype in dict.fromkeys(p.dtype for p in parameters):
+        some: list[Tensor] = []
+        elements = 0
+        for parameter in parameters:
+            if parameter.dtype != dtype:
+                continue
+            if some and elements + parameter.numel() > TOGETHER:
+                yield some
+                some, elements = [], 0
+            some.append(parameter)
+            elements += parameter.numel()
+        if some:
             yield some
-            some = []
-        some.append(parameter)
-    if some:
-        yield some

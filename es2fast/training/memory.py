@@ -19,6 +19,7 @@ from es2fast.modeling.skeleton import make_skeleton
 from es2fast.modeling.teacher import head_is_shared, resolve_teacher, set_trainable
 from es2fast.ops.tokens import CPU_CHUNK, GPU_CHUNK, GPU_CHUNK_TRAINABLE
 from es2fast.training.activations import Tokens, student_bytes
+from es2fast.training.master_adamw import TOGETHER
 from es2fast.training.robust import attacked_blocks
 from es2fast.training.shape import Shape, shape_of
 
@@ -115,7 +116,7 @@ def estimate(
     if kind == "cache" and not head_is_shared(config.train):
         teacher = shape.hidden * shape.vocabulary  # a frozen copy of the LM head
     held = item * (shape.total + (shape.trained if config.train.trainable == "lora" else 0))
-    states = training_states(shape.trained, stage, item, world_size)
+    states = training_states(shape.trained, stage, item, world_size, device)
     offloaded = device == "cuda" and bool(zero.get("offload_optimizer"))
     kept = _copies(config, shape, item, device, split, world_size)
     return Estimate(
@@ -145,21 +146,23 @@ class TrainingStates:
     copies: float
 
 
-def training_states(trained: int, stage: int, item: int, ranks: int) -> TrainingStates:
+def training_states(trained: int, stage: int, item: int, ranks: int, device: str) -> TrainingStates:
     """What DeepSpeed keeps of the trained parameters.
 
-    At stage 0 fp32 weights are their own copy, and bf16 ones are updated piece by piece. Else a
-    step makes the rank's gradients anew in fp32.
+    At stage 0 fp32 weights are their own copy, and bf16 ones are updated piece by piece, on a GPU
+    in groups of `TOGETHER` elements. Else a step makes the rank's gradients anew in fp32.
 
     Args:
         trained: parameters.
         stage: of ZeRO.
         item: bytes of an element of the weights.
         ranks: of the run.
+        device: "cpu" or "cuda".
     """
     if stage == 0:
         kept = 8.0 if item == 4 else 12.0
-        return TrainingStates(float(item * trained), kept * trained, 0.0)
+        grouped = 0 if item == 4 or device == "cpu" else min(trained, TOGETHER)
+        return TrainingStates(float(item * trained), kept * trained, 4.0 * grouped)
     own = trained / ranks
     return TrainingStates(
         gradients=item * (trained if stage < 2 else own),

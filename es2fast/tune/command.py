@@ -110,6 +110,9 @@ def tune(
     study = search(folder, config, found, trials=trials, ranks=ranks, seed=seed)
     print_front(study)
     if not save_front(study, folder.front):
+        if any(not trial.state.is_finished() for trial in study.get_trials(deepcopy=False)):
+            print("no trial has come to a result yet; others are at work on some")
+            return
         raise UserError("tune: no trial came to a result, for the reasons above")
     print(f"written: {folder.front}; a point's run file: es2fast tune {folder.path} --pick N")
 

@@ -54,6 +54,15 @@ def test_steps_are_those_of_fp32_weights(
             assert torch.equal(p.data, mine.state[p]["master"].bfloat16())
 
 
+def test_groups_are_of_one_precision_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(master_adamw, "TOGETHER", 10)
+    sizes = ((6, torch.bfloat16), (3, torch.float32), (4, torch.bfloat16), (1, torch.bfloat16))
+    every = [torch.zeros(n, dtype=dtype) for n, dtype in sizes]
+    place = {id(p): number for number, p in enumerate(every)}
+    found = [[place[id(p)] for p in some] for some in master_adamw._groups(every)]
+    assert found == [[0, 2], [3], [1]]
+
+
 def test_going_on_from_a_file_is_going_on(tmp_path: Path) -> None:
     def run(parameters: list[nn.Parameter], optimizer: MasterAdamW, seeds: range) -> None:
         for seed in seeds:
