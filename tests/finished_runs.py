@@ -31,8 +31,8 @@ def finished_run(path: Path, base: Path, seed: int, layers: int = 2, **options: 
     with torch.no_grad():
         save_model(model, AutoTokenizer.from_pretrained(base), folder.model, main=True)
     raw = {"model": {"name": str(base)}, "train": {"seed": seed}, "output_dir": str(path)}
-    for path in (folder.config, folder.model / SETTINGS):
-        save_config(parse_config(raw), path)
+    for place in (folder.config, folder.model / SETTINGS):
+        save_config(parse_config(raw), place)
     told = {
         "steps": 9,
         "seconds": 1.5,
