@@ -45,7 +45,7 @@ def write_text(path: Path, text: str) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise _naming(error, path) from None
 
 
 def copy_folder(source: Path, target: Path, *leave: str) -> None:
@@ -78,6 +78,11 @@ def _words(reason: str) -> str:
     return re.sub(r"^\[Errno \d+\] |: '.*$", "", reason)
 
 
+def _naming(error: OSError, path: Path) -> OSError:
+    """The system's error about that file, whatever file it met it at."""
+    return error if error.errno is None else OSError(error.errno, error.strerror, str(path))
+
+
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Appends one object to a JSON Lines file; its folder is made.
 
@@ -90,7 +95,7 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
         with path.open("ab+", buffering=0) as file:
             file.write(b"\n" + line if _is_torn(file) else line)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise _naming(error, path) from None
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
