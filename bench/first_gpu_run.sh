@@ -4,8 +4,9 @@
 #   bench/first_gpu_run.sh OUT [PART ...]      # PART: probe tests ours step profile tune peers shapes
 #   REHEARSE=1 bench/first_gpu_run.sh OUT      # the same on a CPU with small shapes
 #
-# Every part ends after LIMIT seconds (540) at the latest, leaves OUT/PART.log and, when it is through, OUT/PART.done,
-# with which it is skipped the next time; one that fails does not stop the others. Rows: OUT/*.jsonl.
+# Every part ends after LIMIT seconds (540) at the latest, leaves OUT/PART.log and, when it is
+# through, OUT/PART.done, with which it is skipped the next time; one that fails does not stop the
+# others. Rows: OUT/*.jsonl.
 # PYTHON names the interpreter (default: python3). Windows of measurement are shorter than elsewhere
 # (ES2FAST_BENCH_WINDOW_MS); without deepspeed and pydantic the kernels' parts run all the same.
 set -u

@@ -479,6 +479,9 @@ def test_nothing_of_others_is_replaced(call: Any, project: Path, tmp_path: Path)
     refused(call("plan", project / "run.yaml", "--gpus=²"), ["--gpus", "²"])
     refused(call("validate", project / "run.yaml", f"model.name={run}"), ["the folder of a run"])
     refused(call("validate", project / "run.yaml", f"model.name={run}/model"), ["LoRA adapter"])
+    (tmp_path / "twice.csv").write_text("prompt,prompt\na,b\n")
+    twice = call("validate", project / "run.yaml", f"data.harmful={tmp_path}/twice.csv")
+    refused(twice, ["data.harmful[0]", "two columns 'prompt'"])
     below = project / "run.yaml" / "x"
     refused(call("validate", project / "run.yaml", f"output_dir={below}"), ["output_dir", "a file"])
     assert call("init", tmp_path / "new" / "run.yaml").returncode == 0

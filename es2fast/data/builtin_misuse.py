@@ -3,9 +3,10 @@
 
 Of two requests for an article about the same crime one is harmless and one is not. Public sets of
 harmful prompts ask for instructions, nearly all of them; whoever trains on them beside harmless
-requests for texts teaches that a request for a text is harmless (docs/real_models.md). These are
-short and general, name nobody and nothing that would help, and are for training refusals only. None
-of JailbreakBench's (Chao et al. 2024, arXiv 2404.01318) is here.
+requests for texts may teach that a request for a text is harmless. On a small model these did not
+mend that in 600 steps (docs/harden.md), so no recipe has them. They are short and general, name
+nobody and nothing that would help, and are for training refusals only. None of JailbreakBench's
+(Chao et al. 2024, arXiv 2404.01318) is here.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def launch(
         UserError: more ranks than GPUs; the training failed (its own message is above, or in
             `log`).
         RunStopped: a safeguard ended it.
-        RunInterrupted: it was asked to stop before its ranks had started.
+        RunInterrupted: the launcher was ended, as by Ctrl-C before it had started any rank.
     """
     resolved = resolve_device(device)
     count = rank_count(ranks, device)
@@ -84,7 +84,7 @@ def launch(
     ]
     code = _run(command, environment, log)
     if code in (-signal.SIGINT, -signal.SIGTERM):
-        raise RunInterrupted("train: interrupted before it had begun; the same command starts it")
+        raise RunInterrupted("train: the launcher was ended; the same command starts or continues")
     if code != 0:
         kind = RunStopped if code == STOPPED else UserError
         where = "above" if log is None else str(log)

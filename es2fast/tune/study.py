@@ -82,19 +82,18 @@ def open_study(folder: StudyFolder, seed: int = 0, *, create: bool = False) -> A
     folder.path.mkdir(parents=True, exist_ok=True)
     backend = optuna.storages.journal.JournalFileBackend(str(folder.journal))
     try:
-        storage = optuna.storages.JournalStorage(backend)
+        return optuna.create_study(
+            study_name=NAME,
+            storage=optuna.storages.JournalStorage(backend),
+            sampler=optuna.samplers.TPESampler(seed=seed + os.getpid(), constant_liar=True),
+            directions=["minimize", "minimize"],  # worst, damage
+            load_if_exists=True,
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"tune: {str(folder.journal)!r} is damaged ({error}); restore it, or search into "
             "another folder"
         ) from None
-    return optuna.create_study(
-        study_name=NAME,
-        storage=storage,
-        sampler=optuna.samplers.TPESampler(seed=seed + os.getpid(), constant_liar=True),
-        directions=["minimize", "minimize"],  # worst, damage
-        load_if_exists=True,
-    )
 
 
 def claim(folder: StudyFolder, config: Config, space_file: Path) -> None:

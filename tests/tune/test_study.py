@@ -17,6 +17,7 @@ from es2fast.cli import app
 from es2fast.config import parse_config, save_config
 from es2fast.errors import UserError
 from es2fast.tune.front import front, pick, print_front, save_front
+from es2fast.tune.space import DEFAULT
 from es2fast.tune.study import WORKER, StudyFolder, _begun, claim, open_study, place, requeue_lost
 from es2fast.tune.trial import RECIPE
 
@@ -113,3 +114,14 @@ def test_a_folder_without_a_search(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no search"):
         open_study(StudyFolder(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_journal_and_folders_of_others(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path)
+    folder.journal.write_text("no journal\n")
+    with pytest.raises(UserError, match=r"journal\.log' is damaged"):
+        open_study(folder)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a model or a run; choose another folder"):
+        claim(folder, parse_config({"model": {"name": "m"}}), DEFAULT)
+    assert not folder.config.exists()
