@@ -85,6 +85,7 @@ def conditions(device: str) -> dict[str, Any]:
             sms=properties.multi_processor_count,
             cuda=torch.version.cuda,
             driver=_run(*query).splitlines()[0] if _run(*query) else None,
+            window_ms=WINDOW_MS,
         )
     else:
         rows |= dict(gpu=None, cpu=cpu_name())
