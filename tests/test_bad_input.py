@@ -16,7 +16,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny_models import save_tiny, write_prompts
+from tiny_models import save_tiny, tokenizer, write_prompts
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from es2fast.config import Config, DataSource, load_config, parse_config
 from es2fast.data.prompts import read_source
@@ -313,6 +314,24 @@ def test_a_tokenizer_that_is_larger_than_the_embedding(
     folder = save_tiny(tmp_path / "small", vocab_size=10)
     raw["model"]["name"] = str(folder)
     refused(raw, "model.name: the tokenizer writes token | 10 embeddings")
+
+
+@pytest.mark.parametrize("family, table", [("gpt2", {}), ("opt", {"ffn_dim": 48})])
+def test_rows_longer_than_a_table_of_learned_positions(
+    raw: Raw, tmp_path: Path, family: str, table: dict[str, int]
+) -> None:
+    """A llama of as many positions computes more of them, and is asked for more in every test."""
+    config = AutoConfig.for_model(
+        family, vocab_size=40, hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=64, **table,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "learned")
+    tokenizer().save_pretrained(tmp_path / "learned")
+    raw["model"]["name"] = str(tmp_path / "learned")
+    longest = max(make_plan(load_config(raw, ["data.max_response_tokens=40"])).lengths)
+    make_plan(load_config(raw, [f"data.max_response_tokens={64 - longest}"]))
+    words = "64 learned positions | has 65 tokens | data.max_length or max_response_tokens"
+    refused(raw, words, [f"data.max_response_tokens={65 - longest}"])
 
 
 LABELS = "prompt,label\n" + "".join(f"draw {i} cars,{'un' * (i % 2)}safe\n" for i in range(8))

@@ -27,6 +27,7 @@ from es2fast.evaluation.estimate import Missing, announcement
 from es2fast.judges.base import Judge
 from es2fast.modeling.batch_size import starting_rows
 from es2fast.modeling.load import free_memory
+from es2fast.modeling.skeleton import check_positions
 from es2fast.modeling.states import BATCH, check_padding
 from es2fast.progress import tqdm
 from es2fast.report.schema import BASE
@@ -201,8 +202,19 @@ class SubjectAnswers:
             self._was_training = self._target.model.training
             self._target.model.eval()
             check_padding(model, formatter, self.prompts.harmful[:BATCH])
+            self._check_positions()
             self._loaded(self._target)
         return self._target
+
+    def _check_positions(self) -> None:
+        formatter, prompts = self.subject.formatter, self.prompts
+        asked = (*prompts.harmful, *prompts.harmless)
+        longest = max((len(formatter.prompt_ids(prompt)) for prompt in asked), default=0)
+        check_positions(
+            self.target.model,
+            longest + self.settings.max_new_tokens,
+            "set a smaller evaluate.max_new_tokens or data.max_length",
+        )
 
     @contextmanager
     def unloading(self) -> Iterator[None]:

@@ -19,6 +19,7 @@ from es2fast.modeling.taps import blocks
 # what transformers raises over a config.json that is not what its family has
 BROKEN_CONFIG = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError,
                  AssertionError, StrictDataclassError)  # fmt: skip
+_POSITIONS = ("wpe", "positions_embed", "embed_positions", "position_embeddings")
 _SEVERAL_STATES = ("gemma3n", "gemma3n_text")  # whose blocks hold four states per token
 
 
@@ -79,6 +80,29 @@ def check_causal(name: str, config: Any) -> None:
         raise UserError(f"{text}, which is no causal language model; use a decoder-only chat model")
     if config.get_text_config().num_hidden_layers < 1:
         raise UserError(f"model.name: {name!r} has no blocks (num_hidden_layers in config.json)")
+
+
+def check_positions(model: nn.Module, tokens: int, remedy: str) -> None:
+    """UserError where a row of so many tokens is longer than the model's table of learned
+    positions; positions that are computed, as rotary ones are, have no end.
+
+    Args:
+        model: of any device, also meta.
+        tokens: of the longest row, answer included.
+        remedy: what to set.
+    """
+    config: Any = model.config
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or tokens <= limit:
+        return
+    for name, table in model.named_modules():
+        if not isinstance(table, nn.Embedding) or not name.endswith(_POSITIONS):
+            continue
+        if table.num_embeddings >= limit:  # else it is a vision tower's
+            raise UserError(
+                f"model.name: a {config.model_type!r} model has {limit} learned positions, and the "
+                f"longest prompt with its answer has {tokens} tokens; {remedy}"
+            )
 
 
 def check_lora_targets(skeleton: nn.Module, train: TrainConfig) -> None:

@@ -24,7 +24,12 @@ from es2fast.judges.registry import judges_of, make_judges
 from es2fast.modeling.compiled import check_stage
 from es2fast.modeling.head import read_transform
 from es2fast.modeling.load import check_weights, load_model_config, load_tokenizer
-from es2fast.modeling.skeleton import check_lora_targets, check_weight_files, make_skeleton
+from es2fast.modeling.skeleton import (
+    check_lora_targets,
+    check_positions,
+    check_weight_files,
+    make_skeleton,
+)
 from es2fast.modeling.taps import check_layers
 from es2fast.modeling.teacher import resolve_teacher
 from es2fast.ops.native import GEMM_BF16
@@ -232,6 +237,8 @@ def make_plan(config: Config, *, world_size: int = 1) -> Plan:
         deepspeed=deepspeed,
         lengths=prompt_lengths(groups, formatter, model.get_text_config().vocab_size),
     )
+    generated = max(plan.lengths) + config.data.max_response_tokens  # cut to max_length afterwards
+    check_positions(skeleton, generated, "set a smaller data.max_length or max_response_tokens")
     plan.sampler(0)  # raises where a group or a size is too small
     plan = _with_stage(plan) if auto else plan
     check_head(config, plan.deepspeed.get("zero_optimization", {}), world_size)

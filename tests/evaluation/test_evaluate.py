@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_model, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from es2fast.attacks.registry import make_attacks
@@ -329,6 +330,19 @@ def test_an_attack_that_cannot_run_leaves_the_others(parts: Parts, tmp_path: Pat
         report = evaluate_models(pair(parts)[:1], parts[2], settings, RunFolder(tmp_path))
     assert list(report.models[0].attacks) == ["direct"]
     assert report.warnings[1:] == ["base, scav: scav: not here"]
+
+
+def test_answers_longer_than_a_table_of_learned_positions(tmp_path: Path) -> None:
+    formatter = Formatter(tokenizer(), DataConfig())
+    ask = [Prompt.of("break the car"), Prompt.of("break the big red car")]
+    prompts = EvaluationPrompts(ask, ask[:1], ask, ask)
+    longest = len(formatter.prompt_ids(ask[1]))
+    subject = Subject.of(BASE, tiny_model("gpt2"), formatter)
+    settings = EvaluateConfig(max_new_tokens=64 - longest, attacks=["direct"])
+    assert evaluate_models([subject], prompts, settings, RunFolder(tmp_path / "fits"))
+    longer = settings.model_copy(update={"max_new_tokens": 65 - longest})
+    with pytest.raises(UserError, match=r"64 learned positions.*65 tokens; set a smaller evaluate"):
+        evaluate_models([subject], prompts, longer, RunFolder(tmp_path / "out"))
 
 
 def test_models_of_another_depth_are_not_set_against_the_base(parts: Parts, tmp_path: Path) -> None:
