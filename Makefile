@@ -2,6 +2,8 @@
 #   make demo    build a small aligned chat model, harden it, attack it before and after
 #   make real MODEL=DIR   harden a real chat model; REAL="--quick --harmful F ..." for its options
 #   make test    lint, types and the whole test suite
+#   make extras  lm-evaluation-harness and inspect_ai, for --lm-eval and es2fast/RUN
+#   make clean   remove caches and builds; .venv and the models in runs/ stay
 #   make sanitize  the native kernels' tests under the address and undefined-behaviour sanitizers
 PYTHON ?= python3
 VENV   ?= .venv
@@ -18,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Versions with which the tests ran; LOCK= takes the newest ones that fit.
 INSTALL := $(PIP) install -q $(if $(LOCK),-c $(LOCK))
 
-.PHONY: demo real test lint install sanitize bench clean
+.PHONY: demo real test lint install extras sanitize bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/es2fast demo $(DEMO)
@@ -65,10 +67,13 @@ $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*) $(LOCK)
 	$(INSTALL) --no-build-isolation -e ".[test]"
 	touch $@
 
+extras: $(VENV)/extras
+
 # Packages of optional features, whose tests would skip without them; the demo needs none.
 $(VENV)/extras: $(VENV)/installed
 	$(INSTALL) --no-build-isolation -e ".[lm-eval,inspect]"
 	touch $@
 
+# Not runs/, where hours of training are, and not the environment.
 clean:
-	rm -rf $(VENV) runs build .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -449,8 +449,8 @@ def average(
     ],
     out: Annotated[Path, typer.Option("--out", help="run folder to write; must hold no run")],
 ) -> None:
-    """Write a run whose model has the mean of several runs' LoRA updates: it refuses as each of
-    them does and is nearer to the base model."""
+    """Write a run whose model has the mean of several runs' LoRA updates: nearer to the base model
+    than each, and on a 0.5B model it refused much as they did (direct, prefill, ablation)."""
     from es2fast.run.average import average_runs
 
     average_runs(runs, out)

@@ -16,6 +16,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from es2fast.config import Config, DataSource
+from es2fast.data.prompts import OTHER_RESPONSE_COLUMNS, PROMPT_COLUMNS, RESPONSE_COLUMN
+from es2fast.data.sources import LABEL_COLUMN, SIDES
 
 HEAD = """# Configuration reference
 
@@ -52,9 +54,29 @@ def markdown() -> str:
         if plain:
             parts.append(f"## {f'`{path}`' if path else 'Top level'}\n")
             parts.append(_table(plain, f"{path}." if path else ""))
-    parts.append("## A source of prompts\n\nA plain string is short for `{source: ...}`.\n")
+    parts.append(_sources_head())
     parts.append(_table(DataSource.model_fields, "data.harmful."))
     return "\n".join(parts)
+
+
+def _sources_head() -> str:
+    known = ", ".join(f"`{name}`" for name in PROMPT_COLUMNS)
+    others = ", ".join(f"`{name}`" for name in OTHER_RESPONSE_COLUMNS)
+    labels = "; ".join(
+        f"{', '.join(f'`{label}`' for label in sorted(SIDES[side]))} ({side})"
+        for side in ("harmful", "harmless")
+    )
+    return f"""## A source of prompts
+
+A plain string is short for `{{source: ...}}`. Files are CSV, TSV, JSON Lines, JSON, Parquet, or text with one prompt a
+line.
+
+- **Prompt**: the column that `column` names, else the first of {known} that is there (with `input` appended, where an
+  `instruction` has one). A cell is text or a conversation, a list of `{{role, content}}`, which is cut after its last user turn.
+- **Response** of a harmless prompt: `{RESPONSE_COLUMN}`, else the only one of {others}, else the assistant turn behind a
+  conversation's last user turn. The base model writes the others.
+- **Label**: `{LABEL_COLUMN}`, any of {labels}. Read in `data.labelled`, and where `side` says what is wanted.
+"""
 
 
 def template() -> str:

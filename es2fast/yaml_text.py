@@ -30,6 +30,9 @@ def parse_yaml(text: str) -> Any:
     """What a YAML document holds.
 
     Raises:
-        yaml.YAMLError: malformed, or a key twice in one mapping.
+        yaml.YAMLError: malformed, nested too deep, or a key twice in one mapping.
     """
-    return yaml.load(text, Loader=_UniqueKeys)
+    try:
+        return yaml.load(text, Loader=_UniqueKeys)
+    except RecursionError:
+        raise yaml.YAMLError("nested too deep") from None

@@ -217,7 +217,11 @@ YAML = [
     ("model: {name: x, name: y}\n", "'name' stands in line 1 and again in line 1"),
     ('model: {name: "\\ud800"}\n', "model.name | no text"),
     ('output_dir: "a\\0b"\nmodel: {name: x}\n', "output_dir | no text"),
-    ("1: 2\n", "model: required"),
+    ("1: 2\n", "model.name: required | as model.name="),
+    ("", "model.name: required | as model.name="),
+    ("model: {dtype: fp32}\n", "model.name: required | as model.name="),
+    ("data: {harmful: [{limit: 3}]}\nmodel: {name: x}\n", "data.harmful.0.source: required"),
+    ("a: " + "[" * 3000, "not valid YAML (nested too deep)"),
     ("train: &a\n  x: *a\n", "train.x: unknown key"),
 ]
 

@@ -129,6 +129,9 @@ def test_the_run_file_is_what_harden_does() -> None:
     run = load_config(quickstart_run())
     names = list(differences(run, resolve(run.model.name, Path(run.output_dir))))
     assert all(name.startswith("data.") for name in names), names
+    recipe = resolve(run.model.name, Path(run.output_dir)).data.harmless
+    built_in = {one.source for one in recipe if one.source.startswith("builtin:")}
+    assert built_in and built_in <= {one.source for one in run.data.harmless}
 
 
 @pytest.mark.parametrize(

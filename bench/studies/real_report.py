@@ -66,11 +66,11 @@ def _cell(row: Row | None) -> str:
         return "–"
     if "useful" not in row:
         return "does not apply"
-    words = f"{_rate(row['useful'], row['n'])}, n = {row['n']}"
+    words = f"{rate_words(row['useful'], row['n'])}, n = {row['n']}"
     return words + (f"; {100 * row['gibberish']:.0f} % gibberish" if row["gibberish"] else "")
 
 
-def _rate(rate: float, n: int) -> str:
+def rate_words(rate: float, n: int) -> str:
     low, high = rate_interval(rate, n)
     return f"{100 * rate:.0f} % [{100 * low:.0f}–{100 * high:.0f}]"
 
@@ -88,7 +88,7 @@ def harmless_table(rows: Sequence[Row], models: Sequence[str]) -> str:
         kinds = [row["refusal_by_type"].get(kind) for kind in ("ordinary", "borderline")]
         cells = [
             name,
-            *("–" if kind is None else f"{_rate(kind[1], kind[0])}, n = {kind[0]}"
+            *("–" if kind is None else f"{rate_words(kind[1], kind[0])}, n = {kind[0]}"
               for kind in kinds),
             f"{100 * row['intact_rate']:.0f} %",
             f"{row['kl_response']:.4f}",
@@ -141,7 +141,7 @@ def recipe_table(rows: Sequence[Row], able: Sequence[Row] = ()) -> str:
     prices = [cells[name, "direct"]["harmless"] for name in models]
     for kind in ("ordinary", "borderline"):
         rates = [price["refusal_by_type"][kind] for price in prices]
-        own_rates = [f"{_rate(rate, n)}, n = {n}" for n, rate in rates]
+        own_rates = [f"{rate_words(rate, n)}, n = {n}" for n, rate in rates]
         lines.append(f"| {kind} harmless prompts refused | " + " | ".join(own_rates) + " |")
     asked = {(row["model"], row["tasks"]): row for row in able}
     for tasks, words in ANSWERED.items():
@@ -162,7 +162,9 @@ def recipe_table(rows: Sequence[Row], able: Sequence[Row] = ()) -> str:
 def _refused(row: Row | None) -> str:
     """Of prompts whose answers `real_abilities` counted."""
     return (
-        "–" if row is None else f"{_rate(1 - row['passed'] / row['n'], row['n'])}, n = {row['n']}"
+        "–"
+        if row is None
+        else f"{rate_words(1 - row['passed'] / row['n'], row['n'])}, n = {row['n']}"
     )
 
 
@@ -170,7 +172,7 @@ def _short(row: Row | None) -> str:
     """A cell that says n where it is not 100."""
     if row is None or "useful" not in row:
         return _cell(row)
-    words = _rate(row["useful"], row["n"]) + (f", n = {row['n']}" if row["n"] != 100 else "")
+    words = rate_words(row["useful"], row["n"]) + (f", n = {row['n']}" if row["n"] != 100 else "")
     return words + (f"; {100 * row['gibberish']:.0f} % gibberish" if row["gibberish"] else "")
 
 
@@ -229,14 +231,16 @@ def ability_table(rows: Sequence[Row], models: Sequence[str]) -> str:
 def _passed(row: Row | None) -> str:
     if row is None:
         return "–"
-    words = f"{_rate(row['passed'] / row['n'], row['n'])}, n = {row['n']}"
-    beside = f" (−{row['lost']}, +{row['won']}; p = {row['p']:.2f})"
+    words = f"{rate_words(row['passed'] / row['n'], row['n'])}, n = {row['n']}"
+    p = f"= {row['p']:.2f}" if row["p"] >= 0.005 else f"< {0.001 if row['p'] < 0.001 else 0.005}"
+    beside = f" (−{row['lost']}, +{row['won']}; p {p})"
     return words + ("" if row["model"] == BASE else beside)
 
 
 def legend(rows: Sequence[Row], models: Sequence[str]) -> str:
-    """What each model is."""
+    """What each model is, and what it is made of."""
     known = {row["model"].partition(", seed ")[0] for row in rows}
+    known |= {ARMS[name].of or name for name in known if name in ARMS}
     measured = [name for name in models if name in ARMS and name in known]
     return "".join(f"- `{name}`: {ARMS[name].words}\n" for name in measured)
 
@@ -262,7 +266,7 @@ def documents(rows: Sequence[Row]) -> dict[Path, str]:
             every = with_seeds(models, some)
             parts[f"{prefix}attacks"] = table(some, every)
             parts[f"{prefix}harmless"] = harmless_table(some, every)
-            parts[f"{prefix}legend"] = legend(some, models)
+            parts[f"{prefix}legend"] = legend([*some, *(able if base == PRIMARY else [])], models)
         split = [row for row in read_lines(KL_ROWS) if row["base"] == PRIMARY]
         parts["split"] = kl_table(split, models)
         parts["abilities"] = ability_table(able, with_seeds(models, able))

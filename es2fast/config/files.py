@@ -134,7 +134,7 @@ def _place(entries: list[Any], part: str, item: str) -> int:
 
 def _yaml_value(key: str, text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text)
     except yaml.YAMLError:
         raise UserError(f"override {key}: {text!r} is not a valid value") from None
     if isinstance(value, str) and value == text.strip():  # YAML 1.1 reads 1e-4 as a string
@@ -153,6 +153,7 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return _unknown_key(path, first["loc"])
     if first["type"] == "missing":
+        path = _first_required(path, first["loc"])
         return f"{path}: required and not given; set it in the YAML file or as {path}=..."
     message = first["msg"].removeprefix("Value error, ")
     if not path:
@@ -160,6 +161,15 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "value_error":
         return f"{path}: {message}"
     return f"{path}: {message[0].lower()}{message[1:]}, found {first['input']!r}"
+
+
+def _first_required(path: str, loc: tuple[Any, ...]) -> str:
+    """A section that is missing stands for the first of its fields that has no default."""
+    field = _section_at(loc[:-1]).model_fields[str(loc[-1])]
+    section = _section_type(field.annotation)
+    fields = section.model_fields if section else {}
+    required = [name for name, below in fields.items() if below.is_required()]
+    return f"{path}.{required[0]}" if required else path
 
 
 def _is_variant(part: Any) -> bool:

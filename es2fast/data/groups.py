@@ -29,7 +29,7 @@ GROUPS = ("harmful", "harmless", "eval_harmful", "eval_harmless")
 
 @dataclass
 class SourceReport:
-    """What one source gave."""
+    """What one source gave; cut: there are more rows than its `limit`."""
 
     field: str
     source: str
@@ -39,10 +39,12 @@ class SourceReport:
     response_column: str | None
     responses: int
     labels: dict[str, int]
+    cut: bool = False
 
     def line(self, shown: Callable[[str], str] = str) -> str:
         """One line; `shown`: how the source is named."""
-        parts = [f"{self.rows} rows", f"column {self.column!r}"]
+        rows = f"{self.rows} rows"
+        parts = [f"the first {rows} (limit)" if self.cut else rows, f"column {self.column!r}"]
         if self.responses:
             origin = f" in {self.response_column!r}" if self.response_column else ""
             parts.append(f"{self.responses} responses{origin}")
@@ -204,6 +206,7 @@ def _read(
             response_column=found.response_column,
             responses=sum(prompt.response is not None for prompt in found.prompts),
             labels=found.labels,
+            cut=found.cut,
         )
     )
     return found.prompts, found.harmful

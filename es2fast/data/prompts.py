@@ -94,7 +94,7 @@ def normalise_prompt(text: str) -> str:
 
 @dataclass
 class SourceRows:
-    """The prompts of one source, and what was found in it."""
+    """The prompts of one source, and what was found in it; cut: `limit` left some out."""
 
     prompts: list[Prompt]
     harmful: list[bool]  # one per prompt; empty unless the source is labelled
@@ -103,6 +103,7 @@ class SourceRows:
     column: str
     response_column: str | None
     labels: dict[str, int]
+    cut: bool = False
 
 
 def read_source(
@@ -133,7 +134,7 @@ def read_source(
         _check_labels(table, group, where, "eval_" if field.startswith("data.eval_") else "")
     label_of = _labels(table, where) if labelled else None
     kinds = [] if labelled else _kind_columns(table)
-    found = SourceRows([], [], len(table.rows), 0, column, response, {})
+    found = SourceRows([], [], len(table.rows), 0, column, response, {}, table.cut)
     for number, row in enumerate(table.rows):
         prompt = _prompt(row, column, response, f"{where} row {number + 1}")
         if prompt is None:

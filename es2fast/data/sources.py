@@ -45,10 +45,12 @@ SIDES = {
 
 @dataclass
 class Table:
-    """Rows as they stand in a source; `columns` also lists those that were not read."""
+    """Rows as they stand in a source; `columns` also lists those that were not read; cut: there
+    are more rows than `limit` leaves."""
 
     columns: list[str]
     rows: list[dict[str, Any]]
+    cut: bool = False
 
 
 def read_table(source: DataSource, field: str, wanted: Callable[[str], bool]) -> Table:
@@ -126,7 +128,8 @@ def _selected(table: Table, source: DataSource, field: str) -> Table:
                 f"{field}: rows: {source.rows!r} leaves none of the {count} rows of "
                 f"{source.source!r}"
             )
-    return Table(table.columns, rows[: source.limit])
+    kept = rows[: source.limit]
+    return Table(table.columns, kept, cut=len(kept) < len(rows))
 
 
 def _one_side(rows: list[dict[str, Any]], source: DataSource, field: str) -> list[dict[str, Any]]:
@@ -161,8 +164,11 @@ def _plain(cell: Any) -> str:
 
 
 def _row_count(source: DataSource) -> int | None:
-    """Rows that have to be read: `limit`, unless others are chosen first; None: all."""
-    return None if source.where or source.side or source.rows else source.limit
+    """Rows that have to be read: `limit` and one that tells of more, unless others are chosen
+    first; None: all."""
+    if source.limit is None or source.where or source.side or source.rows:
+        return None
+    return source.limit + 1
 
 
 def one_line(text: object, width: int = 160) -> str:

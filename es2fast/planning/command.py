@@ -38,7 +38,7 @@ def plan(
     check_output("--json", json_file, [config, *files_of(resolved)])
     wanted = resolved.model.dtype
     dtype = ("fp32" if known.device == "cpu" else "bf16") if wanted == "auto" else wanted
-    checked = make_plan(without_machine(resolved))
+    checked = make_plan(without_machine(resolved), weights=False)
     train = checked.config.train.model_copy(update={"zero3_head": resolved.train.zero3_head})
     free = checked.config.model_copy(update={"deepspeed": resolved.deepspeed, "train": train})
     checked = dataclasses.replace(checked, config=free)

@@ -182,13 +182,14 @@ def without_machine(config: Config) -> Config:
     return config.model_copy(update={"train": changed, "deepspeed": deepspeed})
 
 
-def make_plan(config: Config, *, world_size: int = 1) -> Plan:
+def make_plan(config: Config, *, world_size: int = 1, weights: bool = True) -> Plan:
     """Checks configuration, folders, data, model and batch arithmetic; trains nothing.
 
     Args:
         config: the run.
         world_size: ranks it will have. In a process group every rank calls this: with `deepspeed:
             auto` they agree on the stage.
+        weights: the model's are there; False: its config and tokenizer suffice.
 
     Raises:
         UserError: the first mistake found.
@@ -203,7 +204,8 @@ def make_plan(config: Config, *, world_size: int = 1) -> Plan:
     device = resolve_device(config.train.device)
     dtype = resolve_dtype(config.model.dtype, device)
     model = load_model_config(config.model)
-    check_weights(config.model.name)
+    if weights:
+        check_weights(config.model.name)
     skeleton = make_skeleton(config.model, model)
     check_weight_files(skeleton, config.model, model)
     check_lora_targets(skeleton, config.train)

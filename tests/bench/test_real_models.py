@@ -12,11 +12,14 @@ from bench.studies.real_figure import figure
 from bench.studies.real_models import JUDGE, configuration, key_of, made_hash
 from bench.studies.real_prompts import ordinary_prompts, unsafe_pairs, write_harmless, write_pairs
 from bench.studies.real_report import (
+    PARTS,
     RECIPE,
     ROWS,
+    ability_table,
     documents,
     fill,
     harmless_table,
+    legend,
     recipe_table,
     shown,
     table,
@@ -167,6 +170,16 @@ def test_the_figure_has_a_mark_per_rate() -> None:
     marks = [line.get_xdata()[0] for axes in (attacked, paid) for line in axes.lines
              if len(line.get_xdata())]  # fmt: skip
     assert marks == [50.0, 10.0, 0.0, 20.0]
+
+
+def test_small_chances_are_bounds_and_what_an_arm_is_made_of_is_told() -> None:
+    row = {"model": BASE, "tasks": "benign", "n": 100, "passed": 69, "lost": 0, "won": 0, "p": 1.0}
+    chances = {0.182: "p = 0.18", 0.004: "p < 0.005", 3e-15: "p < 0.001"}
+    rows = [row, *(row | {"model": f"arm{i}", "p": p} for i, p in enumerate(chances))]
+    lines = ability_table(rows, [row["model"] for row in rows]).splitlines()[2:]
+    assert all(words in line for words, line in zip(chances.values(), lines[1:], strict=True))
+    said = legend([{"model": "topical_mean_80"}], PARTS)
+    assert "- `topical_mean_80`: " in said and "- `topical`: " in said and "`both`" not in said
 
 
 def test_what_stands_between_marks_is_replaced() -> None:

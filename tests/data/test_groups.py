@@ -91,6 +91,17 @@ def test_overlap_between_the_groups_is_an_error(tmp_path, left, right):
         load_groups(files(tmp_path, **groups))
 
 
+@pytest.mark.parametrize("more", [{}, {"side": "harmful"}, {"rows": ":"}])
+def test_rows_that_a_limit_left_out_are_told(tmp_path, more):
+    config = files(tmp_path, harmful=["bad one", "bad two", "bad three"], harmless=["good"])
+    cut, whole = ({**config.harmful[0].model_dump(), **more, "limit": limit} for limit in (2, 3))
+    for source, words in ((cut, "the first 2 rows (limit); column"), (whole, ": 3 rows; column")):
+        changed = DataConfig.model_validate(config.model_dump() | {"harmful": [source]})
+        groups = load_groups(changed)
+        assert len(groups.harmful) == source["limit"]
+        assert words in groups.report.lines()[0]
+
+
 def test_missing_groups(tmp_path):
     with pytest.raises(UserError, match=r"data\.harmful: no harmful prompts; give"):
         load_groups(files(tmp_path, harmless=["one"]))

@@ -117,6 +117,7 @@ def test_the_command_writes_its_estimates(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "es2fast.yaml").write_text("")  # an earlier run is no obstacle
     out = tmp_path / "plan.json"
+    (tmp_path / "model" / "model.safetensors").unlink()  # config and tokenizer suffice
     command = ["plan", str(tmp_path / "run.yaml"), "--gpu", "a100", "--gpus", "1,8"]
     done = CliRunner().invoke(app, [*command, "--json", str(out)], catch_exceptions=False)
     assert done.exit_code == 0
