@@ -68,14 +68,16 @@ def _sources_head() -> str:
     )
     return f"""## A source of prompts
 
-A plain string is short for `{{source: ...}}`. Files are CSV, TSV, JSON Lines, JSON, Parquet, or text with one prompt a
-line.
+A plain string is short for `{{source: ...}}`. Files are CSV, TSV, JSON Lines, JSON, Parquet, or text
+with one prompt a line.
 
-- **Prompt**: the column that `column` names, else the first of {known} that is there (with `input` appended, where an
-  `instruction` has one). A cell is text or a conversation, a list of `{{role, content}}`, which is cut after its last user turn.
-- **Response** of a harmless prompt: `{RESPONSE_COLUMN}`, else the only one of {others}, else the assistant turn behind a
-  conversation's last user turn. The base model writes the others.
-- **Label**: `{LABEL_COLUMN}`, any of {labels}. Read in `data.labelled`, and where `side` says what is wanted.
+- **Prompt**: the column that `column` names, else the first of {known}
+  that is there (with `input` appended, where an `instruction` has one). A cell is text or a
+  conversation, a list of `{{role, content}}`, which is cut after its last user turn.
+- **Response** of a harmless prompt: `{RESPONSE_COLUMN}`, else the only one of {others},
+  else the assistant turn behind a conversation's last user turn. The base model writes the others.
+- **Label**: `{LABEL_COLUMN}`, any of {labels}.
+  Read in `data.labelled`, and where `side` says what is wanted.
 """
 
 
