@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first half hour on a GPU, in the order of what must not be missing when it ends early.
+# What to run first on a GPU, in the order of what must not be missing when it ends early.
 #
 #   bench/first_gpu_run.sh OUT [PART ...]      # PART: probe tests ours step profile tune peers shapes
 #   REHEARSE=1 bench/first_gpu_run.sh OUT      # the same on a CPU with small shapes

@@ -68,8 +68,8 @@ def _sources_head() -> str:
     )
     return f"""## A source of prompts
 
-A plain string is short for `{{source: ...}}`. Files are CSV, TSV, JSON Lines, JSON, Parquet, or text
-with one prompt a line.
+A plain string is short for `{{source: ...}}`. Files are CSV, TSV, JSON Lines, JSON, Parquet, or
+text with one prompt a line.
 
 - **Prompt**: the column that `column` names, else the first of {known}
   that is there (with `input` appended, where an `instruction` has one). A cell is text or a
