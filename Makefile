@@ -49,6 +49,7 @@ sanitize: $(VENV)/installed
 	rm -rf build/sanitize && mkdir -p build/sanitize && cp -r es2fast csrc bench tests setup.py pyproject.toml README.md build/sanitize
 	rm -f build/sanitize/es2fast/_native*.so
 	cd build/sanitize && ES2FAST_CXXFLAGS="$(SANITIZE)" $(abspath $(BIN))/python setup.py -q build_ext --inplace
+	ls build/sanitize/es2fast/_native*.so > /dev/null
 	cd build/sanitize && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		$(abspath $(BIN))/python -m pytest -q tests/ops -k "native and not compil and not installation" $(PYTEST)

@@ -23,6 +23,10 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from es2fast.ops.scratch import forget
+
 QUANTILES = (0.5, 0.2, 0.8)
 # Long windows: a short one measures the clock's boost. Shorter where time on a GPU is short.
 WARMUP_MS, WINDOW_MS = (
@@ -58,6 +62,13 @@ def _without_place(argument: str) -> str:
     return Path(argument).name if Path(argument).is_absolute() else argument
 
 
+def _dirty(here: str) -> bool | None:
+    """Tracked files differ from the commit; None where there is no repository to ask."""
+    if not _run("git", "-C", here, "rev-parse", "HEAD"):
+        return None
+    return bool(_run("git", "-C", here, "status", "--porcelain", "--untracked-files=no"))
+
+
 def conditions(device: str) -> dict[str, Any]:
     """Where and with what: goes into every row."""
     try:
@@ -72,7 +83,7 @@ def conditions(device: str) -> dict[str, Any]:
         triton=triton_version,
         python=platform.python_version(),
         commit=_run("git", "-C", here, "rev-parse", "--short", "HEAD") or None,
-        dirty=bool(_run("git", "-C", here, "status", "--porcelain", "--untracked-files=no")),
+        dirty=_dirty(here),
         command=" ".join(["python", _script(), *map(_without_place, sys.argv[1:])]),
         time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         device=device,
@@ -93,11 +104,17 @@ def conditions(device: str) -> dict[str, Any]:
     return rows
 
 
-def measure(function: Callable[[], Any], device: str, repeats: int = 5) -> dict[str, Any]:
-    """{ms, ms_p20, ms_p80, extra_mb}, or {error} when it cannot run or runs out of memory."""
+def measure(
+    function: Callable[[], Any],
+    device: str,
+    repeats: int = 5,
+    clear: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """{ms, ms_p20, ms_p80, extra_mb}, or {error} when it cannot run or runs out of memory; clear:
+    see `extra_memory`."""
     try:
         function()  # compile, autotune, allocate
-        extra = extra_memory(function, device)
+        extra = extra_memory(function, device, clear)
         times = _times(function, device, repeats)
         return dict(ms=times[0], ms_p20=times[1], ms_p80=times[2], extra_mb=extra)
     except torch.OutOfMemoryError:
@@ -126,9 +143,20 @@ def _times(function: Callable[[], Any], device: str, repeats: int) -> list[float
     return [statistics.median(samples), samples[round(0.2 * last)], samples[round(0.8 * last)]]
 
 
-def extra_memory(function: Callable[[], Any], device: str) -> float | None:
+def extra_memory(
+    function: Callable[[], Any], device: str, clear: Callable[[], None] | None = None
+) -> float | None:
     """Peak memory during a call above what was in use before it, in MB (1e6): the allocator's on a
-    GPU, the process's resident set on a CPU (Linux only)."""
+    GPU, the process's resident set on a CPU (Linux only).
+
+    Args:
+        function: called once.
+        device: "cuda" or "cpu".
+        clear: lets go of what an earlier call left, its gradients, which else would count as in
+            use before.
+    """
+    if clear is not None:
+        clear()
     if device != "cuda":
         return _extra_resident(function)
     torch.cuda.synchronize()
@@ -153,6 +181,7 @@ def restart_peak() -> int | None:
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
         return None
+    forget()  # buffers that calls keep for the next one are part of what a call takes
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what malloc keeps would be used again unseen
     reset.write_text("5")

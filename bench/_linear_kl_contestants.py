@@ -35,11 +35,15 @@ class Inputs:
     w_t: Tensor  # (V, H)
     mode: str
 
+    def clear(self) -> None:
+        """Frees the gradients of the last call."""
+        self.x.grad = self.w.grad = None
+
     def step(self, loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """The measured call: loss, and backward unless the mode is no-grad."""
 
         def call() -> Tensor:
-            self.x.grad = self.w.grad = None
+            self.clear()
             if self.mode == "no-grad":
                 with torch.no_grad():
                     return loss()
@@ -151,7 +155,7 @@ def _fla(i: Inputs) -> Callable[[], Tensor]:
     return lambda: module(i.x, i.x_t, i.w, i.w_t)
 
 
-def _moments(backend: str | None = None, half: bool = False) -> Callable:
+def moments_loss(backend: str | None = None, half: bool = False) -> Callable:
     """Against a teacher reduced to moments before the timed call."""
 
     def make(i: Inputs) -> Callable[[], Tensor]:
@@ -164,10 +168,10 @@ def _moments(backend: str | None = None, half: bool = False) -> Callable:
 
 def _moment_contestants(device: str) -> Iterator[Contestant]:
     """Nobody else has this mode."""
-    yield Contestant("es2fast moments", "forward", _moments())
-    yield Contestant("es2fast moments, fp16 head", "forward", _moments(half=True))
+    yield Contestant("es2fast moments", "forward", moments_loss())
+    yield Contestant("es2fast moments, fp16 head", "forward", moments_loss(half=True))
     if device == "cuda":
-        yield Contestant("es2fast moments, torch backend", "forward", _moments("torch"))
+        yield Contestant("es2fast moments, torch backend", "forward", moments_loss("torch"))
 
 
 def contestants(mode: str, device: str) -> Iterator[Contestant]:

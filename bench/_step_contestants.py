@@ -75,7 +75,8 @@ class Plain:
             for path, module in model.model.layers[i].named_modules()
             if isinstance(module, nn.Linear)
         ]
-        return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=first))
+        lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=first)
+        return get_peft_model(model, lora, autocast_adapter_dtype=False)  # of ours' precision
 
     def step(self, rows: Rows) -> dict[str, float]:
         """One optimizer step; its separation and KL."""

@@ -110,7 +110,7 @@ def tune(rows: Rows, args: argparse.Namespace) -> None:
             for budget in budgets:
                 options = dict(chunk_tokens=chunk, grad_buffer_bytes=budget)
                 call = lambda o=options, i=i: linear_kl_div(i.x, i.w, i.x_t, i.w_t, **o)  # noqa: E731
-                found = measure(i.step(call), args.device)
+                found = measure(i.step(call), args.device, clear=i.clear)
                 rows.add(
                     op="tune", mode=mode, n=shape[0], h=shape[1], v=shape[2], **options, **found
                 )

@@ -146,7 +146,7 @@ def bench_contestant(rows: Rows, c: Contestant, shapes: list, mode: str, device:
             continue
         torch._dynamo.reset()
         i = make_inputs(shape, mode, device)
-        result = measure(i.step(c.loss(i)), device)
+        result = measure(i.step(c.loss(i)), device, clear=i.clear)
         ms, floor_ms, limit = result.get("ms"), floor_of(rows, about), about["limit_ms"]
         rows.add(
             **c.about(),

@@ -75,7 +75,7 @@ SWITCHES: dict[str, tuple[dict[str, Any], str]] = {
     "checkpointing": ({"gradient_checkpointing": True}, ""),
     "compile": ({"compile": True}, ""),
 }
-NEEDED = ("deepspeed", "pydantic", "transformers", "tokenizers")
+NEEDED = ("deepspeed", "peft", "pydantic", "transformers", "tokenizers")
 ENTRIES = [
     *(Entry(kind, trainable) for trainable in _TEACHERS for kind in ("plain", "liger")),
     *(Entry("es2fast", trainable, t) for trainable, ts in _TEACHERS.items() for t in ts),

@@ -18,8 +18,8 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-SOURCES = ("es2fast", "csrc", "requirements")
-FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
+SOURCES = ("es2fast", "csrc", "requirements", "tests")
+FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE", "MANIFEST.in")
 BUILT = ("__pycache__", "*.so", "*.pyc")
 
 
@@ -68,6 +68,8 @@ def test_nothing_of_the_package_is_left_out(built: tuple[set[str], set[str]]) ->
     package = files_below(ROOT / "es2fast")
     assert {"es2fast/py.typed", "es2fast/harden/recipes/default.yaml"} <= package
     assert not package - sdist and not package - wheel
+    assert any(name.endswith("/NOTICE") for name in wheel) and "NOTICE" in sdist
+    assert not any(name.startswith("tests/") for name in sdist)  # a part of them cannot run
 
 
 @pytest.mark.slow

@@ -98,7 +98,13 @@ class Es2fast(ModelAPI):
         with self._lock:  # an attack changes the model while it answers
             self._target.max_new_tokens = length
             ((*answers,),) = self._attack.answers(self._target, [prompt])
-            return [answer.text for answer in answers]
+        if len(answers) > 1:
+            raise UserError(
+                f"es2fast: attack {self._attack.label!r} gives {len(answers)} answers to a prompt "
+                "and inspect scores the first alone, often the weakest; set its settings so that "
+                'one is left, such as -M "attack={name: prefill, tokens: [20]}"'
+            )
+        return [answers[0].text]
 
 
 def _config(name: str, named: list[str]) -> tuple[Config, str]:

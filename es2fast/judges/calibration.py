@@ -147,8 +147,12 @@ def rogan_gladen(
         sensitivity, specificity: (right, of how many) on labelled answers.
 
     Returns:
-        {useful, interval}, all in 0..1; None where a class was not labelled, or where sensitivity
-        and specificity do not add up to more than 1.
+        {useful, interval}, all in 0..1; None where a class was not labelled, where sensitivity
+        and specificity do not add up to more than 1, or where the rate refutes them: no true rate
+        gives one so far below the judge's false positives, or above its sensitivity, so the
+        labelled answers were of another kind.
+
+    Source: Rogan and Gladen 1978; the interval: Lang and Reiczigel 2014.
     """
     if not sensitivity[1] or not specificity[1]:
         return None
@@ -165,6 +169,8 @@ def rogan_gladen(
     shift = 2 * Z**2 * (true * var_se - (1 - true) * var_sp)
     spread = math.sqrt(p * (1 - p) / (n + Z**2) + true**2 * var_se + (1 - true) ** 2 * var_sp)
     ends = (true + shift - Z * spread / span, true + shift + Z * spread / span)
+    if ends[1] <= 0 or ends[0] >= 1:
+        return None
     value, low, high = (min(max(x, 0.0), 1.0) for x in (middle, *ends))
     return {"useful": value, "interval": [min(low, value), max(high, value)]}
 

@@ -3,8 +3,7 @@
     x = x + attention(...);  x = x + mlp(...)
 
 What attention and MLP return is what a block adds to the residual stream, and the last matrix of
-each is what writes it. Families that add something else (a norm after the sublayer, as Gemma does)
-are the caller's to think of.
+each is what writes it. Where a norm stands between, as in Gemma, `added` names it.
 """
 
 from __future__ import annotations
@@ -18,6 +17,8 @@ from es2fast.modeling.taps import backbone
 
 _ATTENTION = ("self_attn", "self_attention", "attn", "attention", "linear_attn", "mamba", "conv",
               "temporal_block", "mixer")  # fmt: skip
+_BEHIND = (("post_attention_layernorm", "post_feedforward_layernorm"),
+           ("post_self_attn_layernorm", "post_mlp_layernorm"))  # fmt: skip
 _MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "shared_mlp", "experts")
 _WRITERS = {"o_proj", "out_proj", "dense", "c_proj", "wo", "out_lin", "down_proj", "fc2",
             "dense_4h_to_h", "w2", "output_linear"}  # fmt: skip
@@ -31,6 +32,20 @@ def sublayers(block: nn.Module) -> list[nn.Module]:
         UserError: the block has none under a known name.
     """
     return [*_named(block, _ATTENTION, "attention"), *_named(block, _MLP, "MLP")]
+
+
+def added(block: nn.Module) -> list[nn.Module]:
+    """The modules whose outputs a block adds to the stream: attention and MLP, or the norms that
+    some families have behind them (Gemma 2 and 3, OLMo 2, GLM-4).
+
+    Raises:
+        UserError: see `sublayers`.
+    """
+    for names in _BEHIND:
+        found = [getattr(block, name, None) for name in names]
+        if all(isinstance(norm, nn.Module) for norm in found):
+            return found  # type: ignore[return-value]
+    return sublayers(block)
 
 
 def _named(block: nn.Module, names: tuple[str, ...], what: str) -> list[nn.Module]:

@@ -61,6 +61,7 @@ def fit_probe(
     *,
     train_fraction: float = 0.7,
     strength: float = 1.0,
+    scaled: bool = True,
     seed: int = 0,
 ) -> Probe:
     """Fits the probe on `train_fraction` of each group and measures it on the rest.
@@ -68,6 +69,7 @@ def fit_probe(
     Args:
         harmful, harmless: last-prompt-token states of one layer, label 1 and 0.
         strength: inverse of the L2 penalty (scikit-learn's C) on the rescaled states.
+        scaled: see `fit_logistic`.
         seed: of the split.
 
     Raises:
@@ -77,7 +79,7 @@ def fit_probe(
     train, test = (torch.cat([part[i] for part in parts]).double() for i in (0, 1))
     train_y, test_y = (torch.cat([torch.ones(len(parts[0][i])), torch.zeros(len(parts[1][i]))])
                        for i in (0, 1))  # fmt: skip
-    weight, bias = fit_logistic(train, train_y, strength)
+    weight, bias = fit_logistic(train, train_y, strength, scaled)
     logits = test @ weight + bias
     signed = torch.where(test_y > 0, logits, -logits)
     return Probe(
@@ -88,20 +90,25 @@ def fit_probe(
     )
 
 
-def fit_logistic(rows: Tensor, labels: Tensor, strength: float = 1.0) -> tuple[Tensor, float]:
+def fit_logistic(
+    rows: Tensor, labels: Tensor, strength: float = 1.0, scaled: bool = True
+) -> tuple[Tensor, float]:
     """Weight (H,) fp64 and bias of the probe on all of these rows.
 
     Args:
         rows: (n, H) fp64 on the CPU; overwritten, as a copy of many wide states is large.
         labels: (n,), 1 harmful, 0 harmless; both must occur.
         strength: inverse of the L2 penalty (scikit-learn's C) on the rescaled states.
+        scaled: False: `strength` is for the states as they are. The fit is the same one, computed
+            on rescaled states, whose weights are `scale` times as large.
     """
     from sklearn.linear_model import LogisticRegression
 
     centre = rows.mean(0)
     rows -= centre
     scale = (rows.norm() / math.sqrt(len(rows))).clamp_min(1e-12)
-    fit = LogisticRegression(C=strength, max_iter=1000)
+    penalty = strength if scaled else strength * float(scale) ** 2
+    fit = LogisticRegression(C=penalty, max_iter=1000)
     fit.fit(rows.div_(scale).numpy(), labels.numpy())
     weight = torch.from_numpy(fit.coef_[0]).double() / scale
     return weight, float(fit.intercept_[0]) - float(weight @ centre)

@@ -72,6 +72,35 @@ def test_what_is_left_along_the_direction(family: str, form: str) -> None:
     assert unchanged(target.model, snapshot(target.model))
 
 
+BEFORE_MLP = {"llama": "post_attention_layernorm", "phi3": "post_attention_layernorm",
+              "gemma2": "pre_feedforward_layernorm", "gemma3_text": "pre_feedforward_layernorm",
+              "olmo2": "mlp"}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", BEFORE_MLP)
+def test_the_mlp_too_sees_nothing_along_the_direction(family: str) -> None:
+    """A norm behind the attention (Gemma, OLMo 2) weighs what it returns anew."""
+    target = small_target(tiny_model(family))
+    with torch.no_grad():
+        for name, weight in target.model.named_parameters():
+            if "norm" in name:
+                weight.add_(0.5 * torch.randn(weight.shape))
+    unit, seen = unit_vector(), []
+    for block in blocks(target.model):
+        getattr(block, BEFORE_MLP[family]).register_forward_pre_hook(
+            lambda module, args: seen.append(args[0].detach().double()))  # fmt: skip
+
+    def largest() -> float:
+        seen.clear()
+        target.generate([Prompt.of("break the car .")])
+        along = [(states @ unit.double()).abs() / states.norm(dim=-1) for states in seen]
+        return max(float(one.max()) for one in along)
+
+    assert largest() > 0.05
+    with ablated(target.model, unit):
+        assert largest() < 1e-5
+
+
 def test_only_the_direction_is_touched() -> None:
     """Against an fp64 calculation of one edit by hand, at the first block's input."""
     target, unit = small_target(), unit_vector()

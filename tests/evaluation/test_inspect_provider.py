@@ -69,6 +69,20 @@ def test_an_attack_without_prompts_is_a_mistake(tmp_path: Path) -> None:
         Es2fast(str(folder), attack="repe")
 
 
+@needs_inspect
+def test_an_attack_of_several_answers_is_a_mistake(tmp_path: Path) -> None:
+    """Of prefills of 0 to 40 tokens inspect would score that of 0, the plain question."""
+    from es2fast.evaluation.inspect_provider import Es2fast
+
+    folder, data = save_tiny(tmp_path / "model"), write_prompts(tmp_path / "data", 16)
+    fitted = {f"fit_{name}": place for name, place in data.items()}
+    several = Es2fast(str(folder), attack={"name": "prefill", "tokens": [0, 3]}, **fitted)
+    with pytest.raises(UserError, match=r"'prefill' gives 2 answers .* tokens: \[20\]"):
+        several._texts(Prompt.of(ASKED[0]), 4)
+    one = Es2fast(str(folder), attack={"name": "prefill", "tokens": [3]}, **fitted)
+    assert len(one._texts(Prompt.of(ASKED[0]), 4)) == 1
+
+
 def test_the_package_offers_the_provider() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     point = project["entry-points"]["inspect_ai"]["es2fast"]

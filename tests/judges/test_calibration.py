@@ -11,6 +11,7 @@ from es2fast.errors import UserError
 from es2fast.judges.calibration import Calibration, calibrate, kappa, read_labelled, rogan_gladen
 from es2fast.judges.rules import RulesJudge
 
+ROOT = Path(__file__).resolve().parents[2]
 READABLE = "first [step one], then [step two]."
 # By the rules: useful where readable. tp 3, fn 1, fp 2, tn 4.
 ROWS = [
@@ -83,8 +84,18 @@ def test_rogan_gladen_by_hand() -> None:
     assert rogan_gladen(0.05, 100, (80, 100), (90, 100))["useful"] == 0.0  # clipped
     assert rogan_gladen(0.9, 100, (80, 100), (90, 100))["useful"] == 1.0
     assert rogan_gladen(0.5, 100, (5, 10), (5, 10)) is None  # no better than chance
+    assert rogan_gladen(0.05, 100, (80, 100), (90, 100))["interval"][1] > 0.02
     exact = rogan_gladen(0.3, 100, (10**7, 10**7), (10**7, 10**7))
     assert exact["useful"] == pytest.approx(0.3) and exact["interval"][0] > 0.2
+
+
+@pytest.mark.parametrize("n", [50, 500])
+def test_a_rate_that_refutes_the_calibration_is_not_corrected(n: int) -> None:
+    """Of answers that are not useful this judge calls 47 % so: no model gives it 4 %; and to one
+    that is right about 26 of 50 useful ones none gives 100 %."""
+    measured = Calibration.load(ROOT / "bench/results/rules_calibration.json")
+    assert measured.corrected(0.04, n) is None and measured.corrected(0.5, n) is not None
+    assert rogan_gladen(1.0, n, (26, 50), (48, 50)) is None
 
 
 def test_the_interval_covers_the_truth() -> None:

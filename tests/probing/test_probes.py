@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from es2fast.errors import UserError
-from es2fast.probing.probes import fisher_ratio, fit_probe, mean_distance, silhouette
+from es2fast.probing.probes import (
+    fisher_ratio,
+    fit_logistic,
+    fit_probe,
+    mean_distance,
+    silhouette,
+)
 
 
 def groups(shift: float, n: int = 60, hidden: int = 8, scale: float = 1.0):
@@ -39,6 +45,21 @@ def test_probe_does_not_depend_on_the_scale_or_origin_of_the_states():
     torch.testing.assert_close(scaled.weight * 1e3, plain.weight, rtol=1e-3, atol=1e-4)
     assert scaled.accuracy == plain.accuracy
     assert scaled.margin == pytest.approx(plain.margin * 1e3, rel=1e-3)
+
+
+def test_probe_of_raw_states_is_scikit_learn_s():
+    """The published SCAV fits LogisticRegression() on states as they are."""
+    from sklearn.linear_model import LogisticRegression
+
+    gen = torch.Generator().manual_seed(0)
+    rows = 7 * torch.randn(60, 8, generator=gen, dtype=torch.float64) + 3
+    labels = (rows[:, 0] + 4 * torch.randn(60, generator=gen) > 3).double()
+    plain = LogisticRegression(tol=1e-8, max_iter=10_000).fit(rows.numpy(), labels.numpy())
+    weight, bias = fit_logistic(rows.clone(), labels, scaled=False)
+    torch.testing.assert_close(weight, torch.from_numpy(plain.coef_[0]), rtol=1e-2, atol=1e-4)
+    assert bias == pytest.approx(plain.intercept_[0], rel=1e-2)
+    shorter = fit_logistic(rows.clone(), labels)[0]
+    assert weight.norm() > 1.02 * shorter.norm()  # a steeper probe, so a shorter push
 
 
 def test_probe_is_deterministic():

@@ -38,7 +38,7 @@ from es2fast.attacks.states.directions import (
     search_cost,
 )
 from es2fast.data import Prompt
-from es2fast.modeling.sublayers import sublayers
+from es2fast.modeling.sublayers import added
 from es2fast.modeling.taps import blocks, hidden_of, hooks, with_hidden
 
 
@@ -105,14 +105,14 @@ def ablated(
         UserError: the model's attention or MLP cannot be found.
     """
     every = list(blocks(model))
-    added = [part for block in every for part in sublayers(block)]
+    parts = [part for block in every for part in added(block)]
     unit = unit.to(next(model.parameters()).device)
     levels = levels or [0.0] * (len(every) + 1)
     handles = [
         block.register_forward_pre_hook(_on_input(unit, level), with_kwargs=True)
         for block, level in zip(every, levels)
     ]
-    handles += [part.register_forward_hook(_on_output(unit, 0.0)) for part in added]
+    handles += [part.register_forward_hook(_on_output(unit, 0.0)) for part in parts]
     handles.append(every[-1].register_forward_hook(_on_output(unit, levels[-1])))
     with hooks(handles):
         yield

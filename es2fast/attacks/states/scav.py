@@ -9,10 +9,14 @@ after which P(e) = P0 exactly. Layers ascend, last position only.
 
 Source: Xu et al., "Uncovering Safety Risks of Large Language Models through Concept Activation
 Vector", NeurIPS 2024; written from the formula. There every accurate block is pushed at every
-decoding step with P0 = 1e-4. On models of 0.5B and less that breaks the text even before any
-defence (the probe was fitted on prompt states), and against defended models a low P0 ends in
-repetition and a high one in refusals. So P0 is swept, and the attacker may push fewer blocks
-(`blocks`) and only while the prompt is read (`steps`).
+decoding step with P0 = 1e-4, along scikit-learn's probe with C = 1 on the states as they are
+(`states: raw`). How far a P0 pushes is up to the probe: ours are fitted on states scaled to a root
+mean square of 1, where the same C is a heavier penalty and the push is two to three times as long
+(SmolLM2-135M, 140 prompts a group, P0 = 1e-4: 2.1 to 2.6 times the groups' gap, raw 0.8 to 1.1).
+With ours at every block and step the text breaks on models of 0.5B and less even before any
+defence; with the raw one it stayed readable on a hardened SmolLM2-135M. At a single block the
+longer push gets more. So P0 is swept, and the attacker may push fewer blocks (`blocks`) and only
+while the prompt is read (`steps`).
 """
 
 from __future__ import annotations
@@ -40,6 +44,11 @@ class ScavSettings(PushSettings):
         description="as for every push; of the blocks whose probe is accurate",
     )
     p0: Probability | None = Field(None, description="a single P0, short for strengths: [p0]")
+    states: Literal["scaled", "raw"] = Field(
+        "scaled",
+        description="what the probes are fitted on: states of root mean square 1, or as they are "
+        "(the paper's code), where the same p0 is a shorter push",
+    )
     p1: float = Field(0.9, ge=0.5, lt=1, description="probe accuracy a layer must exceed")
 
     @model_validator(mode="after")
@@ -62,7 +71,8 @@ class Scav(PushAttack):
     def fit(self, harmful: dict[int, Tensor], harmless: dict[int, Tensor]) -> None:
         """One probe per layer."""
         self.probes: dict[int, Probe] = {
-            i: fit_probe(harmful[i], harmless[i]) for i in sorted(harmful)
+            i: fit_probe(harmful[i], harmless[i], scaled=self.settings.states == "scaled")
+            for i in sorted(harmful)
         }
 
     def _no_block(self) -> str:
