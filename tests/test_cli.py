@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +231,7 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["train.device=cuda"], ["train.device", "cuda"]),
     (["output_dir={folder}/taken"], ["output_dir", "metrics.jsonl, which no run of es2fast wrote"]),
     (["deepspeed=zero9"], ["deepspeed", "zero9"]),
-    (["train.report_to=[trackio]"], ["train.report_to", "trackio"]),
+    *([] if find_spec("trackio") else [(["train.report_to=[trackio]"], ["report_to", "trackio"])]),
     (["evaluate.attacks=[scva]"], ["evaluate.attacks", "did you mean 'scav'"]),
     (["evaluate.attacks=[{{name: scav, p0: 2}}]"], ["scav.p0", "found 2"]),
     (["evaluate.judge=nobody"], ["evaluate.judge", "nobody"]),

@@ -162,11 +162,15 @@ class Target:
         rows: Sequence[Sequence[int]],
         *,
         repetition_penalty: float = 1.0,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
         shown: Sequence[int] | None = None,
     ) -> list[str]:
-        """Greedy continuations of rows of token ids, `batch_size` rows at a time.
+        """Continuations of rows of token ids, `batch_size` rows at a time; greedy at temperature 0.
 
-        shown: per row, how many of its last ids are part of the text; default: none.
+        shown: per row, how many of its last ids are part of the text; default: none. The others as
+        in `modeling.generate.generate_rows`.
         """
         found: list[str] = []
         for start in range(0, len(rows), self.batch_size):
@@ -177,6 +181,9 @@ class Target:
                 max_new_tokens=self.max_new_tokens,
                 device=self.device,
                 repetition_penalty=repetition_penalty,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed + start,
                 shown=None if shown is None else shown[start : start + self.batch_size],
             )
         return found

@@ -27,6 +27,7 @@ BUILT_IN = {
     "repe": "es2fast.attacks.states.repe:RepE",
     "replacement": "es2fast.attacks.states.replacement:Replacement",
     "prefill": "es2fast.attacks.prompts.prefill:Prefill",
+    "sampling": "es2fast.attacks.prompts.sampling:Sampling",
     "template": "es2fast.attacks.prompts.template:Template",
     "roleplay": "es2fast.attacks.prompts.roleplay:Roleplay",
     "artifacts": "es2fast.attacks.prompts.artifacts:Artifacts",

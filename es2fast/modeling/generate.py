@@ -47,32 +47,44 @@ def generate_rows(
     synced: bool = False,
     min_new_tokens: int | None = None,
     repetition_penalty: float = 1.0,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
     shown: Sequence[int] | None = None,
 ) -> list[str]:
-    """Greedy continuations of rows of token ids, whatever stands in them; see `generate`.
+    """Continuations of rows of token ids, whatever stands in them; see `generate`.
 
     Args:
         rows: one batch of ids, template and all; padded here, on the left.
         min_new_tokens: an answer does not end before.
         repetition_penalty: above 1, tokens that occurred before are less likely.
+        temperature: 0, greedy; else of sampling from the share `top_p` of the distribution.
+        seed: of the sampling; the global generators are left as they were.
         shown: per row, how many of its last ids are part of the text that is returned; default: 0.
     """
     batch = formatter.pad(rows)
     ids = batch["input_ids"].to(device)
     mask = batch["attention_mask"].to(device)
-    out = model.generate(  # type: ignore[operator]
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=position_ids(mask),
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=None if repetition_penalty == 1.0 else repetition_penalty,
-        eos_token_id=formatter.stop_token_ids or None,
-        pad_token_id=formatter.pad_token_id,
-        synced_gpus=synced,
-        custom_generate=None if synced else decode,  # in lockstep nobody ends early
-    )
+    drawn = temperature > 0
+    sampling = {"temperature": temperature, "top_k": 0, "top_p": top_p} if drawn else {}
+    devices = [ids.device] if drawn and ids.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices, enabled=drawn):
+        if drawn:
+            torch.manual_seed(seed)
+        out = model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position_ids(mask),
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            do_sample=drawn,
+            num_beams=1,
+            repetition_penalty=None if repetition_penalty == 1.0 else repetition_penalty,
+            eos_token_id=formatter.stop_token_ids or None,
+            pad_token_id=formatter.pad_token_id,
+            synced_gpus=synced,
+            custom_generate=None if synced or drawn else decode,  # in lockstep nobody ends early
+            **sampling,
+        )
     starts = [ids.shape[1] - count for count in shown or [0] * len(rows)]
     return [formatter.decode(row[start:]) for row, start in zip(out, starts)]

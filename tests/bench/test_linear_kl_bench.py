@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench._linear_kl_contestants import (
     CHECK_SHAPE,
@@ -21,7 +22,7 @@ from bench._linear_kl_contestants import (
     contestants,
     make_inputs,
 )
-from bench.linear_kl import FLOOR, floor_step, real_gradient, runs
+from bench.linear_kl import FLOOR, MODES, floor_step, real_gradient, runs
 from es2fast import linear_kl_div
 from es2fast.ops.reference import linear_kl_div_reference
 
@@ -109,6 +110,18 @@ def test_the_floor_multiplies_a_real_gradient(mode, n):
     g = real_gradient(i, n)
     assert g.shape == (n, 50) and g.dtype == torch.bfloat16 and g.count_nonzero() > 0.9 * g.numel()
     floor_step(i, 64)()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("n", (7, 200))
+def test_the_floor_is_all_products_of_the_mode(mode, n):
+    """In float32: torch does not count `addmm_`, with which a bfloat16 dW is added up."""
+    i = make_inputs((n, 16, 50), mode, "cpu", dtype=torch.float32)
+    with FlopCounterMode(display=False) as counted:
+        step = floor_step(i, 64)
+        before = counted.get_total_flops()  # of the gradient it multiplies
+        step()
+    assert counted.get_total_flops() - before == MODES[mode] * n * 16 * 50
 
 
 def test_the_first_run_on_a_gpu_is_rehearsed(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -80,6 +81,14 @@ def test_metrics_and_resolved_configuration_are_written(run: Path) -> None:
     assert saved["train"]["seed"] == 3 and saved["kl"]["direction"] == "forward"
     assert list((run / "run/tensorboard").iterdir())
     assert json.loads((run / "run/train.json").read_text())["zero_stage"] == 3
+
+
+def test_the_rate_is_that_of_warm_up_and_cosine(run: Path) -> None:
+    """As it stands after each step: one of warm-up (a twentieth of 4, rounded up), then half a
+    cosine over the other three."""
+    rows = [json.loads(line) for line in (run / "run/metrics.jsonl").read_text().splitlines()]
+    cosine = [1e-2 * 0.5 * (1 + math.cos(math.pi * part / 3)) for part in range(4)]
+    assert [row["lr"] for row in rows] == pytest.approx(cosine, abs=1e-12)
 
 
 def test_layers_are_chosen_under_zero_3_as_on_one_rank(run: Path) -> None:

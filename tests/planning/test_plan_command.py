@@ -20,6 +20,7 @@ from es2fast.errors import UserError
 from es2fast.planning.batches import largest, rows_of, works_of
 from es2fast.planning.command import ranks_of
 from es2fast.planning.communication import step_bytes
+from es2fast.planning.estimate import Estimator
 from es2fast.planning.fit import smallest_change
 from es2fast.planning.flops import Flops, flops, mean_flops
 from es2fast.planning.machines import GPUS, machine
@@ -27,7 +28,8 @@ from es2fast.planning.timing import step_time, writing_seconds
 from es2fast.training.feed import Feed
 from es2fast.training.memory import model_sizes
 from es2fast.training.micro_batch import objective_inputs, packed_form
-from es2fast.training.plan import make_plan
+from es2fast.training.plan import make_plan, without_machine
+from es2fast.training.stage import FILLED
 
 
 def cost(config: Config, ranks: int) -> float:
@@ -137,6 +139,42 @@ def test_the_command_writes_its_estimates(tmp_path: Path) -> None:
     one, eight = (ranks["stages"] for ranks in json.loads(out.read_text())["ranks"])
     assert one["update_filter"]["tokens"] > 0 and list(one)[-2:] == ["update_filter", "evaluate"]
     assert one["update_filter"]["hours"] == pytest.approx(8 * eight["update_filter"]["hours"])
+
+
+def test_a_run_s_figures_by_hand(tmp_path: Path) -> None:
+    """Accumulation multiplies the work, hours are steps times seconds, the cache is one pass of
+    2 flop per parameter and token, answers are one for each attack and one for harmless prompts, of
+    base and tuned model; and what needs the last byte fits, with one tenth less it does not."""
+    raw = {
+        "model": {"name": str(save_tiny(tmp_path / "model"))},
+        "data": write_prompts(tmp_path / "data"),
+        "layers": [1, 2],
+        "train": {"micro_batch_size": 2, "steps": 50},
+        "evaluate": {"limit": 7, "max_new_tokens": 5, "attacks": ["direct", "scav"]},
+        "deepspeed": "zero3",
+        "output_dir": str(tmp_path / "run"),
+    }
+    plan = make_plan(without_machine(parse_config(raw)))
+    twice = plan.config.train.model_copy(update={"gradient_accumulation": 2})
+    more = dataclasses.replace(plan, config=plan.config.model_copy(update={"train": twice}))
+    gpu = machine("h100")
+    one, two = (Estimator(each, gpu, "bf16", None).on(2) for each in (plan, more))
+    for part, flop in one["flop_per_step"].items():
+        assert two["flop_per_step"][part] == pytest.approx(2 * flop)
+    assert two["pairs_per_step"] == 2 * one["pairs_per_step"] == 8
+    stages, shape = one["stages"], model_sizes(plan.config, plan.model)
+    assert stages["train"]["hours"] == pytest.approx(50 * one["step_seconds"] / 3600)
+    cache = stages["teacher_cache"]
+    flop = 2 * shape.active * cache["tokens"]
+    seconds = flop / (gpu.attainable * gpu.peak * 2)
+    assert cache["hours"] == pytest.approx(seconds / 3600)
+    rows = rows_of(plan)
+    assert cache["tokens"] == sum(rows.prompts) + sum(rows.responses)
+    assert stages["evaluate"]["tokens"] == 2 * 7 * (2 + 1) * 5
+    needed = one["memory_bytes"]["total"]
+    for memory, fits in ((needed / FILLED + 1, True), (0.9 * needed / FILLED, False)):
+        small = dataclasses.replace(gpu, memory=memory)
+        assert Estimator(plan, small, "bf16", None).fits(plan.config, 2) == fits
 
 
 @pytest.mark.parametrize("train", [{}, {"packing": False}], ids=["packed", "padded"])
