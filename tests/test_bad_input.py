@@ -332,7 +332,13 @@ def test_rows_longer_than_a_table_of_learned_positions(
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "learned")
     tokenizer().save_pretrained(tmp_path / "learned")
     raw["model"]["name"] = str(tmp_path / "learned")
-    longest = max(make_plan(load_config(raw, ["data.max_response_tokens=40"])).lengths)
+    make_plan(load_config(raw))  # every harmless prompt has a short response of its own
+    rows = Path(raw["data"]["harmless"]).read_text().splitlines()
+    bare = [json.loads(row)["prompt"] for row in rows]
+    (tmp_path / "bare.txt").write_text("\n".join(bare))
+    raw["data"]["harmless"] = str(tmp_path / "bare.txt")
+    lengths = make_plan(load_config(raw, ["data.max_response_tokens=40"])).lengths
+    longest = max(lengths[-len(bare) :])
     make_plan(load_config(raw, [f"data.max_response_tokens={64 - longest}"]))
     words = "64 learned positions | has 65 tokens | data.max_length or max_response_tokens"
     refused(raw, words, [f"data.max_response_tokens={65 - longest}"])

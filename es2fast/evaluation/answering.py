@@ -209,12 +209,13 @@ class SubjectAnswers:
     def _check_positions(self) -> None:
         formatter, prompts = self.subject.formatter, self.prompts
         asked = (*prompts.harmful, *prompts.harmless)
-        longest = max((len(formatter.prompt_ids(prompt)) for prompt in asked), default=0)
-        check_positions(
-            self.target.model,
-            longest + self.settings.max_new_tokens,
-            "set a smaller evaluate.max_new_tokens or data.max_length",
-        )
+
+        def longest() -> int:
+            prompt = max((len(formatter.prompt_ids(one)) for one in asked), default=0)
+            return prompt + self.settings.max_new_tokens
+
+        remedy = "set a smaller evaluate.max_new_tokens or data.max_length"
+        check_positions(self.target.model, longest, remedy)
 
     @contextmanager
     def unloading(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,26 +83,28 @@ def check_causal(name: str, config: Any) -> None:
         raise UserError(f"model.name: {name!r} has no blocks (num_hidden_layers in config.json)")
 
 
-def check_positions(model: nn.Module, tokens: int, remedy: str) -> None:
-    """UserError where a row of so many tokens is longer than the model's table of learned
-    positions; positions that are computed, as rotary ones are, have no end.
+def check_positions(model: nn.Module, tokens: Callable[[], int], remedy: str) -> None:
+    """UserError where a row is longer than the model's table of learned positions; positions that
+    are computed, as rotary ones are, have no end.
 
     Args:
         model: of any device, also meta.
-        tokens: of the longest row, answer included.
+        tokens: of the longest row, answer included; asked only where there is a table.
         remedy: what to set.
     """
     config: Any = model.config
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if limit is None or tokens <= limit:
+    if limit is None:
         return
     for name, table in model.named_modules():
         if not isinstance(table, nn.Embedding) or not name.endswith(_POSITIONS):
             continue
-        if table.num_embeddings >= limit:  # else it is a vision tower's
+        if table.num_embeddings < limit:  # a vision tower's
+            continue
+        if (longest := tokens()) > limit:
             raise UserError(
                 f"model.name: a {config.model_type!r} model has {limit} learned positions, and the "
-                f"longest prompt with its answer has {tokens} tokens; {remedy}"
+                f"longest prompt with its answer has {longest} tokens; {remedy}"
             )
 
 

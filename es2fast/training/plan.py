@@ -239,14 +239,25 @@ def make_plan(config: Config, *, world_size: int = 1, weights: bool = True) -> P
         deepspeed=deepspeed,
         lengths=prompt_lengths(groups, formatter, model.get_text_config().vocab_size),
     )
-    generated = max(plan.lengths) + config.data.max_response_tokens  # cut to max_length afterwards
-    check_positions(skeleton, generated, "set a smaller data.max_length or max_response_tokens")
+    remedy = "set a smaller data.max_length or max_response_tokens"
+    check_positions(skeleton, lambda: _longest_row(plan), remedy)
     plan.sampler(0)  # raises where a group or a size is too small
     plan = _with_stage(plan) if auto else plan
     check_head(config, plan.deepspeed.get("zero_optimization", {}), world_size)
     if config.train.compile:
         check_stage(plan.zero_stage)
     return plan
+
+
+def _longest_row(plan: Plan) -> int:
+    """Tokens of the longest row that the model sees: with its response, or with one that it writes,
+    which is cut to `data.max_length` afterwards only; with the anchor's refusal and opening."""
+    config, groups = plan.config, plan.groups
+    harmful, harmless = plan.row_lengths(groups.harmless)
+    bare = [prompt for prompt in groups.harmless if prompt.response is None]
+    written = [len(plan.formatter.prompt_ids(p)) + config.data.max_response_tokens for p in bare]
+    anchor = config.refusal.tokens + config.refusal.prefill.tokens if config.refusal.weight else 0
+    return max(max(harmful) + anchor, *harmless, *written)
 
 
 def _with_stage(plan: Plan) -> Plan:
