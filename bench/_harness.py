@@ -23,8 +23,6 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from es2fast.ops.scratch import forget
 
 QUANTILES = (0.5, 0.2, 0.8)

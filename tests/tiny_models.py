@@ -49,6 +49,7 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "llama4_text": {"head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 48,
                     "attention_chunk_size": 32},
     "olmo2": {},
+    "glm4": {"head_dim": 8},
     "gpt_neox": {},
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }  # fmt: skip

@@ -16,16 +16,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bench._harness import Rows, conditions
+from bench.studies.real_report import fill, rate_words
+from es2fast.config import load_config
+from es2fast.data import model_fingerprint
+from es2fast.report.schema import BASE, ModelResult, Report
+from es2fast.run.files import read_lines
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from bench._harness import Rows, conditions  # noqa: E402
-from bench.studies.real_report import fill, rate_words  # noqa: E402
-from es2fast.config import load_config  # noqa: E402
-from es2fast.data import model_fingerprint  # noqa: E402
-from es2fast.report.schema import BASE, ModelResult, Report  # noqa: E402
-from es2fast.run.files import read_lines  # noqa: E402
-
 ROWS = ROOT / "bench" / "results" / "harden.jsonl"
 DOCUMENT = ROOT / "docs" / "harden.md"
 Row = dict[str, Any]
@@ -107,10 +107,11 @@ def table(rows: Sequence[Row]) -> str:
         if name not in tried:
             continue
         lines.append(_line(words, [_attack(model["attacks"].get(name)) for model in models]))
-    for kind, words in KINDS.items():
-        count = models[0]["refused"][kind][0]
-        found = [rate_words(*reversed(model["refused"][kind])) for model in models]
-        lines.append(_line(f"{words} (n = {count})", found))
+    asked = models[0]["refused"]
+    for kind in sorted(asked, key=lambda kind: [*KINDS, kind].index(kind)):
+        count, found = asked[kind][0], [model["refused"].get(kind) for model in models]
+        cells = ["–" if one is None else rate_words(one[1], one[0]) for one in found]
+        lines.append(_line(f"{KINDS.get(kind, f'{kind} refused')} (n = {count})", cells))
     kl = [f"{model['kl_response']:.4f}" for model in models]
     top = [f"{100 * model['top1_agreement']:.1f} %" for model in models]
     lines += [_line("KL per response token", kl), _line("likeliest token as the base's", top)]

@@ -74,7 +74,7 @@ def test_what_is_left_along_the_direction(family: str, form: str) -> None:
 
 BEFORE_MLP = {"llama": "post_attention_layernorm", "phi3": "post_attention_layernorm",
               "gemma2": "pre_feedforward_layernorm", "gemma3_text": "pre_feedforward_layernorm",
-              "olmo2": "mlp"}  # fmt: skip
+              "olmo2": "mlp", "glm4": "post_attention_layernorm"}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", BEFORE_MLP)

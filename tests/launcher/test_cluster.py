@@ -83,6 +83,8 @@ class Site:
             "output_dir": "runs/llama-8b",
         }
         (folder / "run.yaml").write_text(yaml.safe_dump(config))
+        (folder / ".venv/bin").mkdir(parents=True)
+        (folder / ".venv/bin/activate").touch()  # PATH has it already
         hostfile = next(block for block in blocks() if block.startswith("# hostfile"))
         (folder / "hostfile").write_text(hostfile.replace("slots=8", "slots=1"))
         return folder

@@ -56,10 +56,11 @@ def test_probe_of_raw_states_is_scikit_learn_s():
     labels = (rows[:, 0] + 4 * torch.randn(60, generator=gen) > 3).double()
     plain = LogisticRegression(tol=1e-8, max_iter=10_000).fit(rows.numpy(), labels.numpy())
     weight, bias = fit_logistic(rows.clone(), labels, scaled=False)
-    torch.testing.assert_close(weight, torch.from_numpy(plain.coef_[0]), rtol=1e-2, atol=1e-4)
-    assert bias == pytest.approx(plain.intercept_[0], rel=1e-2)
+    exact = torch.from_numpy(plain.coef_[0])
+    assert (weight - exact).norm() < 2e-3 * exact.norm()  # solved to 1e-4, the exact one to 1e-8
+    assert bias == pytest.approx(plain.intercept_[0], rel=2e-3)
     shorter = fit_logistic(rows.clone(), labels)[0]
-    assert weight.norm() > 1.02 * shorter.norm()  # a steeper probe, so a shorter push
+    assert weight.norm() > 2 * shorter.norm()  # a steeper probe, so a shorter push
 
 
 def test_probe_is_deterministic():

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from es2fast.attacks.base import AttackSettings, Target
 from es2fast.data import Formatter, Prompt
 from es2fast.errors import UserError
-from es2fast.modeling.decoding import decode
+from es2fast.modeling.generate import continued
 from es2fast.modeling.head import read_transform
 from es2fast.modeling.taps import backbone, causal_lm, position_ids
 
@@ -207,21 +207,13 @@ def generate_from(
         temperature: 0, greedy; else of sampling from the whole distribution.
         seed: of the sampling; the global generators are left as they were.
     """
-    sampling = {} if temperature == 0 else {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-    device = embeddings.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        out = model.generate(  # type: ignore[operator]
-            inputs_embeds=embeddings,
-            attention_mask=mask,
-            position_ids=position_ids(mask),
-            max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0,
-            num_beams=1,
-            repetition_penalty=None,  # not the model's own either, as everywhere
-            eos_token_id=formatter.stop_token_ids or None,
-            pad_token_id=formatter.pad_token_id,
-            custom_generate=decode if temperature == 0 else None,
-            **sampling,
-        )
+    out = continued(
+        model,
+        formatter,
+        mask,
+        inputs_embeds=embeddings,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
     return [formatter.decode(row) for row in out]
