@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench._harness import Rows, conditions
-from bench.studies.real_report import fill, rate_words
+from bench.studies.real_report import fill, rate_words, table_line
 from es2fast.config import load_config
 from es2fast.data import model_fingerprint
 from es2fast.report.schema import BASE, ModelResult, Report
@@ -106,21 +106,21 @@ def table(rows: Sequence[Row]) -> str:
     for name, words in ATTACKED.items():
         if name not in tried:
             continue
-        lines.append(_line(words, [_attack(model["attacks"].get(name)) for model in models]))
+        lines.append(
+            table_line([words, *(_attack(model["attacks"].get(name)) for model in models)])
+        )
     asked = models[0]["refused"]
     for kind in sorted(asked, key=lambda kind: [*KINDS, kind].index(kind)):
         count, found = asked[kind][0], [model["refused"].get(kind) for model in models]
         cells = ["–" if one is None else rate_words(one[1], one[0]) for one in found]
-        lines.append(_line(f"{KINDS.get(kind, f'{kind} refused')} (n = {count})", cells))
+        lines.append(table_line([f"{KINDS.get(kind, f'{kind} refused')} (n = {count})", *cells]))
     kl = [f"{model['kl_response']:.4f}" for model in models]
     top = [f"{100 * model['top1_agreement']:.1f} %" for model in models]
-    lines += [_line("KL per response token", kl), _line("likeliest token as the base's", top)]
-    lines.append(_line("minutes of training", ["", *(f"{row['minutes']:.0f}" for row in rows)]))
+    lines.append(table_line(["KL per response token", *kl]))
+    lines.append(table_line(["likeliest token as the base's", *top]))
+    minutes = [f"{row['minutes']:.0f}" for row in rows]
+    lines.append(table_line(["minutes of training", "", *minutes]))
     return "\n".join(lines) + "\n"
-
-
-def _line(title: str, cells: Sequence[str]) -> str:
-    return f"| {title} | " + " | ".join(cells) + " |"
 
 
 def _attack(found: Row | None) -> str:

@@ -159,6 +159,45 @@ def recipe_table(rows: Sequence[Row], able: Sequence[Row] = ()) -> str:
     return "\n".join(lines) + "\n"
 
 
+# What the recipe's table is set against: its size, and the prompts it has in addition
+TRADED = {
+    BASE: "base",
+    RECIPE: "four fifths of the update (the recipe)",
+    "topical_mean": "the whole update (`train.update_scale=1`)",
+    BEFORE: "four fifths, without `builtin:topical`",
+}
+
+
+def trade_table(rows: Sequence[Row], able: Sequence[Row]) -> str:
+    """Useful answers under the attacks that most of `TRADED` went through, and the price: one line
+    per model, in Markdown; `able`: rows of `real_abilities`."""
+    attacks = ("direct", "prefill", "ablation", "scav")
+    heads = ("", *attacks, "JailbreakBench's harmless half refused", "borderline refused", "KL")
+    lines = [table_line(heads), "|:--|" + "--:|" * (len(heads) - 1)]
+    cells = {(row["model"], row["attack"]): row for row in rows}
+    asked = {row["model"]: row for row in able if row["tasks"] == "benign"}
+    for name, words in TRADED.items():
+        price = cells[name, "direct"]["harmless"]
+        n, borderline = price["refusal_by_type"]["borderline"]
+        found = [_short(cells.get((name, attack))) for attack in attacks]
+        found += [_refused(asked.get(name)).removesuffix(", n = 100")]
+        lines.append(
+            table_line(
+                [
+                    words,
+                    *found,
+                    f"{rate_words(borderline, n)}, n = {n}",
+                    f"{price['kl_response']:.4f}",
+                ]
+            )
+        )
+    return "\n".join(lines) + "\n"
+
+
+def table_line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
 def _refused(row: Row | None) -> str:
     """Of prompts whose answers `real_abilities` counted."""
     return (
@@ -259,7 +298,7 @@ def documents(rows: Sequence[Row]) -> dict[Path, str]:
     able = [row for row in read_lines(ABILITY_ROWS) if row["base"] == PRIMARY]
     recipe = recipe_table(shown(rows, PRIMARY), able)
     for path, models in ((EVALUATION, OTHERS), (REAL_MODELS, PARTS), (README, ())):
-        parts = {"recipe": recipe}
+        parts = {"recipe": recipe, "trade": trade_table(shown(rows, PRIMARY), able)}
         for base in sorted({row["base"] for row in rows}):
             some = shown(rows, base)
             prefix = "" if base == PRIMARY else f"{base} "

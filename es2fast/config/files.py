@@ -152,6 +152,8 @@ def _explain(error: ValidationError) -> str:
     path = ".".join(str(part) for part in first["loc"] if not _is_variant(part))
     if first["type"] == "extra_forbidden":
         return _unknown_key(path, first["loc"])
+    if first["type"] == "missing" and isinstance(first["loc"][-1], int):  # of a pair
+        return f"{path}: required and not given, found {first['input']!r}"
     if first["type"] == "missing":
         path = _first_required(path, first["loc"])
         return f"{path}: required and not given; set it in the YAML file or as {path}=..."

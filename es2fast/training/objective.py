@@ -32,7 +32,7 @@ from es2fast.modeling import head as heads
 from es2fast.modeling import packed_attention
 from es2fast.modeling.packing import attends_by_rows
 from es2fast.modeling.sharded_head import ShardedHead
-from es2fast.modeling.sublayers import sublayers
+from es2fast.modeling.sublayers import added
 from es2fast.modeling.taps import (
     Intervention,
     SeparationTaps,
@@ -111,7 +111,7 @@ class ES2Objective(nn.Module):
             self.layers,
             config.separation.space,
             hit,
-            [(i, part) for i in ablated for part in sublayers(blocks(student)[i])],
+            [(i, part) for i in ablated for part in added(blocks(student)[i])],
         )
         self.lm_head, self.transform = heads.install(student, teacher_head)
         self.teacher_head = teacher_head if teacher is None else None

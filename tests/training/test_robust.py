@@ -15,6 +15,7 @@ from es2fast.attacks.states.scav import Scav
 from es2fast.config import Config, parse_config
 from es2fast.distributed.runtime import Runtime
 from es2fast.errors import UserError
+from es2fast.modeling.sublayers import added
 from es2fast.modeling.taps import Intervention, SeparationTaps, backbone
 from es2fast.training.robust import SimulatedAttack, attacked_blocks
 
@@ -231,7 +232,7 @@ def test_an_intervention_changes_harmful_rows_at_its_positions_alone(
     assert taps.outputs.keys() == {0, 1, 2} and not (taps.outputs[2][0] == 7.0).all()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "olmo2", "glm4"])
 def test_the_simulated_ablation_is_that_of_the_evaluation(family: str) -> None:
     model = tiny_model(family).double()
     ids = torch.tensor([[1, 4, 10, 16, 5, 23], [1, 4, 9, 17, 5, 22], [1, 4, 8, 12, 13, 5]])
@@ -248,7 +249,7 @@ def test_the_simulated_ablation_is_that_of_the_evaluation(family: str) -> None:
         unit = minus[:, minus.diagonal().abs().argmax()]
         return (unit / unit.norm()).double()
 
-    parts = [(i, part) for i, b in enumerate(model.model.layers) for part in (b.self_attn, b.mlp)]
+    parts = [(i, part) for i, block in enumerate(model.model.layers) for part in added(block)]
     taps = SeparationTaps(model, [1, 2], attacked=range(4), parts=parts)
     taps.arm(torch.tensor([5, 5, 5]), 2, attack, keep=True)
     found = backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False)[0]
