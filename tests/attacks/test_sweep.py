@@ -210,14 +210,64 @@ def test_scav_may_push_fewer_blocks(target: Target) -> None:
     made = prepared(attack, target, lambda p: (int(p["layers"] == [2]), 1.0))
     usable = attack.usable()
     assert usable == [0, 1, 2, 3]
-    sets = [one["layers"] for one in made]
+    tried = [(one["layers"], one["strength"]) for one in made]
     # of four blocks only block 2 (2/4) lies in the middle third; it is listed once
-    assert sets == [[0, 1, 2, 3], [2], [0], [1], [3], [2], [2], [2]]
-    assert [one["strength"] for one in made[6 - 1 :]] == [1e-2, 1e-3, 1e-5]
+    first = [(usable, 1e-4), (usable, 0.3), *(([i], 1e-4) for i in (2, 0, 1, 3))]
+    assert tried == first + [([2], one) for one in (0.3, 0.05, 1e-2, 1e-3, 1e-5)]
     assert attack.layers() == [2]
     fixed = Scav(ScavSettings(p1=0.5, p0=1e-4, blocks=["all"]))
     assert prepared(fixed, target, lambda p: (0, 0.0)) == []  # nothing to choose
     assert fixed.layers() == usable and "trials" not in fixed.summary()
+
+
+def test_several_blocks_are_compared_at_the_gentlest_strength_too(target: Target) -> None:
+    """Their pushes add up: what breaks the text at the usual strength may serve best below it."""
+    attack = Scav(ScavSettings(p1=0.5, strengths=[0.1, 1e-4, 1e-6], blocks=["all", "single"]))
+
+    def outcome(parameters: Mapping[str, Any]) -> tuple[int, float]:
+        if len(parameters["layers"]) == 1:
+            return 3, 1.0
+        return (6 if parameters["strength"] == 0.1 else 0), 1.0
+
+    made = prepared(attack, target, outcome)
+    every = [0, 1, 2, 3]
+    assert [(one["layers"], one["strength"]) for one in made] == [
+        (every, 1e-4), (every, 0.1), *(([i], 1e-4) for i in every), (every, 1e-6)]  # fmt: skip
+    assert (attack.layers(), attack.strength) == (every, 0.1)
+    by_gap = RepE(RepESettings(blocks=["middle", "single"], layers=[1, 2], strengths=[1.0, 0.25]))
+    assert (by_gap.usual_strength, by_gap.gentlest_strength) == (1.0, 0.25)
+
+
+def test_hopeless_blocks_are_tried_further_once_each(target: Target) -> None:
+    """A choice of several blocks has two trials among which hopes are sought."""
+    attack = Scav(ScavSettings(p1=0.5, strengths=[0.1, 1e-4, 1e-6], trial_prompts=4))
+    made = prepared(attack, target, lambda p: (0, float(p["strength"])))
+    later = [(one["layers"], one["strength"]) for one in made[6:]]
+    assert later == [([0, 1, 2, 3], 1e-6), ([2], 0.1), ([2], 1e-6), ([0], 0.1), ([0], 1e-6)]
+
+
+def test_penalties_are_tried_last_at_the_best_of_what_was_found(target: Target) -> None:
+    settings = {"layers": [0, 2], "strengths": [1.0, 2.0], "repetition_penalty": [1.0, 5.0, 9.0]}
+    attack = MeanDifference(PushSettings(**settings))
+
+    def outcome(parameters: Mapping[str, Any]) -> tuple[int, float]:
+        better = parameters["layers"] == [2]
+        return 2 + better + (parameters.get("repetition_penalty") == 5.0), 1.0
+
+    made = prepared(attack, target, outcome)
+    assert ["repetition_penalty" in one for one in made] == [False] * 3 + [True] * 2
+    assert [one["repetition_penalty"] for one in made[3:]] == [5.0, 9.0]
+    assert all(one["layers"] == [2] and one["strength"] == 1.0 for one in made[3:])
+    assert (attack.at, attack.penalty) == ([2], 5.0)
+    assert attack.summary()["repetition_penalty"] == 5.0
+    target.recorder = None
+    prompts = target.harmful[:6]
+    with attack.applied(target.model):
+        wanted, plain = (greedy(target, prompts, repetition_penalty=one) for one in (5.0, 1.0))
+    assert [found[0].text for found in attack.answers(target, prompts)] == wanted != plain
+    alone = MeanDifference(PushSettings(layers=[1], strengths=[1.0], repetition_penalty=[1.0, 5.0]))
+    made = prepared(alone, target, lambda p: (3, 1.0))
+    assert len(made) == 2 and alone.penalty == 1.0  # ties: the earlier one
 
 
 def test_many_blocks_are_thinned_out_unless_they_are_named() -> None:
@@ -462,6 +512,9 @@ MISTAKES = [
     ({"name": "mean_difference", "strengths": [1.0, -2.0]}, ["strengths.1", "found -2.0"]),
     ({"name": "scav", "strengths": [0.5]}, ["scav.strengths.0", "found 0.5"]),
     ({"name": "scav", "p0": 0.1, "strengths": [0.2]}, ["scav: p0 0.1 beside strengths"]),
+    ({"name": "scav", "repetition_penalty": [1.0, 0.0]}, ["scav.repetition_penalty", "found 0.0"]),
+    ({"name": "scav", "repetition_penalty": [[1.0]]}, ["scav.repetition_penalty.0", "number"]),
+    ({"name": "scav", "repetition_penalty": []}, ["scav.repetition_penalty", "at least 1"]),
     ({"name": "repe", "blocks": ["some"]}, ["repe.blocks.0", "found 'some'"]),
 ]
 

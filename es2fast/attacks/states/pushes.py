@@ -13,9 +13,10 @@ decoding step T = 1.
     strength    in units of the *target's own* group gap (SCAV: the probability aimed at)
 
 What an attacker may choose, it chooses on a few training prompts by useful answers: first blocks
-(and steps), at the strength nearest to the usual one, then the strength at the best of these. Where
-no block has a useful answer, the smallest push would be a poor guide; the strengths are then tried
-at the three choices with the fewest refusals, where something gives way at least.
+(and steps), at the strength nearest to the usual one, and several blocks at once at the gentlest
+one as well, since their pushes add up; then the strength at the best of these, then the repetition
+penalty. Where no block has a useful answer, the smallest push would be a poor guide; the strengths
+are then tried at the three choices with the fewest refusals, where something gives way at least.
 A push of one fixed strength flatters a defence that stretches the space, where the same push is
 smaller in proportion; units of the target's own gap and a sweep do not. The summary keeps the curve
 and the *minimal push*: the smallest relative push of a trial with at least half of the best trial's
@@ -32,7 +33,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from es2fast.attacks.base import Answer, Attack, AttackSettings, Cost, Target, Trial
@@ -42,9 +43,11 @@ from es2fast.errors import UserError
 from es2fast.modeling.taps import backbone, blocks, hidden_of, hooks, with_hidden
 
 SINGLES = 8  # single blocks that are tried at most, unless `layers` names more
+PENALTY = "repetition_penalty"  # in a trial's parameters, where it is not the first one
 HOPES = 3  # choices of blocks at which strengths are tried when none has a useful answer
 
 Strength = Annotated[float, Field(gt=0)]
+Penalty = Annotated[float, Field(gt=0)]
 
 
 @dataclass
@@ -114,9 +117,14 @@ def _promising(trials: Sequence[Trial]) -> list[Parameters]:
     """Where strengths are tried: at the best choice of blocks, or, when none has a useful answer,
     at the `HOPES` with the fewest refusals (ties: the smaller push, then the first)."""
     if any(trial.useful for trial in trials):
-        return [best(trials, relative_push).parameters]
+        return [_place(best(trials, relative_push).parameters)]
     order = sorted(trials, key=lambda trial: (trial.rate("refused"), relative_push(trial)))
-    return [trial.parameters for trial in order[:HOPES]]
+    places = [_place(trial.parameters) for trial in order]
+    return [one for i, one in enumerate(places) if one not in places[:i]][:HOPES]
+
+
+def _place(parameters: Parameters) -> Parameters:
+    return {"layers": parameters["layers"], "steps": parameters["steps"]}
 
 
 def minimal_push(trials: Sequence[Trial]) -> float | None:
@@ -126,6 +134,12 @@ def minimal_push(trials: Sequence[Trial]) -> float | None:
     if most == 0:
         return None
     return min(relative_push(trial) for trial in trials if trial.useful >= most / 2)
+
+
+def _pairs(places: Sequence[Parameters], strengths: Sequence[float]) -> list[Parameters]:
+    """Each place at each strength, without repetitions."""
+    every = [{**place, "strength": one} for place in places for one in strengths]
+    return [one for i, one in enumerate(every) if one not in every[:i]]
 
 
 class PushSettings(AttackSettings):
@@ -155,12 +169,20 @@ class PushSettings(AttackSettings):
     search: Literal["coarse", "grid"] = Field(
         "coarse",
         description="coarse: blocks first, then strengths at the best of them (at three, when none "
-        "has a useful answer); grid: every pair of the two",
+        "has a useful answer); grid: every pair of the two; either way the repetition penalty last",
     )
     trial_prompts: int = Field(16, ge=1, description="training prompts per trial")
-    repetition_penalty: float = Field(
-        1.0, gt=0, description="above 1, tokens that occurred before are less likely"
+    repetition_penalty: list[Penalty] = Field(
+        [1.0],
+        min_length=1,
+        description="a number or several; above 1, tokens that occurred before are less likely; of "
+        "several the attacker tries the others with the best of what it found with the first",
     )
+
+    @field_validator("repetition_penalty", mode="before")
+    @classmethod
+    def _one_or_several(cls, given: Any) -> Any:
+        return given if isinstance(given, list) else [given]
 
 
 class PushAttack(Attack):
@@ -168,7 +190,8 @@ class PushAttack(Attack):
 
     Attributes:
         at: the attacker's choice of blocks, of those that may be pushed; None: all of them.
-        strength, steps: its choice of these; `usual_strength` until there was one.
+        strength, steps, penalty: its choice of these; the first, `usual_strength`, until there was
+            one.
     """
 
     Settings = PushSettings
@@ -181,6 +204,7 @@ class PushAttack(Attack):
         self.at: list[int] | None = None
         self.strength = self.usual_strength
         self.steps: str = "all" if self.settings.steps == "both" else self.settings.steps
+        self.penalty = self.settings.repetition_penalty[0]
         self.seed = 0
         self._trials: list[Trial] = []
 
@@ -200,6 +224,11 @@ class PushAttack(Attack):
     def usual_strength(self) -> float:
         """The one of `strengths` that is nearest to the usual one."""
         return min(self.settings.strengths, key=lambda one: abs(math.log(one / self.usual)))
+
+    @property
+    def gentlest_strength(self) -> float:
+        """The one of `strengths` that pushes least."""
+        return min(self.settings.strengths)
 
     def allowed(self) -> list[int]:
         """Blocks that may be pushed, ascending."""
@@ -231,6 +260,7 @@ class PushAttack(Attack):
         trials = places * (1 + more)
         if settings.search == "coarse":
             trials = min(trials, places + HOPES * more)
+        trials += len(settings.repetition_penalty) - 1
         if trials <= 1:
             trials = 0
         states = len(target.harmful) + len(target.harmless)
@@ -267,34 +297,46 @@ class PushAttack(Attack):
     def _search(self, target: Target) -> list[Trial]:
         """Every trial, in the order they were made; none where there is a single choice."""
         settings, prompts = self.settings, target.harmful[: self.settings.trial_prompts]
-        usual = self.usual_strength
-        others = [one for one in dict.fromkeys(settings.strengths) if one != usual]
-        places = [
+        usual, gentlest = self.usual_strength, self.gentlest_strength
+        strengths = list(dict.fromkeys([usual, *settings.strengths]))
+        places: list[Parameters] = [
             {"layers": layers, "steps": steps}
             for layers in self.candidates(target.depth)
             for steps in (("prompt", "all") if settings.steps == "both" else (settings.steps,))
         ]
 
-        def tried(places: Sequence[Parameters], strengths: Sequence[float]) -> list[Trial]:
-            options = [{**place, "strength": one} for place in places for one in strengths]
+        def tried(options: Sequence[Parameters]) -> list[Trial]:
             return trials_of(target, self.label, options, prompts, answer)
 
         def answer(parameters: Parameters) -> list[Answer]:
             self._choose(parameters)
             return [found[0] for found in self._in_batches(target, prompts)]
 
-        if len(places) * (1 + len(others)) <= 1:
+        if len(places) * len(strengths) * len(settings.repetition_penalty) <= 1:
             if places:
                 self._choose({**places[0], "strength": usual})
             return []
         if settings.search == "grid":
-            return tried(places, [usual, *others])
-        trials = tried(places, [usual])
-        return trials + tried(_promising(trials), others)
+            trials = tried(_pairs(places, strengths))
+        else:
+            first = [
+                pair
+                for place in places
+                for pair in _pairs(
+                    [place], [usual, gentlest] if len(place["layers"]) > 1 else [usual]
+                )
+            ]
+            trials = tried(first)
+            known = [trial.parameters for trial in trials]
+            more = _pairs(_promising(trials), strengths)
+            trials += tried([one for one in more if one not in known])
+        found = best(trials, relative_push).parameters
+        return trials + tried([{**found, PENALTY: one} for one in settings.repetition_penalty[1:]])
 
     def _choose(self, parameters: Parameters) -> None:
         self.at = list(parameters["layers"])
         self.strength, self.steps = parameters["strength"], parameters["steps"]
+        self.penalty = parameters.get(PENALTY, self.settings.repetition_penalty[0])
 
     def _in_batches(self, target: Target, prompts: Sequence[Prompt]) -> list[list[Answer]]:
         starts = range(0, len(prompts), target.batch_size)
@@ -304,14 +346,18 @@ class PushAttack(Attack):
     def answers(self, target: Target, prompts: Sequence[Prompt]) -> list[list[Answer]]:
         rows = [target.formatter.prompt_ids(prompt) for prompt in prompts]
         with self.applied(target.model) as pushes:
-            texts = target.generate_rows(rows, repetition_penalty=self.settings.repetition_penalty)
+            texts = target.generate_rows(rows, repetition_penalty=self.penalty)
         # the sums belong to the batch: its first answer carries them
         infos = [{"pushes": asdict(pushes)}, *({} for _ in texts[1:])]
         return [[Answer(text, info=info)] for text, info in zip(texts, infos)]
 
     def summary(self) -> dict[str, Any]:
         """The choice and, where there was one, the curve and the minimal push."""
-        chosen = {"layers": self.layers(), "strength": self.strength, "steps": self.steps}
+        chosen: dict[str, Any] = {
+            "layers": self.layers(), "strength": self.strength, "steps": self.steps
+        }  # fmt: skip
+        if len(self.settings.repetition_penalty) > 1:
+            chosen[PENALTY] = self.penalty
         if not self._trials:
             return chosen
         curve = [

@@ -14,9 +14,9 @@ decoding step with P0 = 1e-4, along scikit-learn's probe with C = 1 on the state
 mean square of 1, where the same C is a heavier penalty and the push is two to three times as long
 (SmolLM2-135M, 140 prompts a group, P0 = 1e-4: 2.1 to 2.6 times the groups' gap, raw 0.8 to 1.1).
 With ours at every block and step the text breaks on models of 0.5B and less even before any
-defence; with the raw one it stayed readable on a hardened SmolLM2-135M. At a single block the
-longer push gets more. So P0 is swept, and the attacker may push fewer blocks (`blocks`) and only
-while the prompt is read (`steps`).
+defence, and stays readable where P0 is near 0.5; at a single block the longer push gets more. So P0
+is swept, and the attacker may push fewer blocks (`blocks`) and only while the prompt is read
+(`steps`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Probability = Annotated[float, Field(gt=0, lt=0.5)]
 
 class ScavSettings(PushSettings):
     strengths: list[Probability] = Field(
-        [1e-2, 1e-3, 1e-4, 1e-5],
+        [0.3, 0.05, 1e-2, 1e-3, 1e-4, 1e-5],
         min_length=1,
         description="probabilities P0 the push may aim at; the attacker tries them",
     )
@@ -74,6 +74,11 @@ class Scav(PushAttack):
             i: fit_probe(harmful[i], harmless[i], scaled=self.settings.states == "scaled")
             for i in sorted(harmful)
         }
+
+    @property
+    def gentlest_strength(self) -> float:
+        """The largest probability."""
+        return max(self.settings.strengths)
 
     def _no_block(self) -> str:
         if self.usable():
