@@ -99,7 +99,8 @@ def test_about_five_middle_blocks_are_pushed() -> None:
     states = {i: groups()[0] for i in range(8)}
     attack = RepE()
     attack.fit(states, {i: groups()[1] for i in range(8)})
-    assert attack.layers() == [3, 4] and attack.settings.positions == "all"
+    assert attack.settings.positions == "all"
+    assert attack.candidates(8) == [[3, 4], *([i] for i in range(8))]
     attack = RepE(RepESettings(layers=[6, 1]))
     attack.fit(states, states)
-    assert attack.layers() == [1, 6]
+    assert attack.candidates(8) == [[1, 6], [1], [6]]

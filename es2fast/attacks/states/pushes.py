@@ -235,6 +235,10 @@ class PushAttack(Attack):
         given = self.settings.layers
         return [i for i in self.usable() if given is None or i in given]
 
+    def together(self, depth: int) -> list[int]:
+        """Those that `blocks: all` pushes at once; `depth`: blocks of the model."""
+        return self.allowed()
+
     def layers(self) -> list[int]:
         """Blocks that are pushed; known after `fit`."""
         return [i for i in self.allowed() if self.at is None or i in self.at]
@@ -244,7 +248,7 @@ class PushAttack(Attack):
         allowed = self.allowed()
         stride = 1 if self.settings.layers else max(1, math.ceil(len(allowed) / SINGLES))
         kinds = {
-            "all": [allowed],
+            "all": [self.together(depth)],
             "middle": [[i for i in allowed if depth <= 3 * i < 2 * depth]],
             "single": [[i] for i in allowed[stride - 1 :: stride]],
         }
@@ -313,8 +317,7 @@ class PushAttack(Attack):
             return [found[0] for found in self._in_batches(target, prompts)]
 
         if len(places) * len(strengths) * len(settings.repetition_penalty) <= 1:
-            if places:
-                self._choose({**places[0], "strength": usual})
+            self._choose({**places[0], "strength": usual})
             return []
         if settings.search == "grid":
             trials = tried(_pairs(places, strengths))

@@ -1,6 +1,6 @@
 """Representation Engineering: push along the first principal component of paired differences.
 
-    h <- h + c g s v    at about five middle blocks, all positions.
+    h <- h + c g s v    at about five middle blocks or a single one, all positions.
 
 Legend: n harmful, m harmless prompts, k = min(n, m) pairs, H hidden size.
 
@@ -17,7 +17,8 @@ random order of harmful and harmless, would take out the mean difference, the ve
 so D is not centred here (which is the same as centring D together with -D). The sources use a fixed
 length (4.0 on 7B models), which means nothing on a model whose space was stretched; hence g. Each
 block adds its push to what the blocks below have added, so with k blocks the strengths of use are
-about k times smaller than for a push at one block.
+about k times smaller than for a push at one block. The sources choose the blocks by hand; here the
+attacker tries the five, and single ones over the whole depth.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ class RepESettings(PushSettings):
         description="what the attacker tries, in units of the target's own gap along the direction",
     )
     blocks: list[Literal["all", "middle", "single"]] = Field(
-        ["all"], min_length=1, description="as for every push"
+        ["all", "single"],
+        min_length=1,
+        description="as for every push, but that all are about five in the middle unless `layers` "
+        "names them",
     )
     positions: Literal["last", "all"] = Field(
         "all", description="positions of each pass that are pushed"
@@ -82,7 +86,7 @@ def middle_blocks(depth: int) -> list[int]:
 
 
 class RepE(PushAttack):
-    """Adds c g s v, at all positions of about five middle blocks."""
+    """Adds c g s v, at all positions of about five middle blocks or of a single one."""
 
     name = "repe"
     Settings = RepESettings
@@ -90,13 +94,16 @@ class RepE(PushAttack):
 
     def fit(self, harmful: dict[int, Tensor], harmless: dict[int, Tensor]) -> None:
         """One direction per block that may be pushed; both have every block of the model."""
-        wanted = self.settings.layers or middle_blocks(max(harmful) + 1)
+        wanted = self.settings.layers or harmful
         self.directions: dict[int, Direction] = {
             i: direction(harmful[i], harmless[i], self.seed) for i in sorted(set(wanted))
         }
 
     def usable(self) -> list[int]:
         return list(self.directions)
+
+    def together(self, depth: int) -> list[int]:
+        return self.allowed() if self.settings.layers else middle_blocks(depth)
 
     def push(self, layer: int, states: Tensor) -> Tensor:
         found = self.directions[layer]
