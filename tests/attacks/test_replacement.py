@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -11,12 +11,13 @@ from attacks.targets import HARMLESS, TEXTS, failing_head, prompts, state_of, ti
 from tiny_models import TEMPLATE, tokenizer
 from torch import Tensor, nn
 
-from es2fast.attacks.base import Target
+from es2fast.attacks.base import Answer, Target
 from es2fast.attacks.registry import make_attack
 from es2fast.attacks.states.replacement import Replacement
 from es2fast.config import DataConfig
 from es2fast.data import Formatter
 from es2fast.errors import UserError
+from es2fast.judges.base import Item, Judge, Verdict
 from es2fast.modeling.taps import causal_lm
 
 LONG_TAIL = TEMPLATE.replace("{{ m['content'] }} {% elif", "{{ m['content'] }} . </s> {% elif")
@@ -39,6 +40,23 @@ def module(model: nn.Module, layer: int, what: str) -> nn.Module:
 
 def tensor(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
+
+
+class Sure(Judge):
+    name = "sure"
+
+    def verdicts(self, items: Sequence[Item]) -> list[Verdict]:
+        return ["useful" if text.startswith("sure") else "refused" for _, text, _ in items]
+
+
+def answers_by(good: Callable[[Any], int]) -> Any:
+    """A recorder that knows every answer: how many are useful, by parameters."""
+
+    def record(name: str, parameters: Any, some: Any, answer: Any) -> list[Answer]:
+        useful = good(parameters)
+        return [Answer("sure it is" if i < useful else "no") for i in range(len(some))]
+
+    return record
 
 
 @torch.no_grad()
@@ -95,8 +113,10 @@ def test_nearest_takes_each_row_s_own_harmless_prompt_and_keeps_it_above() -> No
     attack = make_attack(
         {"name": "replacement", "source": "nearest", "what": "values", "positions": "template"}
     )
+    target.recorder, target.judge = answers_by(lambda one: one["layer"] == 1), Sure()
     attack.prepare(target)
-    attack.at = [1, 2, 3]
+    target.recorder = None
+    assert attack.at == [1, 2, 3]
     places = {layer: module(target.model, layer, "values") for layer in attack.at}
     sources = {
         layer: torch.stack([alone(target, text, place)[-3:] for text in HARMLESS])
@@ -121,6 +141,49 @@ def test_the_block_with_the_most_useful_answers_is_taken() -> None:
     least = min(trial["relative_push"] for trial in trials if trial["useful"] == most)
     (chosen,) = (trial["layer"] for trial in trials if trial["relative_push"] == least)
     assert found["layers"] == [chosen]
+
+
+def test_other_positions_and_sources_are_tried_at_the_best_block() -> None:
+    target = target_of()
+    made: list[dict[str, Any]] = []
+
+    def good(one: Any) -> int:
+        made.append(dict(one))
+        last = one["positions"] == "template" and one["source"] == "nearest"
+        return (one["layer"] == 2) + last
+
+    target.recorder, target.judge = answers_by(good), Sure()
+    entry = {"name": "replacement", "what": ["block", "values"], "source": ["mean", "nearest"],
+             "positions": ["last", "template"]}  # fmt: skip
+    attack = make_attack(entry)
+    attack.prepare(target)
+    kinds = [("last", "mean"), ("last", "nearest"), ("template", "mean"), ("template", "nearest")]
+    assert made == [
+        {"what": what, "positions": p, "source": s, "layer": layer}
+        for what in ("block", "values")
+        for layers, some in (((0, 1, 2, 3), kinds[:1]), ((2,), kinds[1:]))
+        for layer in layers
+        for p, s in some
+    ]
+    found = attack.summary()
+    assert {k: found[k] for k in ("layers", "what", "positions", "source")} == {
+        "layers": [2], "what": "block", "positions": "template", "source": "nearest"}  # fmt: skip
+    place = module(target.model, 2, "block")
+    wanted = torch.stack([alone(target, text, place)[-3:] for text in HARMLESS])
+    torch.testing.assert_close(attack.sources[2], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_model_does_not_have_is_not_tried_where_there_is_something_else() -> None:
+    target = target_of("phi3", NO_TAIL)
+    attack = make_attack(
+        {"name": "replacement", "what": ["values", "block"], "positions": ["template", "last"]}
+    )
+    attack.prepare(target)
+    trials = attack.summary()["trials"]
+    assert [(one["what"], one["layer"], one["positions"]) for one in trials] == [
+        ("block", layer, "last") for layer in range(4)
+    ]
+    assert all(len(source) == 1 and source.shape[1] == 1 for source in attack.sources.values())
 
 
 def test_the_report_s_push_is_the_distance_moved() -> None:

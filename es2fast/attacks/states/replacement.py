@@ -14,8 +14,9 @@ they read the replaced keys and values from the cache.
 
 A block's output holds all that the blocks below wrote, so one block is replaced. Value vectors of
 one block are a small part of what later positions read, so they are replaced from a block upwards.
-Which block it is the attacker tries out on training prompts. States are collected from the same
-tensor that is replaced, in passes over the model under attack.
+Which block it is the attacker tries out on training prompts, and at the best one then the other
+positions and sources that it may choose from. States are collected from the same tensor that is
+replaced, in passes over the model under attack.
 
 Source: the template-anchored safety of Leong et al. 2025 (TempPatch, arXiv 2502.13946).
 """
@@ -26,10 +27,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import product
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from es2fast.attacks.base import Answer, Attack, AttackSettings, Cost, Target, Trial
@@ -44,16 +46,29 @@ VALUE_NAMES = ("v_proj", "value_proj", "wv")
 
 
 class ReplacementSettings(AttackSettings):
-    what: Literal["block", "values"] = Field(
-        "block", description="replaced are block outputs, or the attention's value vectors"
+    """Of each of the first three one or several; of several the attacker chooses."""
+
+    what: list[Literal["block", "values"]] = Field(
+        ["block"],
+        min_length=1,
+        description="replaced are block outputs, or the attention's value vectors",
     )
-    positions: Literal["last", "template"] = Field(
-        "last", description="the last prompt token, or all that the template writes after the user"
+    positions: list[Literal["last", "template"]] = Field(
+        ["last"],
+        min_length=1,
+        description="the last prompt token, or all that the template writes after the user",
     )
-    source: Literal["mean", "nearest"] = Field(
-        "mean", description="mean of the harmless training prompts, or the nearest of them"
+    source: list[Literal["mean", "nearest"]] = Field(
+        ["mean"],
+        min_length=1,
+        description="mean of the harmless training prompts, or the nearest of them",
     )
     trial_prompts: int = Field(16, ge=1, description="training prompts per trial")
+
+    @field_validator("what", "positions", "source", mode="before")
+    @classmethod
+    def _one_or_several(cls, given: Any) -> Any:
+        return given if isinstance(given, list) else [given]
 
 
 class Replacement(Attack):
@@ -66,47 +81,69 @@ class Replacement(Attack):
     def __init__(self, settings: ReplacementSettings | None = None):
         super().__init__(settings or self.Settings())
         self.at: list[int] = []  # blocks at which something is replaced
-        self.sources: dict[int, Tensor] = {}  # block -> (n, m, H), n = 1 for the mean
+        self.what = self.settings.what[0]
+        self.sources: dict[int, Tensor] = {}  # of these blocks -> (n, m, H), n = 1 for the mean
         self._trials: list[Trial] = []
 
     def cost(self, target: Target, prompts: int) -> Cost:
-        tried = min(CANDIDATES, target.depth) * min(
-            self.settings.trial_prompts, len(target.harmful)
-        )
-        return Cost(prompts + tried, len(target.harmless))
+        settings = self.settings
+        trials = min(CANDIDATES, target.depth) - 1 + len(self._kinds())
+        tried = len(settings.what) * trials * min(settings.trial_prompts, len(target.harmful))
+        return Cost(prompts + tried, len(settings.what) * len(target.harmless))
 
     def prepare(self, target: Target) -> None:
-        """Collects the sources and picks the block at which most training prompts come out useful.
+        """Collects the sources and picks what makes most training prompts come out useful.
 
         Raises:
             UserError: no value projection of its own; a template that ends with the user's text.
         """
+        settings, tail = self.settings, self._tail(target)
+        widths = {"last": 1, "template": tail}
         points = self._points(target.model)
-        upwards = self.settings.what == "values"
-        stride = math.ceil(len(points) / CANDIDATES)
-        lowest = sorted(points)[0 if upwards else stride - 1 :: stride]
-        needed = [i for i in sorted(points) if upwards or i in lowest]
-        self.fit(states_at(target, {i: points[i] for i in needed}, self._width(target)))
-        prompts = target.harmful[: self.settings.trial_prompts]
+        prompts = target.harmful[: settings.trial_prompts]
+        self._trials = []
+        states: dict[str, dict[int, Tensor]] = {}
 
-        def replace_from(parameters: Parameters) -> None:
-            layer = parameters["layer"]
-            self.at = [i for i in needed if i >= layer] if upwards else [layer]
+        def choose(parameters: Parameters) -> None:
+            self.what = parameters.get("what", settings.what[0])
+            found, layer = states[self.what], parameters["layer"]
+            self.at = [i for i in found if i >= layer] if self.what == "values" else [layer]
+            width = widths[parameters.get("positions", settings.positions[0])]
+            mean = parameters.get("source", settings.source[0]) == "mean"
+            own = {i: found[i][:, -width:] for i in self.at}
+            self.sources = {i: one.mean(0, keepdim=True) if mean else one for i, one in own.items()}
 
         def answer(parameters: Parameters) -> list[Answer]:
-            replace_from(parameters)
+            choose(parameters)
             return [one for (one,) in self.answers(target, prompts)]
 
-        choices = [{"layer": layer} for layer in lowest]
-        self._trials = trials_of(target, self.label, choices, prompts, answer)
-        replace_from(best(self._trials, _change).parameters)
+        def tried(options: Sequence[Parameters]) -> list[Trial]:
+            return trials_of(target, self.label, options, prompts, answer)
 
-    def fit(self, states: Mapping[int, Tensor]) -> None:
-        """Takes the sources from the harmless prompts' states, layer -> (n, m, H)."""
-        mean = self.settings.source == "mean"
-        self.sources = {
-            layer: found.mean(0, keepdim=True) if mean else found for layer, found in states.items()
+        kinds = [kind for kind in self._kinds() if kind.get("positions") != "template" or tail]
+        for what, modules in points.items():
+            upwards, every = what == "values", sorted(modules)
+            stride = math.ceil(len(every) / CANDIDATES)
+            lowest = every[0 if upwards else stride - 1 :: stride]
+            needed = {i: modules[i] for i in every if upwards or i in lowest}
+            states[what] = states_at(target, needed, max(widths[one] for one in settings.positions))
+            named = {"what": what} if len(set(settings.what)) > 1 else {}
+            trials = tried([{**named, **kinds[0], "layer": layer} for layer in lowest])
+            layer = best(trials, _change).parameters["layer"]
+            self._trials += trials + tried(
+                [{**named, **kind, "layer": layer} for kind in kinds[1:]]
+            )
+        choose(best(self._trials, _change).parameters)
+
+    def _kinds(self) -> list[dict[str, str]]:
+        """Positions and sources to choose from, named where there are several."""
+        settings = self.settings
+        lists: dict[str, Sequence[str]] = {
+            "positions": settings.positions,
+            "source": settings.source,
         }
+        several = {name: list(dict.fromkeys(one)) for name, one in lists.items() if len(one) > 1}
+        return [dict(zip(several, one)) for one in product(*several.values())]
 
     def answers(self, target: Target, prompts: Sequence[Prompt]) -> list[list[Answer]]:
         with self.applied(target.model) as pushes:
@@ -120,7 +157,9 @@ class Replacement(Attack):
             {**trial.parameters, "useful": trial.useful, "relative_push": _change(trial)}
             for trial in self._trials
         ]
-        return {"layers": self.at, "trials": curve}
+        chosen = best(self._trials, _change).parameters if self._trials else {}
+        named = {name: one for name, one in chosen.items() if name != "layer"}
+        return {"layers": self.at, **named, "trials": curve}
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[Pushes]:
@@ -128,7 +167,7 @@ class Replacement(Attack):
         which is complete behind it."""
         pushes, sums = Pushes(), PushSums()
         picked: dict[str, Tensor] = {}
-        points = self._points(model)
+        points = modules_of(model, self.what)
         with hooks([points[i].register_forward_hook(self._hook(i, sums, picked)) for i in self.at]):
             yield pushes
         pushes.merge(sums.read())
@@ -154,26 +193,41 @@ class Replacement(Attack):
 
         return hook
 
-    def _width(self, target: Target) -> int:
-        if self.settings.positions == "last":
-            return 1
+    def _tail(self, target: Target) -> int:
+        """How many tokens the template writes after the user's text; 0 where `positions` has
+        something else than these."""
+        if "template" not in self.settings.positions:
+            return 0
         formatter = target.formatter
         width = formatter.tail_length(formatter.prompt_ids(target.harmless[0]))
-        if width == 0:
+        if width == 0 and "last" not in self.settings.positions:
             raise UserError(
                 "replacement.positions: 'template', but this chat template writes nothing after "
                 "the user's text; use positions: last"
             )
         return width
 
-    def _points(self, model: nn.Module) -> dict[int, nn.Module]:
-        every = dict(enumerate(blocks(model)))
-        return every if self.settings.what == "block" else value_projections(every)
+    def _points(self, model: nn.Module) -> dict[str, dict[int, nn.Module]]:
+        """Modules whose outputs may be replaced, per kind of them that the model has."""
+        found: dict[str, dict[int, nn.Module]] = {}
+        for what in self.settings.what:
+            try:
+                found[what] = modules_of(model, what)
+            except UserError:
+                if len(set(self.settings.what)) == 1:
+                    raise
+        return found
 
 
 def _change(trial: Trial) -> float:
     """Mean distance that a trial's states were moved, relative to their norm."""
     return total_of(trial.answers).relative_push
+
+
+def modules_of(model: nn.Module, what: str) -> dict[int, nn.Module]:
+    """Block -> the module whose output `what` names."""
+    every = dict(enumerate(blocks(model)))
+    return every if what == "block" else value_projections(every)
 
 
 def value_projections(every: Mapping[int, nn.Module]) -> dict[int, nn.Module]:
