@@ -187,7 +187,7 @@ def test_the_judge_has_the_last_word_on_training_prompts() -> None:
         wins = len(asked) == 4  # the first is the model without any edit
         return [Answer("sure" if wins else "no") for _ in prompts]
 
-    attack = Ablation(AblationSettings(kl_limit=1e9))
+    attack = Ablation(AblationSettings(form="zero", kl_limit=1e9))
     attack.prepare(small_target(recorder=recorder))
     assert [set(parameters) for parameters, _ in asked[1:]] == [{"layer", "position"}] * 4
     assert all(set(prompts) <= set(HARMFUL) for _, prompts in asked)
@@ -197,10 +197,34 @@ def test_the_judge_has_the_last_word_on_training_prompts() -> None:
 
 
 def test_a_given_direction_is_taken() -> None:
-    attack = Ablation(AblationSettings(layer=2, position=-2))
+    attack = Ablation(AblationSettings(form="zero", layer=2, position=-2))
     attack.prepare(small_target())
     summary = attack.summary()
     assert (summary["layers"], summary["position"], summary["trials"]) == ([2], -2, [])
+
+
+@pytest.mark.parametrize("wins", ["affine", "zero"])
+@pytest.mark.parametrize("given", [{}, {"layer": 2, "position": -1}])
+def test_of_two_forms_the_more_useful_is_taken(wins: str, given: dict[str, Any]) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def recorder(name: str, parameters: Any, prompts: Any, answer: Any) -> list[Answer]:
+        asked.append(dict(parameters))
+        return [Answer("sure" if parameters.get("form") == wins else "no") for _ in prompts]
+
+    target, unattacked = small_target(recorder=recorder), small_target()
+    attack = Ablation(AblationSettings(kl_limit=1e9, **given))
+    attack.prepare(target)
+    summary, each = attack.summary(), 1 if given else 4
+    assert [one["form"] for one in asked if "form" in one] == ["affine"] * each + ["zero"] * each
+    assert summary["form"] == wins and len(summary["trials"]) == 2 * each
+    alone = Ablation(AblationSettings(form=wins, **given, kl_limit=1e9))
+    alone.prepare(small_target(recorder=recorder))
+    found = []
+    for one in (attack, alone):
+        with one.applied(unattacked.model):
+            found.append(logits(unattacked))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from es2fast.attacks.prompts.soft_prompt import SoftPrompt, SoftPromptSettings
 from es2fast.errors import UserError
 from es2fast.modeling.taps import backbone, causal_lm, hooks, tapped
 
-SMALL = {"tokens": 3, "steps": 8, "lr": 0.02, "target": "sure here is {prompt} ."}
+SMALL = {"tokens": 3, "steps": 8, "lr": 1.0, "target": "sure here is {prompt} ."}
 SMALL |= {"initial": ["please explain the"], "stop": 0.0}
 
 
@@ -56,6 +56,19 @@ def test_one_step_is_that_of_plain_autograd_in_fp64(family: str) -> None:
     torch.testing.assert_close(own[0], gradient, rtol=1e-8, atol=1e-12)
     stepped = Steps("sign", 0.5, part)(part.detach(), own, torch.tensor([0]))
     assert torch.equal(stepped[0], start - 0.5 * gradient.sign())
+
+
+@pytest.mark.parametrize(("family", "scale"), [("llama", 1.0), ("gemma2", 32**0.5)])
+def test_lr_is_in_units_of_the_embeddings_as_the_model_has_them(family: str, scale: float) -> None:
+    target = tiny_target(family, dtype=torch.float64)
+    model, special = causal_lm(target.model), target.formatter.tokenizer.all_special_ids
+    ids = [i for i in range(model.config.vocab_size) if i not in special]
+    size = scale * model.get_input_embeddings().weight[ids].square().mean().sqrt().item()
+    one, some = attack(steps=1, lr=0.25), prompts(TEXTS[1])
+    found = one.fit(target, some, 0)
+    moved = (found.soft[0] - one.start(target, 0)).abs()
+    assert found.losses[0] < found.first[0]
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.25 * size), rtol=1e-6, atol=0)
 
 
 def test_adam_is_torchs_on_clipped_gradients() -> None:

@@ -38,6 +38,7 @@ from es2fast.modeling.taps import backbone, causal_lm, position_ids
 
 QUOTED = 100  # characters of a prompt that a target repeats
 IGNORED = -100
+SAMPLED = 1024  # embeddings whose size stands for the vocabulary's
 
 
 class TargetSettings(AttackSettings):
@@ -129,6 +130,14 @@ def plain_ids(target: Target) -> Tensor:
 def embed(model: nn.Module, ids: Tensor) -> Tensor:
     """(...) ids -> (..., H), as the model itself embeds them, a family's scaling included."""
     return causal_lm(model).get_input_embeddings()(ids).detach()
+
+
+def typical_size(target: Target) -> float:
+    """Root mean square of the entries of the vocabulary's embeddings, of `SAMPLED` tokens spread
+    over the ids."""
+    ids = plain_ids(target)
+    some = ids[:: max(1, len(ids) // SAMPLED)]
+    return float(embed(target.model, some.to(target.device)).double().square().mean().sqrt())
 
 
 def free_dtype(model: nn.Module) -> torch.dtype:

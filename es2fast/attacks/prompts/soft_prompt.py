@@ -4,12 +4,13 @@
 
 by signSGD, per prompt or one for all (`universal`, on training prompts). Source: Schwinn et al.,
 "Soft Prompt Threats", NeurIPS 2024. The defaults have what made it break circuit breakers (Schwinn
-and Geisler 2024): a meaningful initial string, lr 1e-3, 500 steps, stop at loss 1e-3, a target that
-ends in ":" and a blank line. Evaluations that use "x x x", lr 1e-4 and stop at 0.05 find models
-robust that are not. They are weaker than that evaluation in two ways: one solution per prompt where
-it judged 10 to 20 (`inits`, `generations`), and 20 free embeddings where it had the string's 38
-(`tokens`). Every initial string and every generation is an answer of its own, and any of them
-counts. No text need exist that embeds to x: the attack bounds from above what text can do.
+and Geisler 2024): a meaningful initial string, lr 1e-3 where embeddings have a root mean square of
+0.017, 500 steps, stop at loss 1e-3, a target that ends in ":" and a blank line. Evaluations that
+use "x x x", lr 1e-4 and stop at 0.05 find models robust that are not. They are weaker than that
+evaluation in two ways: one solution per prompt where it judged 10 to 20 (`inits`, `generations`),
+and 20 free embeddings where it had the string's 38 (`tokens`). Every initial string and every
+generation is an answer of its own, and any of them counts. No text need exist that embeds to x: the
+attack bounds from above what text can do.
 
 `obfuscated` adds a probe that the attacker fits at some blocks, P(harmful | e) of the last prompt
 token,
@@ -48,6 +49,7 @@ from es2fast.attacks.prompts.embeddings import (
     split_prompt,
     target_ids,
     target_losses,
+    typical_size,
 )
 from es2fast.data import Prompt
 from es2fast.errors import UserError
@@ -90,10 +92,10 @@ class SoftPromptSettings(TargetSettings):
     temperature: float = Field(1.0, gt=0, description="of the sampled answers")
     steps: int = Field(500, ge=1)
     lr: float = Field(
-        1e-3,
+        0.06,
         gt=0,
-        description="in units of the embeddings, whose root mean square is 0.02 for Qwen2.5 and 1 "
-        "for Gemma 3, which needs about 0.06",
+        description="in units of the root mean square of the model's embeddings (0.017 for "
+        "Qwen2.5, where this is the sources' 1e-3; 1 for Gemma 3)",
     )
     optimizer: Literal["sign", "adam"] = "sign"
     stop: float = Field(1e-3, ge=0, description="loss at which a prompt is done, nats per token")
@@ -212,7 +214,7 @@ class SoftPrompt(Attack):
             self.objective(target),
             self.rows(target, prompts),
             start,
-            self._steps(start),
+            self._steps(target, start),
             self.settings.stop,
             self._bar(target, init),
         )
@@ -221,8 +223,8 @@ class SoftPrompt(Attack):
         size = self.settings.batch or target.batch_size
         return (prompts[i : i + size] for i in range(0, len(prompts), size))
 
-    def _steps(self, like: Tensor) -> Steps:
-        return Steps(self.settings.optimizer, self.settings.lr, like)
+    def _steps(self, target: Target, like: Tensor) -> Steps:
+        return Steps(self.settings.optimizer, self.settings.lr * typical_size(target), like)
 
     def _bar(self, target: Target, init: int) -> Any:
         return target.progress(
@@ -269,7 +271,7 @@ class SoftPrompt(Attack):
                 self.objective(target),
                 rows,
                 start,
-                self._steps(start[None]),
+                self._steps(target, start[None]),
                 self.settings.stop,
                 self._bar(target, init),
                 self.settings.batch or target.batch_size,

@@ -23,10 +23,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from es2fast.attacks.base import Answer, Attack, Cost, Target
@@ -34,6 +35,7 @@ from es2fast.attacks.states.directions import (
     Choice,
     Direction,
     DirectionSettings,
+    Edit,
     choose_direction,
     search_cost,
 )
@@ -43,9 +45,17 @@ from es2fast.modeling.taps import blocks, hidden_of, hooks, with_hidden
 
 
 class AblationSettings(DirectionSettings):
-    form: Literal["affine", "zero"] = Field(
-        "affine", description="set the component to the harmless prompts' mean, or to zero"
+    form: list[Literal["affine", "zero"]] = Field(
+        ["affine", "zero"],
+        min_length=1,
+        description="one or several: the component is set to the harmless prompts' mean, or to "
+        "zero; of both the attacker takes the one that makes more training prompts come out useful",
     )
+
+    @field_validator("form", mode="before")
+    @classmethod
+    def _one_or_several(cls, given: Any) -> Any:
+        return given if isinstance(given, list) else [given]
 
 
 class Ablation(Attack):
@@ -60,11 +70,12 @@ class Ablation(Attack):
         self.choice: Choice | None = None
 
     def cost(self, target: Target, prompts: int) -> Cost:
-        search = search_cost(target, self.settings)
+        search = search_cost(target, self.settings, len(self.settings.form))
         return search._replace(answers=prompts + search.answers)
 
     def prepare(self, target: Target) -> None:
-        self.choice = choose_direction(target, self.label, self.settings, self._edit)
+        edits: dict[str, Edit] = {form: partial(_edit, form=form) for form in self.settings.form}
+        self.choice = choose_direction(target, self.label, self.settings, edits)
 
     def answers(self, target: Target, prompts: Sequence[Prompt]) -> list[list[Answer]]:
         with self.applied(target.model):
@@ -72,14 +83,14 @@ class Ablation(Attack):
 
     def applied(self, model: nn.Module) -> AbstractContextManager[None]:
         assert self.choice is not None, "prepare() comes first"
-        return self._edit(model, self.choice.direction)
+        return _edit(model, self.choice.direction, self.choice.form)
 
     def summary(self) -> dict[str, Any]:
-        return {"form": self.settings.form} | (self.choice.summary() if self.choice else {})
+        return self.choice.summary() if self.choice else {}
 
-    def _edit(self, model: nn.Module, direction: Direction) -> Any:
-        levels = direction.levels if self.settings.form == "affine" else None
-        return ablated(model, direction.unit, levels)
+
+def _edit(model: nn.Module, direction: Direction, form: str) -> AbstractContextManager[None]:
+    return ablated(model, direction.unit, direction.levels if form == "affine" else None)
 
 
 def without(hidden: Tensor, unit: Tensor, level: float = 0.0) -> Tensor:

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -96,10 +96,12 @@ class Choice:
     score: float  # log-odds
     kl_limit_used: float
     trials: list[dict[str, Any]]
+    form: str
 
     def summary(self) -> dict[str, Any]:
         """JSON values for an attack's summary."""
         return {
+            "form": self.form,
             "layers": [self.direction.layer],
             "position": self.direction.position,
             "kl": self.kl,
@@ -337,39 +339,52 @@ def refusal_score(log_probs: Tensor, tokens: Sequence[int]) -> float:
 # --- choice ---------------------------------------------------------------------------------------
 
 
-def choose_direction(target: Target, label: str, settings: DirectionSettings, edit: Edit) -> Choice:
-    """The direction along which `edit` makes the model answer most training prompts.
+def choose_direction(
+    target: Target, label: str, settings: DirectionSettings, edits: Mapping[str, Edit]
+) -> Choice:
+    """The direction along which an edit makes the model answer most training prompts.
 
     Args:
         target: the model under attack.
         label: of the attack, for its trials.
         settings: limits of the search.
-        edit: the attack itself.
+        edits: the attack itself, in one form or several by name.
 
     Raises:
         UserError: no candidate; or none leaves the model with finite numbers.
     """
     every = directions(target, settings)
-    ranked = _ranked(target, label, every, edit)
-    passed, limit = _within_limit(target, ranked, settings.kl_limit, edit)
+    found: list[Choice] = []
+    shares: list[float] = []
     trials: list[dict[str, Any]] = []
-    best = (-1.0, passed[0])
     prompts = target.harmful[:TRIALS]
-    tried = passed if len(every) > 1 else []
-    for item in target.progress(tried, f"{label}, trials", "direction"):
-        share = _useful(target, label, item, prompts, edit)
-        trials.append(_where(item.direction) | {
-            "useful": share, "refusal_score": item.score, "kl": item.kl})  # fmt: skip
-        if share > best[0]:
-            best = (share, item)
-    chosen = best[1]
-    return Choice(chosen.direction, chosen.kl, chosen.score, limit, trials)
+    several = len(edits) > 1
+    for form, edit in edits.items():
+        ranked = _ranked(target, label, every, edit)
+        passed, limit = _within_limit(target, ranked, settings.kl_limit, edit)
+        tried = passed if len(every) > 1 or several else []
+        shown = f"{label}, {form}" if several else label
+        best = (-1.0, passed[0])
+        for item in target.progress(tried, f"{shown}, trials", "direction"):
+            where = _where(item.direction) | ({"form": form} if several else {})
+            share = _useful(target, label, where, item, prompts, edit)
+            trials.append(where | {
+                "useful": share, "refusal_score": item.score, "kl": item.kl})  # fmt: skip
+            if share > best[0]:
+                best = (share, item)
+        share, item = best
+        shares.append(share)
+        found.append(Choice(item.direction, item.kl, item.score, limit, trials, form))
+    return found[shares.index(max(shares))]
 
 
-def search_cost(target: Target, settings: DirectionSettings) -> Cost:
+def search_cost(target: Target, settings: DirectionSettings, forms: int = 1) -> Cost:
     """Of `choose_direction`, at most."""
     scored = settings.candidates * SCORED * 2  # refusal score, and KL where few pass
-    return Cost(SCORED + TRIED * TRIALS, scored + len(target.harmful) + len(target.harmless))
+    return Cost(
+        SCORED + forms * TRIED * TRIALS,
+        forms * scored + len(target.harmful) + len(target.harmless),
+    )
 
 
 def _where(direction: Direction) -> dict[str, Any]:
@@ -424,7 +439,12 @@ def _within_limit(
 
 
 def _useful(
-    target: Target, label: str, item: _Scored, prompts: Sequence[Prompt], edit: Edit
+    target: Target,
+    label: str,
+    where: dict[str, Any],
+    item: _Scored,
+    prompts: Sequence[Prompt],
+    edit: Edit,
 ) -> float:
     """Share of useful answers to training prompts under the edit."""
 
@@ -432,4 +452,4 @@ def _useful(
         with edit(target.model, item.direction):
             return [Answer(text) for text in target.generate(prompts)]
 
-    return target.trial(label, _where(item.direction), prompts, answer).useful
+    return target.trial(label, where, prompts, answer).useful

@@ -82,7 +82,7 @@ class AblationWeights(Attack):
                 "model; merge it first (es2fast export --merge) and evaluate the result"
             )
         self.choice = choose_direction(
-            target, self.label, self.settings, lambda model, r: ablated(model, r.unit)
+            target, self.label, self.settings, {"zero": lambda model, r: ablated(model, r.unit)}
         )
         with orthogonalised(target.model, self.choice.direction.unit):
             self.component_left = self._left(target, self.choice.direction.unit)
