@@ -39,6 +39,7 @@ from es2fast.progress import tqdm
 T = TypeVar("T")
 GRADIENT_PASSES = 3  # forward, and about twice that backward
 STATES_BATCH = 32  # prompts per pass when states are collected
+TRIAL_TOKENS = 64  # answers by which an attacker chooses are no longer
 
 
 class AttackSettings(BaseModel):
@@ -201,11 +202,17 @@ class Target:
             name: of the attack.
             parameters: the choice.
             prompts: training prompts.
-            answer: one answer per prompt; not called where the answers are known already.
+            answer: one answer per prompt, of `TRIAL_TOKENS` at most; not called where the answers
+                are known already.
         """
 
         def fitting() -> list[Answer]:
-            return self.fitted(answer)
+            whole = self.max_new_tokens
+            self.max_new_tokens = min(whole, TRIAL_TOKENS)
+            try:
+                return self.fitted(answer)
+            finally:
+                self.max_new_tokens = whole
 
         found = fitting() if self.recorder is None else self.recorder(
             name, parameters, prompts, fitting

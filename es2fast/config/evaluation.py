@@ -60,10 +60,10 @@ class EvaluateConfig(Section):
         description="for models larger than a GPU: auto spreads the blocks over all GPUs, a "
         "mapping of modules to devices is taken as transformers has it",
     )
-    attack_steps: Literal["all", "prompt"] = Field(
-        "all",
+    attack_steps: Literal["all", "prompt", "both"] = Field(
+        "both",
         description="`steps` of attacks on hidden states that do not say it themselves: push at "
-        "every decoding step, or only while the prompt is read",
+        "every decoding step, or only while the prompt is read; both: the attacker tries both",
     )
     seed: int = Field(0, description="of whatever an attack draws")
     lm_eval: LmEvalConfig = Field(default_factory=LmEvalConfig)

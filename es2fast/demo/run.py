@@ -30,8 +30,8 @@ SETTINGS: dict[str, Any] = {
     "evaluate": {
         "attacks": [  # without their sweeps, which would take as long as the rest of the demo
             "direct",
-            {"name": "scav", "strengths": [1e-4], "blocks": ["all"]},
-            {"name": "mean_difference", "strengths": [1.0]},
+            {"name": "scav", "strengths": [1e-4], "blocks": ["all"], "repetition_penalty": 1.0},
+            {"name": "mean_difference", "strengths": [1.0], "repetition_penalty": 1.0},
         ],
         "max_new_tokens": 32,
         "batch_size": 50,

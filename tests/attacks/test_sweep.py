@@ -25,6 +25,15 @@ from es2fast.judges.base import Item, Judge, Verdict
 from es2fast.probing.probes import fit_probe
 
 NEW = 5  # tokens per answer
+PLAIN = {"steps": "all", "repetition_penalty": 1.0}  # where the search of these is not the subject
+
+
+def pushed_by(**given: Any) -> PushSettings:
+    return PushSettings(**(PLAIN | given))
+
+
+def scav_by(**given: Any) -> ScavSettings:
+    return ScavSettings(**(PLAIN | given))
 
 
 class Rigged(Judge):
@@ -86,7 +95,7 @@ def prepared(attack: Any, target: Target, outcome: Outcome) -> list[dict[str, An
 
 
 def test_blocks_come_first_and_then_strengths_at_the_best_of_them(target: Target) -> None:
-    attack = MeanDifference(PushSettings(trial_prompts=5))
+    attack = MeanDifference(pushed_by(trial_prompts=5))
 
     def outcome(parameters: Mapping[str, Any]) -> tuple[int, float]:
         useful = {0: 1, 1: 2, 2: 4, 3: 3}[parameters["layers"][0]]
@@ -112,7 +121,7 @@ def test_blocks_come_first_and_then_strengths_at_the_best_of_them(target: Target
 
 
 def test_where_nothing_works_strengths_are_tried_where_refusals_give_way(target: Target) -> None:
-    attack = MeanDifference(PushSettings(strengths=[1.0, 0.5], trial_prompts=8))
+    attack = MeanDifference(pushed_by(strengths=[1.0, 0.5], trial_prompts=8))
     made: list[dict[str, Any]] = []
     refused = {0: 8, 1: 5, 2: 3, 3: 5}
 
@@ -136,7 +145,7 @@ def test_where_nothing_works_strengths_are_tried_where_refusals_give_way(target:
 
 
 def test_a_grid_tries_every_pair(target: Target) -> None:
-    attack = MeanDifference(PushSettings(search="grid", strengths=[2.0, 1.0], layers=[1, 3]))
+    attack = MeanDifference(pushed_by(search="grid", strengths=[2.0, 1.0], layers=[1, 3]))
     best = {"layers": [3], "strength": 2.0}
     made = prepared(attack, target, lambda p: (int(best.items() <= p.items()), 1.0))
     assert [(one["layers"], one["strength"]) for one in made] == [
@@ -145,14 +154,14 @@ def test_a_grid_tries_every_pair(target: Target) -> None:
 
 
 def test_ties_go_to_the_smaller_push_and_then_to_the_first(target: Target) -> None:
-    attack = MeanDifference(PushSettings(strengths=[1.0]))
+    attack = MeanDifference(pushed_by(strengths=[1.0]))
     prepared(attack, target, lambda p: (3, {0: 0.4, 1: 0.2, 2: 0.2, 3: 0.3}[p["layers"][0]]))
     assert attack.at == [1]
-    attack = MeanDifference()
+    attack = MeanDifference(pushed_by())
     made = prepared(attack, target, lambda p: (0, 1.0))
     assert (attack.at, attack.strength, len(made)) == ([0], 1.0, 4 + 3 * 3)
     assert attack.summary()["minimal_push"] is None
-    attack = MeanDifference()
+    attack = MeanDifference(pushed_by())
     prepared(attack, target, lambda p: (2, p["strength"]))
     assert (attack.at, attack.strength) == ([0], 0.5)
 
@@ -174,39 +183,39 @@ def test_where_nothing_works_a_choice_that_begins_to_work_is_taken(target: Targe
     target.recorder = record
     for word, strength in (("gibberish", 1.5), ("partial", 2.0)):
         rest = word
-        attack = MeanDifference(PushSettings(layers=[1], trial_prompts=8))
+        attack = MeanDifference(pushed_by(layers=[1], trial_prompts=8))
         attack.prepare(target)
         assert attack.strength == strength
 
 
 def test_no_block_to_push_at_is_a_mistake(target: Target) -> None:
-    attack = Scav(ScavSettings(p1=0.999))
+    attack = Scav(scav_by(p1=0.999))
     target.__dict__["states"] = ({0: torch.randn(20, 8)}, {0: torch.randn(20, 8)})
     with pytest.raises(UserError, match=r"scav: no block to push at; the best probe is right for"):
         attack.prepare(target)
     del target.__dict__["states"]
-    away = MeanDifference(PushSettings(layers=[0], blocks=["middle"]))
+    away = MeanDifference(pushed_by(layers=[0], blocks=["middle"]))
     with pytest.raises(UserError, match=r"blocks=\['middle'\] leaves none of \[0\]; add `single`"):
         away.prepare(target)
 
 
 def test_both_steps_are_tried_where_asked_for(target: Target) -> None:
-    attack = MeanDifference(PushSettings(steps="both", layers=[2], strengths=[1.0]))
+    attack = MeanDifference(pushed_by(steps="both", layers=[2], strengths=[1.0]))
     made = prepared(attack, target, lambda p: (int(p["steps"] == "prompt"), 1.0))
     assert [one["steps"] for one in made] == ["prompt", "all"]
     assert attack.summary()["steps"] == attack.steps == "prompt"
 
 
 def test_the_strength_nearest_to_the_usual_one_comes_first(target: Target) -> None:
-    attack = MeanDifference(PushSettings(strengths=[4.0, 0.2, 1.3]))
+    attack = MeanDifference(pushed_by(strengths=[4.0, 0.2, 1.3]))
     assert attack.strength == 1.3
-    assert Scav().strength == 1e-4 and Scav(ScavSettings(strengths=[1e-2, 1e-3])).strength == 1e-3
-    assert Scav(ScavSettings(p0=0.2)).strength == 0.2
-    assert Scav(ScavSettings(p0=0.2)).settings.strengths == [0.2]
+    assert Scav().strength == 1e-4 and Scav(scav_by(strengths=[1e-2, 1e-3])).strength == 1e-3
+    assert Scav(scav_by(p0=0.2)).strength == 0.2
+    assert Scav(scav_by(p0=0.2)).settings.strengths == [0.2]
 
 
 def test_scav_may_push_fewer_blocks(target: Target) -> None:
-    attack = Scav(ScavSettings(p1=0.5))
+    attack = Scav(scav_by(p1=0.5))
     made = prepared(attack, target, lambda p: (int(p["layers"] == [2]), 1.0))
     usable = attack.usable()
     assert usable == [0, 1, 2, 3]
@@ -215,14 +224,14 @@ def test_scav_may_push_fewer_blocks(target: Target) -> None:
     first = [(usable, 1e-4), (usable, 0.3), *(([i], 1e-4) for i in (2, 0, 1, 3))]
     assert tried == first + [([2], one) for one in (0.3, 0.05, 1e-2, 1e-3, 1e-5)]
     assert attack.layers() == [2]
-    fixed = Scav(ScavSettings(p1=0.5, p0=1e-4, blocks=["all"]))
+    fixed = Scav(scav_by(p1=0.5, p0=1e-4, blocks=["all"]))
     assert prepared(fixed, target, lambda p: (0, 0.0)) == []  # nothing to choose
     assert fixed.layers() == usable and "trials" not in fixed.summary()
 
 
 def test_several_blocks_are_compared_at_the_gentlest_strength_too(target: Target) -> None:
     """Their pushes add up: what breaks the text at the usual strength may serve best below it."""
-    attack = Scav(ScavSettings(p1=0.5, strengths=[0.1, 1e-4, 1e-6], blocks=["all", "single"]))
+    attack = Scav(scav_by(p1=0.5, strengths=[0.1, 1e-4, 1e-6], blocks=["all", "single"]))
 
     def outcome(parameters: Mapping[str, Any]) -> tuple[int, float]:
         if len(parameters["layers"]) == 1:
@@ -240,7 +249,7 @@ def test_several_blocks_are_compared_at_the_gentlest_strength_too(target: Target
 
 def test_hopeless_blocks_are_tried_further_once_each(target: Target) -> None:
     """A choice of several blocks has two trials among which hopes are sought."""
-    attack = Scav(ScavSettings(p1=0.5, strengths=[0.1, 1e-4, 1e-6], trial_prompts=4))
+    attack = Scav(scav_by(p1=0.5, strengths=[0.1, 1e-4, 1e-6], trial_prompts=4))
     made = prepared(attack, target, lambda p: (0, float(p["strength"])))
     later = [(one["layers"], one["strength"]) for one in made[6:]]
     assert later == [([0, 1, 2, 3], 1e-6), ([2], 0.1), ([2], 1e-6), ([0], 0.1), ([0], 1e-6)]
@@ -248,7 +257,7 @@ def test_hopeless_blocks_are_tried_further_once_each(target: Target) -> None:
 
 def test_penalties_are_tried_last_at_the_best_of_what_was_found(target: Target) -> None:
     settings = {"layers": [0, 2], "strengths": [1.0, 2.0], "repetition_penalty": [1.0, 5.0, 9.0]}
-    attack = MeanDifference(PushSettings(**settings))
+    attack = MeanDifference(pushed_by(**settings))
 
     def outcome(parameters: Mapping[str, Any]) -> tuple[int, float]:
         better = parameters["layers"] == [2]
@@ -265,16 +274,16 @@ def test_penalties_are_tried_last_at_the_best_of_what_was_found(target: Target) 
     with attack.applied(target.model):
         wanted, plain = (greedy(target, prompts, repetition_penalty=one) for one in (5.0, 1.0))
     assert [found[0].text for found in attack.answers(target, prompts)] == wanted != plain
-    alone = MeanDifference(PushSettings(layers=[1], strengths=[1.0], repetition_penalty=[1.0, 5.0]))
+    alone = MeanDifference(pushed_by(layers=[1], strengths=[1.0], repetition_penalty=[1.0, 5.0]))
     made = prepared(alone, target, lambda p: (3, 1.0))
     assert len(made) == 2 and alone.penalty == 1.0  # ties: the earlier one
 
 
 def test_many_blocks_are_thinned_out_unless_they_are_named() -> None:
-    attack = MeanDifference()
+    attack = MeanDifference(pushed_by())
     attack.shift = {i: torch.zeros(1) for i in range(24)}
     assert attack.candidates(24) == [[i] for i in range(2, 24, 3)]
-    attack = MeanDifference(PushSettings(layers=list(range(12)), blocks=["middle", "single"]))
+    attack = MeanDifference(pushed_by(layers=list(range(12)), blocks=["middle", "single"]))
     attack.shift = {i: torch.zeros(1) for i in range(24)}
     assert attack.candidates(24) == [[8, 9, 10, 11], *([i] for i in range(12))]
 
@@ -377,7 +386,7 @@ def greedy(target: Target, prompts: Sequence[Prompt], **options: Any) -> list[st
 
 
 def test_one_strength_is_the_mean_difference_by_hand_bit_for_bit(target: Target) -> None:
-    attack = MeanDifference(PushSettings(strengths=[1.0]))
+    attack = MeanDifference(pushed_by(strengths=[1.0]))
     attack.prepare(target)
     harmful, harmless = (last_states(target, p) for p in (target.harmful, target.harmless))
     shifts = [b.mean(0) - a.mean(0) for a, b in zip(harmful, harmless)]
@@ -404,7 +413,7 @@ def test_one_strength_is_the_mean_difference_by_hand_bit_for_bit(target: Target)
 
 
 def test_one_probability_is_scav_by_hand_bit_for_bit(target: Target) -> None:
-    attack = Scav(ScavSettings(p0=1e-3, p1=0.5, blocks=["all"]))
+    attack = Scav(scav_by(p0=1e-3, p1=0.5, blocks=["all"]))
     attack.prepare(target)
     pairs = zip(*(last_states(target, p) for p in (target.harmful, target.harmless)))
     probes = {i: fit_probe(a, b) for i, (a, b) in enumerate(pairs)}
@@ -429,7 +438,7 @@ def test_one_probability_is_scav_by_hand_bit_for_bit(target: Target) -> None:
 
 @pytest.mark.parametrize("p0", ScavSettings().strengths)
 def test_scav_reaches_every_probability_of_the_sweep(p0: float, target: Target) -> None:
-    attack = Scav(ScavSettings(p1=0.5))
+    attack = Scav(scav_by(p1=0.5))
     attack.fit(*target.states)
     attack.strength = p0
     for layer in attack.layers():
@@ -440,7 +449,7 @@ def test_scav_reaches_every_probability_of_the_sweep(p0: float, target: Target) 
 
 
 def test_strengths_scale_the_mean_difference(target: Target) -> None:
-    attack = MeanDifference()
+    attack = MeanDifference(pushed_by())
     attack.fit(*target.states)
     a, b = (group[2] for group in target.states)
     for strength in attack.settings.strengths:
@@ -451,7 +460,7 @@ def test_strengths_scale_the_mean_difference(target: Target) -> None:
 
 @pytest.mark.parametrize("where", ["last", "all"])
 def test_the_positions_asked_for_are_pushed_and_padding_is_not(where: str, target: Target) -> None:
-    attack = RepE(RepESettings(layers=[1], positions=where))
+    attack = RepE(RepESettings(layers=[1], positions=where, repetition_penalty=1.0))
     attack.prepare(target)
     attack.strength = 3.0
     rows = [target.formatter.prompt_ids(p) for p in (target.harmful[0], target.harmless[0])]
@@ -482,7 +491,7 @@ def test_the_positions_asked_for_are_pushed_and_padding_is_not(where: str, targe
 @pytest.mark.parametrize("steps", ["prompt", "all"])
 @pytest.mark.parametrize("where", ["last", "all"])
 def test_while_text_is_generated(where: str, steps: str, target: Target) -> None:
-    attack = MeanDifference(PushSettings(positions=where, steps=steps, layers=[0], strengths=[2.0]))
+    attack = MeanDifference(pushed_by(positions=where, steps=steps, layers=[0], strengths=[2.0]))
     attack.prepare(target)
     prompts = [target.harmful[0], target.harmless[0]]
     passes = []
@@ -498,7 +507,7 @@ def test_while_text_is_generated(where: str, steps: str, target: Target) -> None
 
 
 def test_repetition_penalty_is_the_models_own(target: Target) -> None:
-    attack = MeanDifference(PushSettings(repetition_penalty=5.0, layers=[1], strengths=[1.0]))
+    attack = MeanDifference(pushed_by(repetition_penalty=5.0, layers=[1], strengths=[1.0]))
     attack.prepare(target)
     prompts = target.harmful[:6]
     with attack.applied(target.model):

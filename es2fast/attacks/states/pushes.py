@@ -159,7 +159,7 @@ class PushSettings(AttackSettings):
         "names them)",
     )
     steps: Literal["all", "prompt", "both"] = Field(
-        "all",
+        "both",
         description="push at every decoding step, or only while the prompt is read; both: the "
         "attacker tries both",
     )
@@ -173,7 +173,7 @@ class PushSettings(AttackSettings):
     )
     trial_prompts: int = Field(16, ge=1, description="training prompts per trial")
     repetition_penalty: list[Penalty] = Field(
-        [1.0],
+        [1.0, 1.2],
         min_length=1,
         description="a number or several; above 1, tokens that occurred before are less likely; of "
         "several the attacker tries the others with the best of what it found with the first",
@@ -258,12 +258,13 @@ class PushAttack(Attack):
     def cost(self, target: Target, prompts: int) -> Cost:
         settings, depth = self.settings, target.depth
         singles = len(settings.layers) if settings.layers else min(SINGLES, depth)
-        places = sum(singles if kind == "single" else 1 for kind in settings.blocks)
-        places *= 2 if settings.steps == "both" else 1
+        steps = 2 if settings.steps == "both" else 1
+        together = steps * sum(kind != "single" for kind in set(settings.blocks))
+        places = together + steps * singles * ("single" in settings.blocks)
         more = len(set(settings.strengths)) - 1
         trials = places * (1 + more)
         if settings.search == "coarse":
-            trials = min(trials, places + HOPES * more)
+            trials = min(trials, places + together + HOPES * more)
         trials += len(settings.repetition_penalty) - 1
         if trials <= 1:
             trials = 0
