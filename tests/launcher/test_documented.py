@@ -15,6 +15,7 @@ import pytest
 import yaml
 from tiny_models import OBJECTS, save_refusing
 
+from es2fast.attacks.registry import make_attacks
 from es2fast.config import load_config
 
 pytestmark = [pytest.mark.launcher, pytest.mark.slow]
@@ -59,13 +60,14 @@ def block_with(page: str, words: str) -> str:
 
 
 def write_run(place: Path, page: str) -> str:
-    """The page's run file with two steps, short answers and, where it names none, two attacks; its
+    """The page's run file with two steps, short answers and two attacks that search nothing; its
     folder for the results."""
     text, changed = re.subn(r"steps: \d+", "steps: 2", block_with(page, "# run.yaml\n"))
     assert changed == 1
     raw = yaml.safe_load(text)
-    raw["evaluate"] = {"attacks": ["direct", "prefill"]} | raw.get("evaluate", {})
-    raw["evaluate"]["max_new_tokens"] = 16
+    evaluate = raw.setdefault("evaluate", {})
+    make_attacks(evaluate.get("attacks", []))
+    evaluate |= {"attacks": ["direct", "prefill"], "max_new_tokens": 16}
     raw["data"]["max_response_tokens"] = 16
     text = yaml.safe_dump(raw)
     (place / "run.yaml").write_text(text)
