@@ -2,9 +2,11 @@
 
 python bench/studies/harden_rows.py RUN --title "with builtin:misuse" --note "..."   # adds a row
 python bench/studies/harden_rows.py --report
+python bench/studies/harden_rows.py RUN --adds-to "with builtin:misuse" --as scav=scav_wide
 
 A run that `harden` or `train` made and `evaluate` attacked; a row holds the settings that were
-varied, the rates of base and hardened model, and the time the training took.
+varied, the rates of base and hardened model, and the time the training took. With `--adds-to` its
+attacks, under names given by `--as`, belong to the row of that title.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,8 @@ ATTACKED = {
     "ablation": "ablation",
     "replacement": "replacement",
     "prefill": "prefill, 5 or 20 tokens",
-    "scav": "SCAV",
+    "scav": "SCAV, narrow search",
+    "scav_wide": "SCAV, wide search",
     "mean_difference": "mean difference",
 }
 OTHERS = "others"
@@ -99,7 +103,10 @@ def _figures(model: ModelResult) -> Row:
 
 def table(rows: Sequence[Row]) -> str:
     """Base and every run side by side, in Markdown; rates of useful answers, then the price."""
-    models = [rows[0]["models"][BASE], *(row["models"]["tuned"] for row in rows)]
+    base = dict(rows[0]["models"][BASE])
+    for row in reversed(rows):
+        base["attacks"] = row["models"][BASE]["attacks"] | base["attacks"]
+    models = [base, *(row["models"]["tuned"] for row in rows)]
     lines = ["| | base | " + " | ".join(row["title"] for row in rows) + " |",
              "|:--|" + "--:|" * len(models)]  # fmt: skip
     tried = {name for model in models for name in model["attacks"]}
@@ -130,8 +137,19 @@ def _attack(found: Row | None) -> str:
     return rate_words(found["useful"], found["n"]) + salad
 
 
+def joined(rows: Sequence[Row]) -> list[Row]:
+    """The rows that are columns, with the attacks of those that add to them."""
+    found = {row["title"]: deepcopy(row) for row in rows if "adds_to" not in row}
+    for row in rows:
+        if "adds_to" in row:
+            for name, model in found[row["adds_to"]]["models"].items():
+                model["attacks"] |= row["models"][name]["attacks"]
+    return list(found.values())
+
+
 def document(rows: Sequence[Row]) -> str:
     """docs/harden.md with its tables made anew, one per base model."""
+    rows = joined(rows)
     bases = {row["base"] for row in rows}
     return fill(
         DOCUMENT.read_text(),
@@ -144,6 +162,8 @@ def main() -> None:
     parser.add_argument("run", type=Path, nargs="?", help="folder of an evaluated run")
     parser.add_argument("--title", default="hardened", help="of its column")
     parser.add_argument("--note", default="")
+    parser.add_argument("--adds-to", help="title of the row to which its attacks belong")
+    parser.add_argument("--as", dest="names", action="append", default=[], metavar="OLD=NEW")
     parser.add_argument("--base", help="the base model's name, if not its folder's")
     parser.add_argument("--config", type=Path, help="with which it was trained, if not its own")
     parser.add_argument("--commit", help="with which it was trained; default: this one")
@@ -153,6 +173,11 @@ def main() -> None:
     if arguments.run is not None:
         row = row_of(arguments.run, arguments.title, arguments.note, arguments.config)
         row["base"] = arguments.base or row["base"]
+        if arguments.adds_to:
+            row["adds_to"] = arguments.adds_to
+        for old, new in (one.split("=") for one in arguments.names):
+            for model in row["models"].values():
+                model["attacks"][new] = model["attacks"].pop(old)
         trained = {"commit": arguments.commit, "dirty": False} if arguments.commit else {}
         Rows(arguments.out, conditions("cpu") | trained).add(**row)
     if arguments.report:

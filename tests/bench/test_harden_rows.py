@@ -8,7 +8,7 @@ from typing import Any
 from finished_runs import finished_run
 from tiny_models import save_tiny
 
-from bench.studies.harden_rows import DOCUMENT, ROWS, document, row_of, table
+from bench.studies.harden_rows import DOCUMENT, ROWS, document, joined, row_of, table
 from es2fast.report.schema import Report
 from es2fast.run.files import read_lines
 
@@ -36,7 +36,13 @@ def test_a_row_is_what_the_report_says(tmp_path: Path) -> None:
     (run / "report.json").write_text(Report.parse({"models": models}).model_dump_json())
     row = row_of(run, "mine", "")
     assert row["base"] == "base" and row["seed"] == 3 and row["layers"] == [2]
-    lines = table([row]).splitlines()
+    wide = row | {"title": "again", "adds_to": "mine", "models": {
+        name: {"attacks": {"scav_wide": {"n": 20, "useful": useful, "gibberish": 0.0}}}
+        for name, useful in (("base", 1.0), ("tuned", 0.75))
+    }}  # fmt: skip
+    (both,) = joined([row, wide])
+    assert "| SCAV, wide search | 100 % [84–100] | 75 % [53–89] |" in table([both]).splitlines()
+    lines = table(joined([row])).splitlines()
     assert lines[0] == "| | base | mine |"
     assert lines[2] == "| direct | 50 % [30–70] | 25 % [11–47]; 25 % gibberish |"
     assert "half refused (n = 20) | 0 % [0–16] | 50 % [30–70] |" in lines[3]
