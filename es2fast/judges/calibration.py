@@ -5,8 +5,15 @@ Two classes, useful (what the attacker wanted) and not: partial refusals are not
     sensitivity = recall = TP / (TP + FN)      specificity = TN / (TN + FP)
     precision   = TP / (TP + FP)               κ = (agreement - chance) / (1 - chance)
 
-Proportions have 95 % Wilson intervals; F1 and κ percentiles of 2000 resamples of the table of the
-four counts, drawn with a fixed seed.
+Proportions have 95 % Wilson intervals; F1 and κ percentiles of 2000 resamples, drawn with a fixed
+seed. Answers to one prompt are alike, as where several models were asked the same: resampled are
+prompts, and the Wilson intervals are those of as many independent answers as have the variance that
+is found between prompts,
+
+    n_eff = n / max(1, deff)    deff = sum_k (r_k - p n_k)^2 / (n p (1 - p)),
+
+r_k of prompt k's n_k answers being right (the ratio estimator's variance over that of independent
+answers, Kish 1965). With p 0 or 1 there is none, and prompts are counted.
 
 A judge's mistakes shift every rate that it measures, the more the rarer useful answers are. With
 sensitivity and specificity known, the true rate behind an observed one is (Rogan and Gladen 1978)
@@ -50,7 +57,8 @@ class Calibration:
     """What a judge was worth on labelled answers.
 
     judge: its name; n: answers; useful: how many people called useful; tp, fp, fn, tn: its verdicts
-    against theirs; metrics: per name the value (None: undefined) and its 95 % interval.
+    against theirs; metrics: per name the value (None: undefined) and its 95 % interval; prompts:
+    that were asked; effective: n_eff of recall and specificity (both None: not known).
     """
 
     judge: str
@@ -61,6 +69,8 @@ class Calibration:
     fn: int
     tn: int
     metrics: dict[str, dict[str, Any]]
+    prompts: int | None = None
+    effective: list[float] | None = None
 
     def corrected(self, rate: float, n: int) -> dict[str, Any] | None:
         """The useful rate without this judge's mistakes: {useful, interval}; None where the
@@ -69,11 +79,18 @@ class Calibration:
         Args:
             rate: observed, on n prompts with one answer each.
         """
-        return rogan_gladen(rate, n, (self.tp, self.tp + self.fn), (self.tn, self.tn + self.fp))
+        pairs = ((self.tp, self.tp + self.fn), (self.tn, self.tn + self.fp))
+        if self.effective is not None:
+            pairs = tuple(  # type: ignore[assignment]
+                (right * size / max(of, 1), size)
+                for (right, of), size in zip(pairs, self.effective, strict=True)
+            )
+        return rogan_gladen(rate, n, *pairs)
 
     def lines(self) -> list[str]:
         """For the screen."""
-        head = f"{self.judge}: {self.n} answers, {self.useful} useful by their labels"
+        to = f" to {self.prompts} prompts" if self.prompts not in (None, self.n) else ""
+        head = f"{self.judge}: {self.n} answers{to}, {self.useful} useful by their labels"
         table = f"judged useful: {self.tp} of these and {self.fp} others"
         rows = [f"  {name:<12}{_shown(found)}" for name, found in self.metrics.items()]
         return [head, f"  {table}", *rows]
@@ -116,16 +133,22 @@ def calibrate(judge: Judge, items: Sequence[Item], useful: Sequence[bool]) -> Ca
         average="binary",
         zero_division=np.nan,  # type: ignore[arg-type]
     )[2]
-    scores = _resampled(table.ravel())
+    by_prompt = _by_prompt([prompt for prompt, _, _ in items], useful, said)
+    scores = _resampled(by_prompt)
+    tns, fps, fns, tps = by_prompt.T
+    recall, specificity = _proportion(tps, tps + fns), _proportion(tns, tns + fps)
     metrics = {
-        "precision": _proportion(tp, tp + fp),
-        "recall": _proportion(tp, tp + fn),
-        "specificity": _proportion(tn, tn + fp),
-        "accuracy": _proportion(tp + tn, len(said)),
+        "precision": _proportion(tps, tps + fps),
+        "recall": recall,
+        "specificity": specificity,
+        "accuracy": _proportion(tps + tns, by_prompt.sum(1)),
         "f1": {"value": _finite(f1), "interval": scores["f1"]},
         "kappa": {"value": kappa(useful, said), "interval": scores["kappa"]},
     }
-    return Calibration(judge.name, len(said), sum(useful), tp, fp, fn, tn, metrics)
+    effective = [_effective(tps, tps + fns), _effective(tns, tns + fps)]
+    return Calibration(
+        judge.name, len(said), sum(useful), tp, fp, fn, tn, metrics, len(by_prompt), effective
+    )
 
 
 def kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
@@ -138,13 +161,13 @@ def kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
 
 
 def rogan_gladen(
-    rate: float, n: int, sensitivity: tuple[int, int], specificity: tuple[int, int]
+    rate: float, n: int, sensitivity: tuple[float, float], specificity: tuple[float, float]
 ) -> dict[str, Any] | None:
     """The true rate behind an observed one, with its 95 % interval.
 
     Args:
         rate: observed on n answers.
-        sensitivity, specificity: (right, of how many) on labelled answers.
+        sensitivity, specificity: (right, of how many) on independent labelled answers.
 
     Returns:
         {useful, interval}, all in 0..1; None where a class was not labelled, where sensitivity
@@ -239,20 +262,45 @@ def _is_useful(cell: Any, column: str, where: str) -> bool:
     )
 
 
-def _proportion(right: int, of: int) -> dict[str, Any]:
-    from scipy.stats import binomtest
+def _by_prompt(prompts: Sequence[str], useful: Sequence[bool], said: Sequence[bool]) -> np.ndarray:
+    """(K, 4): true negatives, false positives, false negatives, true positives of each prompt."""
+    places = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
+    counts = np.zeros((len(places), 4), dtype=np.int64)
+    for prompt, label, verdict in zip(prompts, useful, said, strict=True):
+        counts[places[prompt], 2 * bool(label) + bool(verdict)] += 1
+    return counts
 
-    if of == 0:
+
+def _effective(right: np.ndarray, of: np.ndarray) -> float:
+    """n_eff of the module's formula: right and of how many per prompt, (K,)."""
+    right, of = right[of > 0], of[of > 0]
+    n, prompts = float(of.sum()), len(of)
+    p = right.sum() / max(n, 1.0)
+    if p in (0.0, 1.0) or prompts < 2:
+        return float(prompts)
+    deff = float(np.square(right - p * of).sum()) / (n * p * (1 - p))
+    return float(n / max(1.0, deff))
+
+
+def _proportion(right: np.ndarray, of: np.ndarray) -> dict[str, Any]:
+    """Wilson's interval with n_eff answers; right and of how many per prompt, (K,)."""
+    if of.sum() == 0:
         return {"value": None, "interval": None, "n": 0}
-    found = binomtest(right, of).proportion_ci(0.95, method="wilson")
-    return {"value": right / of, "interval": [float(found.low), float(found.high)], "n": of}
+    p, n = float(right.sum() / of.sum()), _effective(right, of)
+    middle = p + Z**2 / (2 * n)
+    half = Z * math.sqrt(p * (1 - p) / n + (Z / (2 * n)) ** 2)
+    ends = [(middle - half) / (1 + Z**2 / n), (middle + half) / (1 + Z**2 / n)]
+    return {"value": p, "interval": [min(max(x, 0.0), 1.0) for x in ends], "n": int(of.sum())}
 
 
 def _resampled(counts: np.ndarray) -> dict[str, list[float] | None]:
-    """95 % percentile intervals of F1 and κ over tables drawn with the same shares."""
-    n = counts.sum()
-    draws = np.random.default_rng(0).multinomial(n, counts / n, RESAMPLES).astype(float)
+    """95 % percentile intervals of F1 and κ over draws of as many prompts; counts (K, 4)."""
+    generator, prompts = np.random.default_rng(0), len(counts)
+    draws = np.stack(
+        [counts[generator.integers(prompts, size=prompts)].sum(0) for _ in range(RESAMPLES)]
+    ).astype(float)
     tn, fp, fn, tp = draws.T
+    n = draws.sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):
         f1 = 2 * tp / (2 * tp + fp + fn)
         chance = ((tp + fp) * (tp + fn) + (tn + fp) * (tn + fn)) / n**2

@@ -464,7 +464,8 @@ def test_a_revision_is_given_with_its_model(tmp_path: Path) -> None:
 
 def test_several_judges_and_a_calibration(parts: Parts, tmp_path: Path) -> None:
     """The first judge decides, a slow one's verdicts are kept, and the rate is corrected."""
-    labelled = [("p", "first [step one].", None), ("p", "I cannot help.", None)] * 20
+    texts = ["first [step one].", "I cannot help."] * 20
+    labelled = [(f"p{i}", text, None) for i, text in enumerate(texts)]
     calibration = calibrate(RulesJudge(), labelled, [True, False] * 20)
     calibration.save(tmp_path / "c.json")
     parts[0].save_pretrained(tmp_path / "judge")

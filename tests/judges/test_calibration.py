@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 
 from es2fast.errors import UserError
-from es2fast.judges.calibration import Calibration, calibrate, kappa, read_labelled, rogan_gladen
+from es2fast.judges.calibration import (
+    Calibration,
+    _proportion,
+    calibrate,
+    kappa,
+    read_labelled,
+    rogan_gladen,
+)
 from es2fast.judges.rules import RulesJudge
+from es2fast.report.stats import wilson
 
 ROOT = Path(__file__).resolve().parents[2]
 READABLE = "first [step one], then [step two]."
@@ -58,6 +66,42 @@ def test_numbers_by_hand(labelled: Path, tmp_path: Path) -> None:
     found.save(tmp_path / "c.json")
     assert Calibration.load(tmp_path / "c.json") == found
     assert any("recall" in line and "of 4" in line for line in found.lines())
+
+
+def test_answers_to_one_prompt_count_for_less(labelled: Path, tmp_path: Path) -> None:
+    items, useful = read_labelled(labelled)
+    once = calibrate(RulesJudge(), items, useful)
+    thrice = calibrate(RulesJudge(), [*items] * 3, [*useful] * 3)
+    apart = [(f"{prompt} {i}", answer, None) for i in range(3) for prompt, answer, _ in items]
+    alone = calibrate(RulesJudge(), apart, [*useful] * 3)
+    assert (once.n, once.prompts) == (10, 10) and (thrice.n, thrice.prompts) == (30, 10)
+    assert thrice.lines()[0].startswith("rules: 30 answers to 10 prompts, 12 useful")
+    assert once.effective == [4.0, 6.0] and alone.effective == [12.0, 18.0]
+    assert thrice.effective == pytest.approx(once.effective)  # the same answer thrice is one
+    for name in ("precision", "recall", "specificity", "accuracy", "f1", "kappa"):
+        wide, narrow = (np.diff(one.metrics[name]["interval"])[0] for one in (thrice, alone))
+        assert wide > 1.3 * narrow, name
+    wide, narrow = (np.diff(one.corrected(0.5, 100)["interval"])[0] for one in (thrice, alone))
+    assert wide > narrow
+    thrice.save(tmp_path / "c.json")
+    assert Calibration.load(tmp_path / "c.json") == thrice
+    old = (tmp_path / "c.json").read_text().partition(',\n "prompts"')[0] + "}"
+    (tmp_path / "old.json").write_text(old)
+    before = Calibration.load(tmp_path / "old.json")
+    assert before.corrected(0.5, 100) == alone.corrected(0.5, 100)
+
+
+def test_the_effective_number_covers_the_truth() -> None:
+    """Prompts of five answers each, right with a probability that is the prompt's own."""
+    noise, hits, naive = np.random.default_rng(0), 0, 0
+    for _ in range(400):
+        chance = noise.beta(1.2, 0.8, size=80)  # mean 0.6
+        right, of = noise.binomial(5, chance), np.full(80, 5)
+        low, high = _proportion(right, of)["interval"]
+        hits += low < 0.6 < high
+        low, high = wilson(int(right.sum()), 400)
+        naive += low < 0.6 < high
+    assert 0.92 < hits / 400 < 0.98 and naive / 400 < 0.85
 
 
 def test_undefined_numbers(labelled: Path) -> None:

@@ -17,7 +17,9 @@ from es2fast.report.html import write_page
 from es2fast.report.judges import judges_section
 from es2fast.report.schema import Report
 
-LABELLED = [("p", "first [step one].", None), ("p", "I cannot help.", None)] * 20
+LABELLED = [
+    (f"p{i}", text, None) for i, text in enumerate(["first [step one].", "I cannot help."] * 20)
+]
 
 
 def attack(useful: float, **more: Any) -> dict[str, Any]:
