@@ -242,11 +242,11 @@ def test_other_settings_mean_other_answers(parts: Parts, tmp_path: Path) -> None
     subjects = pair(parts)[:1]
     count = []
     for p0 in (1e-3, 0.4, 0.4):
-        attack = SCAV | {"p0": p0, "blocks": ["all"]}  # nothing to choose
+        attack = SCAV | {"p0": p0, "blocks": ["all"], "steps": "all", "repetition_penalty": 1.0}
         settings = EvaluateConfig(max_new_tokens=4, batch_size=5, attacks=[attack])
         evaluate_models(subjects, parts[2], settings, folder)
         count.append(len(folder.answers.read_text().splitlines()))
-    assert count == [14, 21, 21]  # 7 harmless answers, then 7 of each attack
+    assert count == [14, 21, 21]  # 7 harmless answers, then 7 of each attack: nothing to choose
 
 
 def test_answers_are_kept_under_all_that_they_depend_on(parts: Parts, tmp_path: Path) -> None:

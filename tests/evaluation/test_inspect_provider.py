@@ -22,7 +22,8 @@ needs_inspect = pytest.mark.skipif(
     find_spec("inspect_ai") is None, reason="inspect_ai is not installed (extra inspect)"
 )
 ASKED = ["steal the lamp", "break the car ."]
-REPE: dict[str, Any] = {"name": "repe", "strengths": [2.0]}
+REPE: dict[str, Any] = {"name": "repe", "strengths": [2.0], "blocks": ["all"], "steps": "all",
+                        "repetition_penalty": 1.0}  # fmt: skip
 
 
 @needs_inspect
