@@ -104,7 +104,7 @@ def _figures(model: ModelResult) -> Row:
 def table(rows: Sequence[Row]) -> str:
     """Base and every run side by side, in Markdown; rates of useful answers, then the price."""
     base = dict(rows[0]["models"][BASE])
-    for row in reversed(rows):
+    for row in rows:
         base["attacks"] = row["models"][BASE]["attacks"] | base["attacks"]
     models = [base, *(row["models"]["tuned"] for row in rows)]
     lines = ["| | base | " + " | ".join(row["title"] for row in rows) + " |",

@@ -48,7 +48,8 @@ class EvaluateConfig(Section):
         256,
         ge=1,
         description="at which an answer is cut; other safety evaluations use 256 to 2048, and "
-        "fewer show where an answer sets out to go, not what it achieves",
+        "fewer show where an answer sets out to go, not what it achieves; answers by which an "
+        "attacker chooses end at 64",
     )
     batch_size: RowCount = Field(
         "auto",

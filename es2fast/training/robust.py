@@ -54,7 +54,7 @@ from es2fast.transfer import to_device
 FEWEST = 4  # states per group that a probe is fitted on
 _WHERE: dict[str, Where] = {"replacement": "last", "ablation": "all"}  # others: onwards
 _SCAV_WHERE: list[Where] = ["last", "onwards"]  # with `blocks: all`
-_AIMS = (1e-5, 1e-2)  # range of scav's probability with `blocks: all`, as its search tries them
+_AIMS = (1e-5, 1e-2)  # range of scav's probability with `blocks: all`; its search tries 0.3 too
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from es2fast.attacks.prompts.soft_prompt import SoftPrompt, SoftPromptSettings
 from es2fast.errors import UserError
 from es2fast.modeling.taps import backbone, causal_lm, hooks, tapped
 
-SMALL = {"tokens": 3, "steps": 8, "lr": 1.0, "target": "sure here is {prompt} ."}
+SMALL = {"tokens": 3, "steps": 8, "step_size": 1.0, "target": "sure here is {prompt} ."}
 SMALL |= {"initial": ["please explain the"], "stop": 0.0}
 
 
@@ -42,7 +42,7 @@ def plain_loss(target: Target, text: str, soft: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
 def test_one_step_is_that_of_plain_autograd_in_fp64(family: str) -> None:
-    target, one = tiny_target(family, dtype=torch.float64), attack(steps=1, lr=0.5)
+    target, one = tiny_target(family, dtype=torch.float64), attack(steps=1, step_size=0.5)
     text = TEXTS[1]
     start = one.start(target, 0)
     soft = start.clone().requires_grad_()
@@ -59,12 +59,14 @@ def test_one_step_is_that_of_plain_autograd_in_fp64(family: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "scale"), [("llama", 1.0), ("gemma2", 32**0.5)])
-def test_lr_is_in_units_of_the_embeddings_as_the_model_has_them(family: str, scale: float) -> None:
+def test_the_step_is_in_units_of_the_embeddings_as_the_model_has_them(
+    family: str, scale: float
+) -> None:
     target = tiny_target(family, dtype=torch.float64)
     model, special = causal_lm(target.model), target.formatter.tokenizer.all_special_ids
     ids = [i for i in range(model.config.vocab_size) if i not in special]
     size = scale * model.get_input_embeddings().weight[ids].square().mean().sqrt().item()
-    one, some = attack(steps=1, lr=0.25), prompts(TEXTS[1])
+    one, some = attack(steps=1, step_size=0.25), prompts(TEXTS[1])
     found = one.fit(target, some, 0)
     moved = (found.soft[0] - one.start(target, 0)).abs()
     assert found.losses[0] < found.first[0]
@@ -122,7 +124,7 @@ def test_rows_stop_one_by_one() -> None:
 @pytest.mark.parametrize("lora", [False, True])
 def test_real_embeddings_in_the_slot_give_the_answers_of_their_ids(lora: bool) -> None:
     target = tiny_target(lora=lora, max_new_tokens=10)
-    one, some = attack(initial=["please explain the"], steps=1, lr=1e-30), prompts(*TEXTS)
+    one, some = attack(initial=["please explain the"], steps=1, step_size=1e-30), prompts(*TEXTS)
     longer = prompts(*(f"{text} please explain the" for text in TEXTS))
     with seen_positions(target) as by_ids:
         wanted = target.generate(longer)
@@ -136,7 +138,7 @@ def test_real_embeddings_in_the_slot_give_the_answers_of_their_ids(lora: bool) -
 
 def test_a_penalty_that_ships_with_the_model_is_left_out_as_elsewhere() -> None:
     target = tiny_target(max_new_tokens=10)
-    one, some = attack(initial=["please explain the"], steps=1, lr=1e-30), prompts(*TEXTS)
+    one, some = attack(initial=["please explain the"], steps=1, step_size=1e-30), prompts(*TEXTS)
     wanted = [answers[0].text for answers in one.answers(target, some)]
     target.model.generation_config.repetition_penalty = 50.0
     assert [answers[0].text for answers in one.answers(target, some)] == wanted

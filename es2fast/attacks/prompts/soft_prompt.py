@@ -91,7 +91,7 @@ class SoftPromptSettings(TargetSettings):
     )
     temperature: float = Field(1.0, gt=0, description="of the sampled answers")
     steps: int = Field(500, ge=1)
-    lr: float = Field(
+    step_size: float = Field(
         0.06,
         gt=0,
         description="in units of the root mean square of the model's embeddings (0.017 for "
@@ -224,7 +224,7 @@ class SoftPrompt(Attack):
         return (prompts[i : i + size] for i in range(0, len(prompts), size))
 
     def _steps(self, target: Target, like: Tensor) -> Steps:
-        return Steps(self.settings.optimizer, self.settings.lr * typical_size(target), like)
+        return Steps(self.settings.optimizer, self.settings.step_size * typical_size(target), like)
 
     def _bar(self, target: Target, init: int) -> Any:
         return target.progress(

@@ -190,8 +190,8 @@ class PushAttack(Attack):
 
     Attributes:
         at: the attacker's choice of blocks, of those that may be pushed; None: all of them.
-        strength, steps, penalty: its choice of these; the first, `usual_strength`, until there was
-            one.
+        strength, steps, penalty: its choice of these; `usual_strength`, `all` where both are
+            tried, and the first penalty, until there was one.
     """
 
     Settings = PushSettings
@@ -335,7 +335,8 @@ class PushAttack(Attack):
             more = _pairs(_promising(trials), strengths)
             trials += tried([one for one in more if one not in known])
         found = best(trials, relative_push).parameters
-        return trials + tried([{**found, PENALTY: one} for one in settings.repetition_penalty[1:]])
+        _, *penalties = dict.fromkeys(settings.repetition_penalty)
+        return trials + tried([{**found, PENALTY: one} for one in penalties])
 
     def _choose(self, parameters: Parameters) -> None:
         self.at = list(parameters["layers"])
