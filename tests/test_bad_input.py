@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny, tokenizer, write_prompts
@@ -409,6 +409,8 @@ FIELDS = [
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(FIELDS), ANY)
+@example(("data", "harmful"), {"\n": None})
+@example(("train", "betas"), [])
 def test_any_value_of_any_field_is_taken_or_refused_in_one_line(
     field: tuple[str, str], value: Any
 ) -> None:

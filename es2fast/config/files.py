@@ -149,7 +149,7 @@ def _explain(error: ValidationError) -> str:
     found = error.errors(include_url=False)
     unknown = [item for item in found if item["type"] == "extra_forbidden"]
     first = (unknown or found)[0]  # a misspelt key also shows up as a missing one
-    path = ".".join(str(part) for part in first["loc"] if not _is_variant(part))
+    path = ".".join(_shown(part) for part in first["loc"] if not _is_variant(part))
     if first["type"] == "extra_forbidden":
         return _unknown_key(path, first["loc"])
     if first["type"] == "missing" and isinstance(first["loc"][-1], int):  # of a pair
@@ -163,6 +163,12 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "value_error":
         return f"{path}: {message}"
     return f"{path}: {message[0].lower()}{message[1:]}, found {first['input']!r}"
+
+
+def _shown(part: Any) -> str:
+    """A key as it stands, or quoted where that would break the line."""
+    text = str(part)
+    return text if text.isprintable() else repr(text)
 
 
 def _first_required(path: str, loc: tuple[Any, ...]) -> str:
