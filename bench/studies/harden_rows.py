@@ -2,11 +2,12 @@
 
 python bench/studies/harden_rows.py RUN --title "with builtin:misuse" --note "..."   # adds a row
 python bench/studies/harden_rows.py --report
-python bench/studies/harden_rows.py RUN --adds-to "with builtin:misuse" --as scav=scav_wide
+python bench/studies/harden_rows.py RUN --adds-to "with builtin:misuse"
 
 A run that `harden` or `train` made and `evaluate` attacked; a row holds the settings that were
 varied, the rates of base and hardened model, and the time the training took. With `--adds-to` its
-attacks, under names given by `--as`, belong to the row of that title.
+attacks belong to the row of that title. Rows of SCAV from when it was searched while the prompt was
+read alone, P0 from 1e-2 to 1e-5, have it as `scav_narrow`.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ ATTACKED = {
     "ablation": "ablation",
     "replacement": "replacement",
     "prefill": "prefill, 5 or 20 tokens",
-    "scav": "SCAV, narrow search",
-    "scav_wide": "SCAV, wide search",
+    "scav_narrow": "SCAV, narrow search",
+    "scav": "SCAV, wide search",
     "mean_difference": "mean difference",
 }
 OTHERS = "others"
@@ -138,12 +139,21 @@ def _attack(found: Row | None) -> str:
 
 
 def joined(rows: Sequence[Row]) -> list[Row]:
-    """The rows that are columns, with the attacks of those that add to them."""
-    found = {row["title"]: deepcopy(row) for row in rows if "adds_to" not in row}
+    """The rows that are columns, with the attacks of those that add to them.
+
+    Raises:
+        ValueError: two columns of a base model with one title, or a row that adds to none.
+    """
+    found: dict[tuple[str, str], Row] = {}
     for row in rows:
-        if "adds_to" in row:
-            for name, model in found[row["adds_to"]]["models"].items():
-                model["attacks"] |= row["models"][name]["attacks"]
+        place = row["base"], row.get("adds_to", row["title"])
+        if ("adds_to" in row) != (place in found):
+            raise ValueError(f"{place}: " + ("taken" if place in found else "there is no such row"))
+        if "adds_to" not in row:
+            found[place] = deepcopy(row)
+            continue
+        for name, model in found[place]["models"].items():
+            model["attacks"] |= row["models"][name]["attacks"]
     return list(found.values())
 
 
@@ -163,7 +173,6 @@ def main() -> None:
     parser.add_argument("--title", default="hardened", help="of its column")
     parser.add_argument("--note", default="")
     parser.add_argument("--adds-to", help="title of the row to which its attacks belong")
-    parser.add_argument("--as", dest="names", action="append", default=[], metavar="OLD=NEW")
     parser.add_argument("--base", help="the base model's name, if not its folder's")
     parser.add_argument("--config", type=Path, help="with which it was trained, if not its own")
     parser.add_argument("--commit", help="with which it was trained; default: this one")
@@ -175,9 +184,7 @@ def main() -> None:
         row["base"] = arguments.base or row["base"]
         if arguments.adds_to:
             row["adds_to"] = arguments.adds_to
-        for old, new in (one.split("=") for one in arguments.names):
-            for model in row["models"].values():
-                model["attacks"][new] = model["attacks"].pop(old)
+        joined([*read_lines(arguments.out), row])
         trained = {"commit": arguments.commit, "dirty": False} if arguments.commit else {}
         Rows(arguments.out, conditions("cpu") | trained).add(**row)
     if arguments.report:

@@ -312,6 +312,19 @@ ATTACKS: list[tuple[dict[str, Any], int]] = [
 ]
 
 
+# How these attackers searched when the first rows were made; no part of a row's key.
+_AS_THEN: dict[str, dict[str, Any]] = {
+    "mean_difference": {"repetition_penalty": 1.0},
+    "scav": {"repetition_penalty": 1.0},
+    "repe": {"blocks": ["all"], "steps": "all", "repetition_penalty": 1.0},
+}
+
+
+def as_then(attack: dict[str, Any]) -> dict[str, Any]:
+    """An entry of `ATTACKS` with what was the library's default for it then."""
+    return _AS_THEN.get(attack["name"], {}) | attack
+
+
 def mean_seeds(name: str, seed: int) -> tuple[int, ...]:
     """The runs that an arm is the mean of, with `seed` first; empty: it is none."""
     return tuple((seed + other) % SEEDS for other in ARMS[name].mean)

@@ -36,6 +36,7 @@ from bench.studies.real_arms import (
     CIRCUIT_BREAKERS,
     TRAINING,
     answer_tokens,
+    as_then,
     mean_seeds,
 )
 from bench.studies.real_prompts import DEEDS, write_harmless, write_pairs
@@ -155,7 +156,7 @@ def study(arguments: argparse.Namespace) -> None:
             places = [] if name == BASE else [str(trained(arguments, name))]
             changes = {
                 "evaluate": {
-                    "attacks": [attack],
+                    "attacks": [as_then(attack)],
                     "limit": min(limit, arguments.limit),
                     "max_new_tokens": answer_tokens(attack, arguments.tokens),
                 }

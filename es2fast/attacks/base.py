@@ -25,7 +25,7 @@ from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor, nn
 
 from es2fast.data import Formatter, Prompt
@@ -40,6 +40,13 @@ T = TypeVar("T")
 GRADIENT_PASSES = 3  # forward, and about twice that backward
 STATES_BATCH = 32  # prompts per pass when states are collected
 TRIAL_TOKENS = 64  # answers by which an attacker chooses are no longer
+
+
+def _as_list(given: Any) -> Any:
+    return list(given) if isinstance(given, list | tuple) else [given]
+
+
+OneOrSeveral = BeforeValidator(_as_list)  # of a list setting: a single value stands for its list
 
 
 class AttackSettings(BaseModel):
@@ -69,11 +76,12 @@ class Answer:
 
 
 class Cost(NamedTuple):
-    """What an attack asks of a model: answers generated, and passes over a prompt beside them (a
-    step by gradient counts as `GRADIENT_PASSES`)."""
+    """What an attack asks of a model: answers generated, passes over a prompt beside them (a step
+    by gradient counts as `GRADIENT_PASSES`), and answers of trials, of `TRIAL_TOKENS` at most."""
 
     answers: float
     passes: float = 0.0
+    trials: float = 0.0
 
 
 # (what is tried, its parameters, the training prompts, how to get the answers) -> the answers
@@ -88,10 +96,10 @@ class Target:
 
     model: a causal language model in eval mode on its device; formatter: its chat format; harmful,
     harmless: training prompts of the two groups; judge: how the attacker tells success;
-    max_new_tokens, batch_size: of every answer; halves: less memory than a batch needs halves
-    batch_size, see `fitted`; seed: of whatever an attack draws; by_reference: a training prompt's
-    response is what counts as success, as with the held-out ones; recorder: keeps the answers of
-    trials; name: the model's in the report; title: the same on progress bars, None
+    max_new_tokens, batch_size: of every answer, trials' may end before; halves: less memory than a
+    batch needs halves batch_size, see `fitted`; seed: of whatever an attack draws; by_reference: a
+    training prompt's response is what counts as success, as with the held-out ones; recorder: keeps
+    the answers of trials; name: the model's in the report; title: the same on progress bars, None
     for no bars; load_base: loads the base model this one was tuned from, None where there is none.
     """
 
@@ -195,6 +203,8 @@ class Target:
         parameters: Mapping[str, Any],
         prompts: Sequence[Prompt],
         answer: Callable[[], list[Answer]],
+        *,
+        whole: bool = False,
     ) -> Trial:
         """What an attacker gets out of training prompts with one choice of `parameters`.
 
@@ -204,15 +214,17 @@ class Target:
             prompts: training prompts.
             answer: one answer per prompt, of `TRIAL_TOKENS` at most; not called where the answers
                 are known already.
+            whole: they are as long as held-out ones, where the attack makes the model say a
+                sentence first, behind which it may still refuse.
         """
 
         def fitting() -> list[Answer]:
-            whole = self.max_new_tokens
-            self.max_new_tokens = min(whole, TRIAL_TOKENS)
+            length = self.max_new_tokens
+            self.max_new_tokens = length if whole else min(length, TRIAL_TOKENS)
             try:
                 return self.fitted(answer)
             finally:
-                self.max_new_tokens = whole
+                self.max_new_tokens = length
 
         found = fitting() if self.recorder is None else self.recorder(
             name, parameters, prompts, fitting

@@ -1,9 +1,10 @@
 """How long an evaluation will take at most, said in one line before it starts.
 
     seconds = sum over models and attacks of   answers x seconds per answer + passes x per pass
+                                               + answers of trials x seconds per such
 
-Answers and passes are what each attack says it needs (`Attack.cost`) for the prompts that the log
-has no answers to; seconds are measured on the first model that is loaded, on a few short answers,
+All three are what each attack says it needs (`Attack.cost`) for the prompts that the log has no
+answers to; seconds are measured on the first model that is loaded, on a few short answers,
 and taken to be those of the others. It is an upper bound in that an answer may end before
 `max_new_tokens`, and trials may be in the log already; loading and judging are not in it.
 """
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from es2fast.attacks.base import Attack, Cost, Target
+from es2fast.attacks.base import TRIAL_TOKENS, Attack, Cost, Target
 from es2fast.errors import UserError
 from es2fast.modeling.generate import generate_rows
 from es2fast.modeling.states import last_token_states
@@ -39,10 +40,11 @@ class Missing(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """Seconds per prompt of a whole answer, and of a pass over the prompt alone."""
+    """Seconds per prompt of a whole answer, a pass over the prompt alone, and a trial's answer."""
 
     answer: float
     prompt: float
+    trial: float
 
 
 def announcement(
@@ -89,7 +91,11 @@ def _measured(target: Target) -> Speed:
     )
     prompt, whole = (read - started), time.perf_counter() - read
     step = max(whole - prompt, 0.0) / (TOKENS - 1)
-    return Speed((prompt + step * (target.max_new_tokens - 1)) / len(rows), prompt / len(rows))
+    whole, trial = (
+        (prompt + step * (tokens - 1)) / len(rows)
+        for tokens in (target.max_new_tokens, min(target.max_new_tokens, TRIAL_TOKENS))
+    )
+    return Speed(whole, prompt / len(rows), trial)
 
 
 def seconds(missing: Sequence[Missing], target: Target, speed: Speed) -> float:
@@ -97,8 +103,10 @@ def seconds(missing: Sequence[Missing], target: Target, speed: Speed) -> float:
     parts = [part for part in missing if part.anything]
     costs = [_cost(a, target, count) for part in parts for a, count in part.attacks if count]
     costs += [Cost(part.harmless, part.passes) for part in parts]
-    passes = sum(cost.passes for cost in costs)
-    return sum(cost.answers for cost in costs) * speed.answer + passes * speed.prompt
+    return sum(
+        cost.answers * speed.answer + cost.passes * speed.prompt + cost.trials * speed.trial
+        for cost in costs
+    )
 
 
 def line(
@@ -106,7 +114,11 @@ def line(
 ) -> str:
     """What is printed."""
     attacks = {a.label: a for part in missing for a, count in part.attacks if count}
-    factors = {name: _cost(a, target, prompts).answers / prompts for name, a in attacks.items()}
+    costs = {name: _cost(a, target, prompts) for name, a in attacks.items()}
+    factors = {
+        name: (cost.answers + cost.trials * speed.trial / speed.answer) / prompts
+        for name, cost in costs.items()
+    }
     more = ", ".join(f"{name} {factor:.3g}x" for name, factor in factors.items() if factor > 1.05)
     models = sum(part.anything for part in missing)
     took = _duration(seconds(missing, target, speed) / ranks)

@@ -6,8 +6,9 @@ out of a model leaves it anything to answer with.
 
 Two things to know. Multiple-choice tasks read log-probabilities in one pass: a push at the last
 position of a pass touches the last token of each choice alone there, and acts in full where a task
-generates; pushes at all positions, ablation and changed weights act everywhere. And lm-eval pads
-rows on the right without telling the model, so tasks under an attack run one row at a time.
+generates; pushes at all positions, ablation and changed weights act everywhere, and a repetition
+penalty that the attacker chose is not applied. And lm-eval pads rows on the right without telling
+the model, so tasks under an attack run one row at a time.
 """
 
 from __future__ import annotations

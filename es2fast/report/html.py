@@ -38,9 +38,9 @@ CAPTIONS = {
         "Curves",
         "Read: the share of useful answers over what the attack varies; the line goes through the "
         "best point of each place, the band is its 95 % Wilson interval where the number of "
-        "prompts is known. Beware: a search runs on few training prompts and shows how the "
-        "attacker chose, not how well the attack does; a curve that still rises at its end says "
-        "that a stronger attack was not tried.",
+        "prompts is known. Beware: a search runs on few training prompts and short answers, and "
+        "shows how the attacker chose, not how well the attack does; a curve that still rises at "
+        "its end says that a stronger attack was not tried.",
     ),
     "layers": (
         "Separation per layer",

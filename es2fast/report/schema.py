@@ -198,7 +198,7 @@ class Report(_Part):
     es2fast: str | None = None  # version of the library
     seed: int | None = None  # of the evaluation
     asked: str | None = None  # hash of a run's evaluation settings and prompts
-    max_new_tokens: int | None = None  # of every answer
+    max_new_tokens: int | None = None  # of every answer to a held-out prompt
     warnings: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")

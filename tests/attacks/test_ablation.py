@@ -179,6 +179,20 @@ def test_the_kl_limit_drops_candidates_and_is_relaxed_when_nothing_is_left() -> 
     assert json.loads(json.dumps(strict)) == strict
 
 
+def test_a_form_without_a_candidate_within_the_limit_is_left_out() -> None:
+    """The limit is one for both forms, and doubled only when neither has any."""
+    smallest = {}
+    for form in ("affine", "zero"):
+        attack = Ablation(AblationSettings(form=form, kl_limit=1e-6))
+        attack.prepare(small_target())
+        smallest[form] = attack.summary()["kl_limit_used"]
+    attack = Ablation(AblationSettings(kl_limit=1e-6))
+    attack.prepare(small_target())
+    both = attack.summary()
+    assert both["kl_limit_used"] == min(smallest.values())
+    assert all(trial["kl"] <= both["kl_limit_used"] for trial in both["trials"])
+
+
 def test_the_judge_has_the_last_word_on_training_prompts() -> None:
     asked: list[tuple[dict[str, Any], list[Prompt]]] = []
 

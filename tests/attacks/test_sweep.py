@@ -261,7 +261,8 @@ def test_penalties_are_tried_last_at_the_best_of_what_was_found(target: Target) 
 
     def outcome(parameters: Mapping[str, Any]) -> tuple[int, float]:
         better = parameters["layers"] == [2]
-        return 2 + better + (parameters.get("repetition_penalty") == 5.0), 1.0
+        other = parameters.get("repetition_penalty") == 5.0
+        return 2 + better + other, 0.5 if other else 1.0
 
     made = prepared(attack, target, outcome)
     assert ["repetition_penalty" in one for one in made] == [False] * 3 + [True] * 2
@@ -269,6 +270,7 @@ def test_penalties_are_tried_last_at_the_best_of_what_was_found(target: Target) 
     assert all(one["layers"] == [2] and one["strength"] == 1.0 for one in made[3:])
     assert (attack.at, attack.penalty) == ([2], 5.0)
     assert attack.summary()["repetition_penalty"] == 5.0
+    assert attack.summary()["minimal_push"] == 1.0  # of trials without another penalty
     target.recorder = None
     prompts = target.harmful[:6]
     with attack.applied(target.model):

@@ -22,6 +22,8 @@ def test_trials_are_of_short_answers_and_held_out_answers_are_not() -> None:
     with pytest.raises(ZeroDivisionError):
         target.trial("x", {}, HARMFUL[:1], lambda: [1 / 0])  # type: ignore[list-item]
     assert target.max_new_tokens == 200
+    target.trial("x", {}, HARMFUL[:1], answer, whole=True)
+    assert asked.pop() == 200
     target.max_new_tokens = 7
     target.trial("x", {}, HARMFUL[:1], answer)
     assert asked == [TRIAL_TOKENS, 7]

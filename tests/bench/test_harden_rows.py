@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 from finished_runs import finished_run
 from tiny_models import save_tiny
 
@@ -37,11 +38,14 @@ def test_a_row_is_what_the_report_says(tmp_path: Path) -> None:
     row = row_of(run, "mine", "")
     assert row["base"] == "base" and row["seed"] == 3 and row["layers"] == [2]
     wide = row | {"title": "again", "adds_to": "mine", "models": {
-        name: {"attacks": {"scav_wide": {"n": 20, "useful": useful, "gibberish": 0.0}}}
+        name: {"attacks": {"scav": {"n": 20, "useful": useful, "gibberish": 0.0}}}
         for name, useful in (("base", 1.0), ("tuned", 0.75))
     }}  # fmt: skip
     (both,) = joined([row, wide])
     assert "| SCAV, wide search | 100 % [84–100] | 75 % [53–89] |" in table([both]).splitlines()
+    for wrong in ([row, row], [wide], [row, wide | {"base": "other"}]):
+        with pytest.raises(ValueError, match=r"taken|no such row"):
+            joined(wrong)
     lines = table(joined([row])).splitlines()
     assert lines[0] == "| | base | mine |"
     assert lines[2] == "| direct | 50 % [30–70] | 25 % [11–47]; 25 % gibberish |"

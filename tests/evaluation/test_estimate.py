@@ -61,7 +61,8 @@ def test_an_attack_needs_the_answers_that_it_announces(entry: Any) -> None:
     with counted(target) as rows:
         attack.prepare(target)
         attack.answers(target, ASKED)
-    assert sum(rows) == announced.answers >= len(ASKED)
+    assert sum(rows) == announced.answers + announced.trials
+    assert announced.answers >= len(ASKED)
 
 
 @pytest.mark.parametrize("entry", ["scav", "mean_difference", "ablation", "template"])
@@ -71,14 +72,14 @@ def test_a_search_needs_no_more_than_announced(entry: str) -> None:
     with counted(target) as rows:
         attack.prepare(target)
         attack.answers(target, ASKED)
-    assert len(ASKED) <= sum(rows) <= announced.answers
+    assert len(ASKED) <= sum(rows) <= announced.answers + announced.trials
 
 
 def test_the_sum() -> None:
     target = small_target(max_new_tokens=256)
     direct, prefill = make_attack("direct"), make_attack({"name": "prefill", "tokens": [0, 5, 9]})
     missing = [Missing([(direct, 10), (prefill, 4)], 2, 7), Missing([(direct, 0)], 0, 9)]
-    speed = Speed(10.0, 0.5)
+    speed = Speed(10.0, 0.5, 2.5)
     assert seconds(missing, target, speed) == (10 + 3 * 4 + 2) * 10.0 + 7 * 0.5
     assert line(missing, 10, target, speed) == (
         "about 4 min: 1 model x 2 attacks (prefill 3x), n = 10, 256 tokens "
@@ -86,9 +87,19 @@ def test_the_sum() -> None:
     )
 
 
+def test_trials_are_as_long_as_they_are_cut() -> None:
+    target, speed = small_target(max_new_tokens=256), Speed(10.0, 0.5, 2.5)
+    search = make_attack({"name": "replacement", "trial_prompts": 2})
+    trials = 4 * min(2, len(target.harmful))
+    missing = [Missing([(search, 8)], 0, 0)]
+    assert seconds(missing, target, speed) == 8 * 10.0 + trials * 2.5 + len(target.harmless) * 0.5
+    assert f"(replacement {1 + trials / 4 / 8:.3g}x)" in line(missing, 8, target, speed)
+
+
 def test_the_speed_is_that_of_whole_answers() -> None:
     short, long = (measured(small_target(max_new_tokens=n)) for n in (5, 500))
     assert 0 < short.prompt < short.answer < long.answer / 10
+    assert short.trial == short.answer and long.prompt < long.trial < long.answer / 4
 
 
 def test_it_is_said_once_and_not_where_everything_is_known(

@@ -288,7 +288,7 @@ class SoftPrompt(Attack):
             parts = [self._answers(target, part, init) for part in self._parts(target, prompts)]
             return [found[0] for part in parts for found in part]
 
-        trial = target.trial(self.label, parameters, prompts, answer)
+        trial = target.trial(self.label, parameters, prompts, answer, whole=True)
         self._trials.append({**trial.parameters, "useful": trial.useful, **more})
 
     def _fit_probes(self, target: Target, extra: Obfuscated) -> None:

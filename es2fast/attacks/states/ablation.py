@@ -24,13 +24,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from es2fast.attacks.base import Answer, Attack, Cost, Target
+from es2fast.attacks.base import Answer, Attack, Cost, OneOrSeveral, Target
 from es2fast.attacks.states.directions import (
     Choice,
     Direction,
@@ -45,17 +45,12 @@ from es2fast.modeling.taps import blocks, hidden_of, hooks, with_hidden
 
 
 class AblationSettings(DirectionSettings):
-    form: list[Literal["affine", "zero"]] = Field(
+    form: Annotated[list[Literal["affine", "zero"]], OneOrSeveral] = Field(
         ["affine", "zero"],
         min_length=1,
         description="one or several: the component is set to the harmless prompts' mean, or to "
         "zero; of both the attacker takes the one that makes more training prompts come out useful",
     )
-
-    @field_validator("form", mode="before")
-    @classmethod
-    def _one_or_several(cls, given: Any) -> Any:
-        return given if isinstance(given, list) else [given]
 
 
 class Ablation(Attack):
@@ -71,7 +66,7 @@ class Ablation(Attack):
 
     def cost(self, target: Target, prompts: int) -> Cost:
         search = search_cost(target, self.settings, len(self.settings.form))
-        return search._replace(answers=prompts + search.answers)
+        return search._replace(answers=prompts)
 
     def prepare(self, target: Target) -> None:
         edits: dict[str, Edit] = {form: partial(_edit, form=form) for form in self.settings.form}

@@ -19,8 +19,9 @@ Three things differ. Refusal tokens are those with which the model itself begins
 judge calls refusals, and only where there are none, a list. Not all candidates are scored but those
 whose means lie furthest apart for the spread of the groups, and the KL is computed down the ranking
 until a few have passed: an 8B model has 125 candidates. And the last word is not the score's but
-the judge's, on whole answers to training prompts: a first token says little where answers begin
-alike. When no candidate is below the limit, it is doubled until one is, and the summary says so.
+the judge's, on answers to training prompts: a first token says little where answers begin alike.
+When no candidate is below the limit in any form of the edit, it is doubled until one is, and the
+summary says so.
 
 Source: Arditi et al., "Refusal in Language Models Is Mediated by a Single Direction", 2024; written
 from the formulas.
@@ -359,12 +360,13 @@ def choose_direction(
     trials: list[dict[str, Any]] = []
     prompts = target.harmful[:TRIALS]
     several = len(edits) > 1
-    for form, edit in edits.items():
-        ranked = _ranked(target, label, every, edit)
-        passed, limit = _within_limit(target, ranked, settings.kl_limit, edit)
-        tried = passed if len(every) > 1 or several else []
-        shown = f"{label}, {form}" if several else label
+    tokens = refusal_tokens(target, label, target.harmful[:SCORED])
+    ranked = {form: _ranked(target, label, every, edit, tokens) for form, edit in edits.items()}
+    within, limit = _within_limit(target, ranked, settings.kl_limit, edits)
+    for form, passed in within.items():
+        edit, shown = edits[form], f"{label}, {form}" if several else label
         best = (-1.0, passed[0])
+        tried = passed if len(every) > 1 or several else []
         for item in target.progress(tried, f"{shown}, trials", "direction"):
             where = _where(item.direction) | ({"form": form} if several else {})
             share = _useful(target, label, where, item, prompts, edit)
@@ -382,8 +384,9 @@ def search_cost(target: Target, settings: DirectionSettings, forms: int = 1) -> 
     """Of `choose_direction`, at most."""
     scored = settings.candidates * SCORED * 2  # refusal score, and KL where few pass
     return Cost(
+        0,
+        forms * scored + len(target.harmful) + len(target.harmless) + 3 * SCORED,
         SCORED + forms * TRIED * TRIALS,
-        forms * scored + len(target.harmful) + len(target.harmless),
     )
 
 
@@ -392,13 +395,16 @@ def _where(direction: Direction) -> dict[str, Any]:
 
 
 def _ranked(
-    target: Target, label: str, candidates: Sequence[Direction], edit: Edit
+    target: Target,
+    label: str,
+    candidates: Sequence[Direction],
+    edit: Edit,
+    tokens: Sequence[int],
 ) -> list[_Scored]:
     """Candidates by refusal score, lowest first; in the order given where nothing tells them apart.
 
     One candidate needs no ranking, but its score is reported."""
     prompts = target.harmful[:SCORED]
-    tokens = refusal_tokens(target, label, prompts)
     found = []
     for direction in target.progress(candidates, f"{label}, refusal scores", "direction"):
         score = 0.0
@@ -411,31 +417,36 @@ def _ranked(
 
 
 def _within_limit(
-    target: Target, ranked: Sequence[_Scored], limit: float, edit: Edit
-) -> tuple[list[_Scored], float]:
-    """The first few whose KL is within the limit, and the limit: doubled until there is one."""
+    target: Target, ranked: Mapping[str, list[_Scored]], limit: float, edits: Mapping[str, Edit]
+) -> tuple[dict[str, list[_Scored]], float]:
+    """Of each form of the edit that has any the first few whose KL is within the limit, and the
+    limit: doubled until one form has."""
     prompts = target.harmless[:SCORED]
     clean = final_states(target, prompts)
-    passed: list[_Scored] = []
-    for item in ranked:
-        with edit(target.model, item.direction):
-            attacked = final_states(target, prompts)
-        item.kl = next_token_kl(target.model, clean, attacked)
-        if item.kl <= limit:
-            passed.append(item)
-        if len(passed) == TRIED:
-            break
-    if passed:
-        return passed, limit
-    smallest = min(item.kl for item in ranked)
-    if not math.isfinite(smallest):
-        raise UserError(
-            "no direction leaves the model with finite numbers; use model.dtype=fp32, or leave "
-            "this attack out for this model"
-        )
-    while limit < smallest:
-        limit *= 2
-    return [item for item in ranked if item.kl <= limit][:TRIED], limit
+    passed: dict[str, list[_Scored]] = {form: [] for form in ranked}
+    for form, items in ranked.items():
+        for item in items:
+            with edits[form](target.model, item.direction):
+                attacked = final_states(target, prompts)
+            item.kl = next_token_kl(target.model, clean, attacked)
+            if item.kl <= limit:
+                passed[form].append(item)
+            if len(passed[form]) == TRIED:
+                break
+    if not any(passed.values()):
+        smallest = min(item.kl for items in ranked.values() for item in items)
+        if not math.isfinite(smallest):
+            raise UserError(
+                "no direction leaves the model with finite numbers; use model.dtype=fp32, or leave "
+                "this attack out for this model"
+            )
+        while limit < smallest:
+            limit *= 2
+        passed = {
+            form: [item for item in items if item.kl <= limit][:TRIED]
+            for form, items in ranked.items()
+        }
+    return {form: items for form, items in passed.items() if items}, limit
 
 
 def _useful(

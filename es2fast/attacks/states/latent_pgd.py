@@ -96,6 +96,7 @@ class LatentPgd(Attack):
                 {"layer": layer, "epsilon": epsilon},
                 prompts,
                 partial(self._at, target, prompts, layer, epsilon),
+                whole=True,
             )
             loss = sum(answer.info["loss"] for answer in trial.answers) / len(prompts)
             self._trials.append({**trial.parameters, "useful": trial.useful, "loss": loss})

@@ -33,10 +33,18 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from es2fast.attacks.base import Answer, Attack, AttackSettings, Cost, Target, Trial
+from es2fast.attacks.base import (
+    Answer,
+    Attack,
+    AttackSettings,
+    Cost,
+    OneOrSeveral,
+    Target,
+    Trial,
+)
 from es2fast.attacks.search import Parameters, best, trials_of
 from es2fast.data import Prompt
 from es2fast.errors import UserError
@@ -129,7 +137,8 @@ def _place(parameters: Parameters) -> Parameters:
 
 def minimal_push(trials: Sequence[Trial]) -> float | None:
     """The smallest relative push with at least half of the best trial's useful answers; None where
-    no trial has a useful answer."""
+    no trial has a useful answer. Trials of further repetition penalties are left out."""
+    trials = [trial for trial in trials if PENALTY not in trial.parameters]
     most = max((trial.useful for trial in trials), default=0.0)
     if most == 0:
         return None
@@ -172,17 +181,12 @@ class PushSettings(AttackSettings):
         "has a useful answer); grid: every pair of the two; either way the repetition penalty last",
     )
     trial_prompts: int = Field(16, ge=1, description="training prompts per trial")
-    repetition_penalty: list[Penalty] = Field(
+    repetition_penalty: Annotated[list[Penalty], OneOrSeveral] = Field(
         [1.0, 1.2],
         min_length=1,
         description="a number or several; above 1, tokens that occurred before are less likely; of "
         "several the attacker tries the others with the best of what it found with the first",
     )
-
-    @field_validator("repetition_penalty", mode="before")
-    @classmethod
-    def _one_or_several(cls, given: Any) -> Any:
-        return given if isinstance(given, list) else [given]
 
 
 class PushAttack(Attack):
@@ -269,7 +273,8 @@ class PushAttack(Attack):
         if trials <= 1:
             trials = 0
         states = len(target.harmful) + len(target.harmless)
-        return Cost(prompts + trials * min(settings.trial_prompts, len(target.harmful)), states)
+        tried = trials * min(settings.trial_prompts, len(target.harmful))
+        return Cost(prompts, states, tried)
 
     def prepare(self, target: Target) -> None:
         """Fits, and chooses blocks, steps and strength where there is a choice.

@@ -28,13 +28,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import product
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from es2fast.attacks.base import Answer, Attack, AttackSettings, Cost, Target, Trial
+from es2fast.attacks.base import (
+    Answer,
+    Attack,
+    AttackSettings,
+    Cost,
+    OneOrSeveral,
+    Target,
+    Trial,
+)
 from es2fast.attacks.search import Parameters, best, trials_of
 from es2fast.attacks.states.pushes import Pushes, PushSums, total_of
 from es2fast.data import Prompt
@@ -48,27 +56,22 @@ VALUE_NAMES = ("v_proj", "value_proj", "wv")
 class ReplacementSettings(AttackSettings):
     """Of each of the first three one or several; of several the attacker chooses."""
 
-    what: list[Literal["block", "values"]] = Field(
+    what: Annotated[list[Literal["block", "values"]], OneOrSeveral] = Field(
         ["block"],
         min_length=1,
         description="replaced are block outputs, or the attention's value vectors",
     )
-    positions: list[Literal["last", "template"]] = Field(
+    positions: Annotated[list[Literal["last", "template"]], OneOrSeveral] = Field(
         ["last"],
         min_length=1,
         description="the last prompt token, or all that the template writes after the user",
     )
-    source: list[Literal["mean", "nearest"]] = Field(
+    source: Annotated[list[Literal["mean", "nearest"]], OneOrSeveral] = Field(
         ["mean"],
         min_length=1,
         description="mean of the harmless training prompts, or the nearest of them",
     )
     trial_prompts: int = Field(16, ge=1, description="training prompts per trial")
-
-    @field_validator("what", "positions", "source", mode="before")
-    @classmethod
-    def _one_or_several(cls, given: Any) -> Any:
-        return given if isinstance(given, list) else [given]
 
 
 class Replacement(Attack):
@@ -89,7 +92,7 @@ class Replacement(Attack):
         settings = self.settings
         trials = min(CANDIDATES, target.depth) - 1 + len(self._kinds())
         tried = len(settings.what) * trials * min(settings.trial_prompts, len(target.harmful))
-        return Cost(prompts + tried, len(settings.what) * len(target.harmless))
+        return Cost(prompts, len(settings.what) * len(target.harmless), tried)
 
     def prepare(self, target: Target) -> None:
         """Collects the sources and picks what makes most training prompts come out useful.

@@ -71,7 +71,7 @@ class AblationWeights(Attack):
 
     def cost(self, target: Target, prompts: int) -> Cost:
         search = search_cost(target, self.settings)
-        return search._replace(answers=prompts + search.answers)
+        return search._replace(answers=prompts)
 
     def prepare(self, target: Target) -> None:
         """Chooses the direction; raises UserError when a matrix cannot be found or changed."""
